@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target creates; `make gpu` alone uses
+# the Python it is given, creates no .venv and downloads nothing.
+
+# The Python that creates .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The Python of `make gpu`: one that already has a torch built for the GPU.
+GPU_PYTHON ?= python3
+# What pip installs as PyTorch: a matched pair. For another build or release run `make clean` and override it,
+# e.g. make test TORCH="torch==2.11.0 triton==3.6.0", or name a local wheel.
+TORCH ?= torch==2.13.0 triton==3.7.1
+# More arguments, e.g. make test ARGS="-k masked -x".
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BENCH := build/bench
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format verify bench gpu clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+test: lint ## lint, check the format and run every test that needs no GPU
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style and format, change nothing
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(STAMP) ## apply the format and the safe fixes
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+verify: $(STAMP) ## compare every op with its dense reference on this machine
+	$(RUN) -m dynconv verify $(ARGS)
+
+bench: $(STAMP) ## measure dense against dynconv, then train the demo; results in build/bench/
+	mkdir -p $(BENCH)
+	$(RUN) -m dynconv bench --json $(BENCH)/bench.json --plot $(BENCH)/bench.png $(ARGS)
+	$(RUN) -m dynconv demo
+
+gpu: ## on a GPU machine: tests, sanitizers and benchmarks, with GPU_PYTHON
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+clean: ## remove .venv, build products and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find dynconv kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp makes the second call fast, and a changed requirement install again. --no-build-isolation: the pinned
+# setuptools builds, nothing else is fetched. `pip check` proves that the pins meet what pyproject.toml asks for.
+$(STAMP): requirements.txt pyproject.toml setup.py Makefile
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(RUN) -m pip check
+	touch $@
