@@ -1,0 +1,10 @@
+"""dynconv: sparse-compute ops that make the sparsity of dynamic networks real wall-clock speedup."""
+
+from . import _source_tree as _source_tree  # first: makes dynconv.kernels importable from a source tree
+from . import nn, reference
+from ._backend import backend
+from ._version import __version__
+from .ops.masked_conv import masked_conv2d
+from .sites import ActiveSites
+
+__all__ = ["ActiveSites", "__version__", "backend", "masked_conv2d", "nn", "reference"]

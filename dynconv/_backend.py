@@ -1,0 +1,46 @@
+"""Which implementation an op runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("triton", "cpu", "reference")
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = _checked(os.environ["DYNCONV_BACKEND"]) if os.environ.get("DYNCONV_BACKEND") else None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside the `with` block, in the whole process: "triton", "cpu" or "reference".
+
+    Without it, and without the environment variable `DYNCONV_BACKEND`, CUDA tensors take "triton" and CPU tensors
+    "cpu". "triton" takes CPU tensors only under Triton's interpreter (`TRITON_INTERPRET=1`), "cpu" CPU tensors
+    only; "reference" is plain PyTorch and takes any. Raises ValueError for another name.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend that runs an op on tensors of that device; raises ValueError where the forced one cannot."""
+    name = _forced or ("cpu" if device.type == "cpu" else "triton")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' takes CPU tensors, got tensors on {device}")
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("backend: 'triton' takes CPU tensors under TRITON_INTERPRET=1 only")
+    return name

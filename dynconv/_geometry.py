@@ -1,0 +1,64 @@
+"""Where a convolution's taps land: the numbers that every backend shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+IntPair = int | Sequence[int]
+Padding = IntPair | str
+
+
+def pair(value: IntPair, name: str, least: int) -> tuple[int, int]:
+    """(vertical, horizontal) from an int or a pair of ints, none below `least`."""
+    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    if min(both) < least:
+        raise ValueError(f"{name}: expected values of at least {least}, got {value!r}")
+    return both
+
+
+class Geometry(NamedTuple):
+    """Input pixel of output line oy through tap ky: oy * stride - padding + ky * dilation; likewise columns."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # above and to the left
+    padding_end: tuple[int, int]  # below and to the right; "same" may differ by one
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, kernel_size: IntPair, stride: IntPair, padding: Padding, dilation: IntPair) -> Geometry:
+        """Checked, from the arguments of `torch.nn.functional.conv2d`."""
+        kernel = pair(kernel_size, "kernel_size", 1)
+        stride = pair(stride, "stride", 1)
+        dilation = pair(dilation, "dilation", 1)
+        if isinstance(padding, str):
+            if padding == "valid":
+                begin = end = (0, 0)
+            elif padding == "same":
+                if stride != (1, 1):
+                    raise ValueError(f"padding: 'same' needs stride 1, got stride {stride}")
+                total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+                begin = (total[0] // 2, total[1] // 2)
+                end = (total[0] - begin[0], total[1] - begin[1])
+            else:
+                raise ValueError(f"padding: expected an int, a pair, 'same' or 'valid', got {padding!r}")
+        else:
+            begin = end = pair(padding, "padding", 0)
+        return cls(kernel, stride, begin, end, dilation)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(Ho, Wo) of a convolution over an input of that size; raises where a kernel does not fit."""
+        sizes = []
+        for axis, length in enumerate((height, width)):
+            reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            padded = length + self.padding[axis] + self.padding_end[axis]
+            if padded < reach:
+                raise ValueError(
+                    f"input: expected a padded {('height', 'width')[axis]} of at least {reach}, the reach of the "
+                    f"kernel, got {padded}"
+                )
+            sizes.append((padded - reach) // self.stride[axis] + 1)
+        return sizes[0], sizes[1]

@@ -1,0 +1,88 @@
+"""Compiled kernels on PyTorch's own thread pool.
+
+A second pool would fight PyTorch's for the cores: its workers spin for a while after each parallel region. So a
+kernel runs in the OpenMP runtime that PyTorch has loaded, with `torch.get_num_threads()` threads. Every thread
+runs the same function and takes chunks of work from a shared counter until none is left, so results never depend
+on the number of threads. Where the runtime has no such entry point (a PyTorch built without OpenMP), the calling
+thread does all the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import cfunc, types
+
+from . import _llvm
+
+# Storage type of the elements -> (how Numba sees them, what it computes in).
+STORAGE = {
+    torch.float32: (types.float32, types.float32),
+    torch.float64: (types.float64, types.float64),
+    torch.bfloat16: (types.uint16, types.float32),
+    torch.float16: (types.int16, types.float32),
+}
+COMPUTE = {torch.float64: torch.float64}  # every other type computes in float32
+
+# Numba's disk cache looks at a kernel's own file only; this makes a change of the intrinsics miss it too.
+_STAMP = zlib.crc32(Path(_llvm.__file__).read_bytes())
+
+
+try:
+    _parallel = ctypes.CDLL(None).GOMP_parallel
+    _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    _parallel.restype = None
+except (AttributeError, OSError, TypeError):
+    _parallel = None
+
+_SIGNATURE = types.void(types.CPointer(types.int64))
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def kernel(body: Callable) -> Callable[..., None]:
+    """Turn `body(arguments, storage, compute)`, an njit function, into `run(dtype, threads, *arguments)`.
+
+    The body sees an int64 array: elements 0 and 1 are shared counters that start at zero (the next chunk of work
+    and the next worker's number), the caller's sizes and addresses follow from element 2. Compiled at the first
+    call for each element type, then cached on disk.
+    """
+
+    @functools.cache
+    def compiled(dtype: torch.dtype) -> int:
+        storage, compute = STORAGE[dtype]
+        stamp = _STAMP
+
+        def entry(address):
+            stamp  # noqa: B018  (a closure variable is part of the cache's key)
+            body(address, storage, compute)
+
+        try:
+            compiled_entry = cfunc(_SIGNATURE, cache=True)(entry)
+        except RuntimeError:  # no folder to keep the cache in: a read-only installation without a home
+            compiled_entry = cfunc(_SIGNATURE)(entry)
+        _keep_alive.append(compiled_entry)
+        return compiled_entry.address
+
+    def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:
+        packed = np.array((0, 0, *arguments), dtype=np.int64)
+        address = compiled(dtype)
+        if _parallel is not None and threads > 1:
+            _parallel(address, packed.ctypes.data, threads, 0)
+        else:
+            _FUNCTION(address)(packed.ctypes.data)
+
+    return run
+
+
+_keep_alive: list = []
+
+
+def workers(items: int) -> int:
+    """How many threads to put on that many independent pieces of work."""
+    return max(1, min(torch.get_num_threads(), items))

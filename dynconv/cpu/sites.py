@@ -1,0 +1,103 @@
+"""The active set on the CPU: compaction, its inverse and the neighbour table."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from ._llvm import fetch_add, pointer
+from ._threads import kernel, workers
+
+
+@njit
+def _compact(arguments, storage, compute):
+    a = carray(arguments, (8,))
+    sites = a[5]
+    mask = carray(pointer(a[2], np.uint8), (sites,))
+    words = carray(pointer(a[2], np.uint64), (sites // 8,))
+    index = carray(pointer(a[3], np.int32), (sites,))
+    count = 0
+    for word in range(sites // 8):
+        if words[word] == 0:  # a mask is mostly runs
+            continue
+        for site in range(word * 8, word * 8 + 8):
+            index[count] = site
+            count += mask[site] != 0
+    for site in range(sites // 8 * 8, sites):
+        if mask[site] != 0:
+            index[count] = site
+            count += 1
+    carray(pointer(a[4], np.int32), (1,))[0] = count
+
+
+@njit
+def _inverse(arguments, storage, compute):
+    a = carray(arguments, (8,))
+    count, chunk = a[4], a[5]
+    index = carray(pointer(a[2], np.int32), (count,))
+    inverse = carray(pointer(a[3], np.int32), (1,))
+    while True:
+        first = fetch_add(a, 1) * chunk
+        if first >= count:
+            return
+        for m in range(first, min(count, first + chunk)):
+            inverse[np.int64(index[m])] = m
+
+
+@njit
+def _neighbours(arguments, storage, compute):
+    a = carray(arguments, (24,))
+    index, table = carray(pointer(a[2], np.int32), (1,)), carray(pointer(a[3], np.int32), (1,))
+    count, chunk = a[4], a[5]
+    out_height, out_width, height, width = a[6], a[7], a[8], a[9]
+    kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
+    pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
+    taps = kernel_height * kernel_width
+    while True:
+        first = fetch_add(a, 1) * chunk
+        if first >= count:
+            return
+        for m in range(first, min(count, first + chunk)):
+            site = np.int64(index[m])
+            line, ox = site // out_width, site % out_width
+            sample, oy = line // out_height, line % out_height
+            for ky in range(kernel_height):
+                y = oy * stride_y - pad_y + ky * dilation_y
+                inside = 0 <= y < height
+                base = (sample * height + y) * width
+                for kx in range(kernel_width):
+                    x = ox * stride_x - pad_x + kx * dilation_x
+                    pixel = base + x if inside and 0 <= x < width else -1
+                    table[m * taps + ky * kernel_width + kx] = pixel
+
+
+_run_compact = kernel(_compact)
+_run_inverse = kernel(_inverse)
+_run_neighbours = kernel(_neighbours)
+_CHUNK = 512
+
+
+def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat positions of a contiguous bool mask's active elements, int32 in order, and their count [1]."""
+    index = torch.full((mask.numel(),), -1, dtype=torch.int32)  # past the count: the same bits at every call
+    count = torch.zeros(1, dtype=torch.int32)
+    _run_compact(torch.float32, 1, mask.data_ptr(), index.data_ptr(), count.data_ptr(), mask.numel())
+    return index, count
+
+
+def inverse(index: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Each site's position in the index, or -1."""
+    inverse = torch.full_like(index, -1)
+    n = int(count)
+    _run_inverse(torch.float32, workers(-(-n // _CHUNK)), index.data_ptr(), inverse.data_ptr(), n, _CHUNK)
+    return inverse
+
+
+def neighbours(index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ...]) -> torch.Tensor:
+    """[capacity, taps]; see `dynconv.sites.ActiveSites.neighbours`."""
+    taps = geometry[4] * geometry[5]
+    table = torch.empty(index.numel(), taps, dtype=torch.int32)
+    n = int(count)
+    _run_neighbours(torch.float32, workers(-(-n // _CHUNK)), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry)
+    return table

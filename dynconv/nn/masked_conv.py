@@ -1,0 +1,51 @@
+"""Masked convolution as a module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.masked_conv import masked_conv2d
+from ..sites import ActiveSites
+
+
+class MaskedConv2d(nn.Conv2d):
+    """An `nn.Conv2d` that computes the active sites of a mask: same constructor, parameters and `state_dict`.
+
+    Every `padding_mode` of `nn.Conv2d` works; those other than "zeros" copy the input to pad it.
+    """
+
+    def forward(
+        self,
+        input: Tensor,
+        mask: Tensor | ActiveSites | None = None,
+        *,
+        inactive: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]; the keywords and errors of `dynconv.masked_conv2d`."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return masked_conv2d(
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
+            mask=mask, inactive=inactive, out=out,
+        )  # fmt: skip
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> MaskedConv2d:
+        """A masked layer that shares the dense layer's parameters.
+
+        Raises TypeError where `module` is not an `nn.Conv2d`.
+        """
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
+        with torch.device("meta"):
+            masked = cls(
+                module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+                module.dilation, module.groups, module.bias is not None, module.padding_mode,
+            )  # fmt: skip
+        masked.weight, masked.bias = module.weight, module.bias
+        return masked.train(module.training)

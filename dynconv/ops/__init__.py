@@ -1,0 +1,1 @@
+"""The ops: one file each, with its schema, fake, autograd and the choice of a backend."""

@@ -1,0 +1,244 @@
+"""The active set of a masked convolution: which output sites to compute, and what follows from it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from ._backend import backend_for
+from ._geometry import Geometry, IntPair, Padding
+
+_library = torch.library.Library("dynconv", "FRAGMENT")
+_library.define("compact(Tensor mask, str backend) -> (Tensor index, Tensor count)")
+_library.define("inverse_map(Tensor index, Tensor count, str backend) -> Tensor")
+_library.define(
+    "neighbours(Tensor index, Tensor count, SymInt[2] output_size, SymInt[2] input_size, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor"
+)
+_library.define(
+    "touched(Tensor mask, SymInt[2] input_size, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, str backend) -> Tensor"
+)
+
+
+@functools.cache
+def _module(name: str):
+    """A backend's module, imported at its first use: importing dynconv needs neither Numba nor Triton."""
+    return importlib.import_module(name, __package__)
+
+
+def _compact(mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "cpu":
+        return _module(".cpu.sites").compact(mask)
+    return _module(".kernels.compaction").compact(mask)
+
+
+def _inverse_map(index: Tensor, count: Tensor, backend: str) -> Tensor:
+    if backend == "cpu":
+        return _module(".cpu.sites").inverse(index, count)
+    return _module(".kernels.compaction").inverse_map(index, count, index.numel())
+
+
+def _neighbours(index, count, output_size, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
+    if backend == "cpu":
+        geometry = (*output_size, *input_size, *kernel_size, *stride, *padding, *dilation)
+        return _module(".cpu.sites").neighbours(index, count, geometry)
+    # The Triton kernels compute addresses in registers; this is for those who read the table.
+    (height, width), site = input_size, index.long()
+    y = site // output_size[1] % output_size[0] * stride[0] - padding[0]
+    x = site % output_size[1] * stride[1] - padding[1]
+    y = y[:, None] + torch.arange(kernel_size[0], device=index.device) * dilation[0]
+    x = x[:, None] + torch.arange(kernel_size[1], device=index.device) * dilation[1]
+    y, x = y[:, :, None], x[:, None, :]
+    sample = (site // (output_size[0] * output_size[1]))[:, None, None]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    pixel = torch.where(inside, (sample * height + y) * width + x, -1)
+    return pixel.flatten(1).int()
+
+
+def _touched(mask, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
+    if backend != "cpu":
+        return _module(".kernels.compaction").touched(
+            mask, tuple(mask.shape[2:]), input_size, kernel_size, stride, padding, dilation
+        )
+    height, width = input_size
+    touched = mask.new_zeros(mask.shape[0], 1, height, width)
+    for ky in range(kernel_size[0]):
+        for kx in range(kernel_size[1]):
+            rows = _span(mask.shape[2], height, ky * dilation[0] - padding[0], stride[0])
+            columns = _span(mask.shape[3], width, kx * dilation[1] - padding[1], stride[1])
+            if rows is not None and columns is not None:
+                touched[:, :, rows[1], columns[1]] |= mask[:, :, rows[0], columns[0]]
+    return touched
+
+
+def _span(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice] | None:
+    """The outputs o for which o * stride + offset is an input, and those inputs."""
+    first = max(0, -(offset // stride))
+    last = min(outputs - 1, (inputs - 1 - offset) // stride)
+    if first > last:
+        return None
+    start = first * stride + offset
+    return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)
+
+
+for _name, _implementation in (
+    ("compact", _compact),
+    ("inverse_map", _inverse_map),
+    ("neighbours", _neighbours),
+    ("touched", _touched),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+
+
+@torch.library.register_fake("dynconv::compact", lib=_library)
+def _(mask, backend):
+    return mask.new_empty(mask.numel(), dtype=torch.int32), mask.new_empty(1, dtype=torch.int32)
+
+
+@torch.library.register_fake("dynconv::inverse_map", lib=_library)
+def _(index, count, backend):
+    return torch.empty_like(index)
+
+
+@torch.library.register_fake("dynconv::neighbours", lib=_library)
+def _(index, count, output_size, input_size, kernel_size, stride, padding, dilation, backend):
+    return index.new_empty(index.shape[0], kernel_size[0] * kernel_size[1])
+
+
+@torch.library.register_fake("dynconv::touched", lib=_library)
+def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
+    return mask.new_empty(mask.shape[0], 1, *input_size)
+
+
+class ActiveSites:
+    """The output sites that masks keep, made once and shared by every layer and backward pass that uses them.
+
+    Args:
+        mask: bool or floating, broadcastable to [N, 1, Ho, Wo]. A floating mask is a gate: active where it is
+            not zero, and its value multiplies the output there.
+        size: (N, Ho, Wo), needed only where the mask itself is smaller and broadcasts.
+
+    Attributes:
+        mask: bool [N, 1, Ho, Wo].
+        gate: the floating mask [N, 1, Ho, Wo] (part of the autograd graph), or None.
+        index: int32 [N * Ho * Wo]; the first `count` entries are the active sites (n * Ho + y) * Wo + x in
+            ascending order, the others are unspecified.
+        count: int32 [1], on the mask's device. Nothing here waits for it, except `len()` and `density`.
+
+    Raises:
+        TypeError: the mask is neither bool nor floating.
+        ValueError: the mask does not broadcast to [N, 1, Ho, Wo], or has 2^31 sites or more.
+    """
+
+    def __init__(self, mask: Tensor, size: tuple[int, int, int] | None = None) -> None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a bool or floating tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype}")
+        if size is None:
+            if mask.dim() != 4 or mask.shape[1] != 1:
+                raise ValueError(f"mask: expected shape [N, 1, Ho, Wo], got {list(mask.shape)}")
+            size = (mask.shape[0], mask.shape[2], mask.shape[3])
+        full = (size[0], 1, size[1], size[2])
+        if mask.dim() > 4 or any(
+            have not in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
+        ):
+            raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}")
+        if size[0] * size[1] * size[2] >= 2**31:
+            raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
+        active = mask if mask.dtype == torch.bool else mask.detach() != 0
+        self.mask = active.expand(full).contiguous()
+        self.gate = mask.expand(full) if mask.is_floating_point() else None
+        self._backend = backend_for(mask.device)
+        if self._backend == "reference":
+            self._backend = "cpu" if mask.device.type == "cpu" else "triton"
+        self.index, self.count = torch.ops.dynconv.compact(self.mask, self._backend)
+        self._inverse: Tensor | None = None
+        self._tables: dict[tuple, Tensor] = {}
+        self._touched: dict[tuple, ActiveSites] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, Ho, Wo)."""
+        return self.mask.shape[0], self.mask.shape[2], self.mask.shape[3]
+
+    @property
+    def inverse(self) -> Tensor:
+        """int32 [N * Ho * Wo]: each site's position in `index`, or -1 where it is not active."""
+        if self._inverse is None:
+            self._inverse = torch.ops.dynconv.inverse_map(self.index, self.count, self._backend)
+        return self._inverse
+
+    def neighbours(
+        self,
+        input_size: tuple[int, int],
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Padding = 0,
+        dilation: IntPair = 1,
+    ) -> Tensor:
+        """int32 [N * Ho * Wo, kH * kW]: the input pixel (n * H + y) * W + x that each active site reads by each tap.
+
+        -1 in the padding; only the first `count` rows are specified. Made once for each geometry and kept.
+        Raises ValueError where a convolution of that geometry over `input_size` = (H, W) has other sites.
+        """
+        return self._neighbours(input_size, Geometry.of(kernel_size, stride, padding, dilation))
+
+    def _neighbours(self, input_size: tuple[int, int], geometry: Geometry) -> Tensor:
+        self._check(input_size, geometry)
+        key = (tuple(input_size), geometry)
+        if key not in self._tables:
+            self._tables[key] = torch.ops.dynconv.neighbours(
+                self.index, self.count, self.shape[1:], input_size,
+                geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self._backend,
+            )  # fmt: skip
+        return self._tables[key]
+
+    def touched(
+        self,
+        input_size: tuple[int, int],
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Padding = 0,
+        dilation: IntPair = 1,
+    ) -> ActiveSites:
+        """The input pixels that the active sites read, as the sites of an [N, 1, H, W] mask; kept by geometry.
+
+        What the layer before has to provide, and where the input's gradient is not zero.
+        """
+        geometry = Geometry.of(kernel_size, stride, padding, dilation)
+        self._check(input_size, geometry)
+        key = (tuple(input_size), geometry)
+        if key not in self._touched:
+            self._touched[key] = ActiveSites(
+                torch.ops.dynconv.touched(
+                    self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
+                    self._backend,
+                )
+            )  # fmt: skip
+        return self._touched[key]
+
+    def _check(self, input_size: tuple[int, int], geometry: Geometry) -> None:
+        if self.shape[1:] != geometry.output_size(*input_size):
+            raise ValueError(
+                f"mask: expected {list(geometry.output_size(*input_size))} sites for that convolution over an input "
+                f"of {list(input_size)}, got {list(self.shape[1:])}"
+            )
+
+    def __len__(self) -> int:
+        """The number of active sites. Waits for the device."""
+        return int(self.count)
+
+    @property
+    def density(self) -> float:
+        """The active share of all sites, 0 for none at all. Waits for the device."""
+        return len(self) / max(1, self.mask.numel())
+
+    def __repr__(self) -> str:
+        n, height, width = self.shape
+        return f"ActiveSites({n} x {height} x {width} on {self.mask.device})"
