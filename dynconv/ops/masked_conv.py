@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
@@ -99,8 +98,29 @@ def _backward(
             grad, input, weight, bias, mask, index, count, neighbours, gate, wanted, max(1, overlap)
         )
     else:
-        grads = _triton_backward(grad, input, weight, bias, mask, index, count, gate, stride, padding, dilation, wanted)
+        grads = _triton_backward(
+            grad, input, weight, bias, mask, index, count, gate, wanted,
+            stride=stride, padding=padding, dilation=dilation, allow_tf32=_allow_tf32(),
+        )  # fmt: skip
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+
+def _triton_backward(grad, input, weight, bias, mask, index, count, gate, wanted, **geometry):
+    kernels, compaction = _module("triton"), importlib.import_module("dynconv.kernels.compaction")
+    grad_input = grad_weight = grad_bias = grad_gate = None
+    if wanted[0]:
+        grad_input = _channels_last(input.shape, input).zero_()
+        where = (geometry["stride"], geometry["padding"], geometry["dilation"])
+        touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
+        inverse = compaction.inverse_map(index, count, index.numel())
+        kernels.input_grad(grad, weight, inverse, *compaction.compact(touched), gate, grad_input, **geometry)
+    if wanted[1]:
+        grad_weight = kernels.weight_grad(input, grad, index, count, gate, weight, **geometry)
+    if wanted[2]:
+        grad_bias = kernels.bias_grad(grad, index, count, gate)
+    if wanted[3]:
+        grad_gate = kernels.gate_grad(input, weight, bias, grad, index, count, **geometry).view(gate.shape)
+    return grad_input, grad_weight, grad_bias, grad_gate
 
 
 def _allow_tf32() -> bool:
@@ -108,9 +128,15 @@ def _allow_tf32() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
+def _in_place(out, input, *rest) -> None:
+    if torch._C._is_alias_of(out, input):
+        raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
+    _forward_into(out, input, *rest)
+
+
 for _key in ("CPU", "CUDA"):
     _library.impl("masked_conv2d", _forward, _key)
-    _library.impl("masked_conv2d_", _forward_into, _key)
+    _library.impl("masked_conv2d_", _in_place, _key)
     _library.impl("masked_conv2d_backward", _backward, _key)
 
 
@@ -161,7 +187,6 @@ class _MaskedConv2d(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         mask = ctx.saved_tensors[3]
         needs = ctx.needs_input_grad
@@ -174,7 +199,21 @@ class _MaskedConv2d(torch.autograd.Function):
         return (*grads[:3], None, None, None, None, grads[3], inactive, None, None, None, None)
 
 
+class _MaskedConv2dBackward(torch.autograd.Function):
+    """Here so that a second derivative is refused rather than silently taken as zero."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.dynconv.masked_conv2d_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("masked_conv2d: differentiable once, got a second derivative (create_graph=True)")
+
+
 _library.impl("masked_conv2d", _MaskedConv2d.apply, "Autograd")
+_library.impl("masked_conv2d_backward", _MaskedConv2dBackward.apply, "Autograd")
 
 
 @register_flop_formula(torch.ops.dynconv.masked_conv2d, get_raw=True)
@@ -360,8 +399,6 @@ def _check_out(out, inactive, input, weight, bias, sites) -> None:
     tracked = [t for t in (out, input, weight, bias, gate) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and tracked:
         raise ValueError("out: expected torch.no_grad() (it is for inference only), got tensors that need gradients")
-    if torch._C._is_alias_of(out, input):
-        raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
 
 
 @functools.cache

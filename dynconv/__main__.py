@@ -1,0 +1,32 @@
+"""python -m dynconv verify | bench | demo"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .cli import bench, demo, verify
+
+COMMANDS = {
+    "verify": (verify, "compare every op with its dense reference on this machine"),
+    "bench": (bench, "time dense against dynconv on published layers"),
+    "demo": (demo, "run a photo through a network that computes only what matters, or what changed"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status is 0 if every result was right."""
+    parser = argparse.ArgumentParser(prog="python -m dynconv", description="Sparse-compute ops for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        module.add_arguments(command)
+    chosen = parser.parse_args(arguments)
+    return COMMANDS[chosen.command][0].main(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

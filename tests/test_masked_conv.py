@@ -1,0 +1,612 @@
+"""masked_conv2d on every backend against the dense reference: values, gradients, contract."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ON_GPU, Target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynconv
+from dynconv import ActiveSites, masked_conv2d, reference
+from dynconv.ops import masked_conv as ops
+
+NAMES = ("input", "weight", "bias", "gate", "inactive")
+
+
+def integers(*shape, low=-3, high=4, dtype=torch.float32, seed=0):
+    """Integer values: every backend's sums are exact, whatever their order, so results must be equal."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_mask(n, height, width, density=0.5, seed=0):
+    return torch.rand(n, 1, height, width, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def case(n=2, cin=5, cout=7, size=(6, 5), kernel=(3, 3), stride=1, padding=1, dilation=1, dtype=torch.float32):
+    """Integer-valued operands, a gate among them, of one geometry."""
+    input = integers(n, cin, *size, dtype=dtype)
+    weight = integers(cout, cin, *kernel, dtype=dtype, seed=1)
+    bias = integers(cout, dtype=dtype, seed=2)
+    shape = F.conv2d(input.float(), weight.float(), None, stride, padding, dilation).shape
+    mask = random_mask(n, *shape[2:])
+    gate = torch.where(mask, integers(n, 1, *shape[2:], low=1, seed=3), 0).to(dtype)
+    inactive = integers(*shape, dtype=dtype, seed=4)
+    grad = integers(*shape, dtype=dtype, seed=5)
+    return (input, weight, bias, gate, inactive), grad, (stride, padding, dilation), mask
+
+
+def run(function, operands, grad, geometry, mask):
+    """[output, *gradients of whatever operand there is]; the mask where there is no gate."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in operands]
+    input, weight, bias, gate, inactive = leaves
+    chosen = mask if gate is None else gate
+    output = function(input, weight, bias, *geometry, mask=chosen, inactive=inactive)
+    output.backward(grad)
+    return [output.detach(), *(t.grad for t in leaves if t is not None)]
+
+
+def assert_equal_to_reference(target, operands, grad, geometry, mask):
+    to = lambda t: None if t is None else t.to(target.device)
+    double = [None if t is None else t.double() for t in operands]
+    expected = run(reference.masked_conv2d, double, grad.double(), geometry, mask)
+    with target.use():
+        actual = run(masked_conv2d, [to(t) for t in operands], to(grad), geometry, to(mask))
+    names = ["output", *(name for name, t in zip(NAMES, operands, strict=True) if t is not None)]
+    for name, want, have in zip(names, expected, actual, strict=True):
+        assert have.dtype == grad.dtype, name
+        assert torch.equal(have.cpu(), want.to(grad.dtype)), f"{name}: {(have.cpu() - want).abs().max()}"
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["mask", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_values_and_gradients_equal_the_reference(target, dtype, gated):
+    target.skip_unless(dtype)
+    operands, grad, geometry, mask = case(dtype=dtype, cin=3, cout=4, size=(5, 4))
+    if not gated:
+        operands = (*operands[:3], None, operands[4])
+    assert_equal_to_reference(target, operands, grad, geometry, mask)
+
+
+GEOMETRIES = {
+    "1x1": {"kernel": (1, 1), "padding": 0},
+    "1x1-stride-2": {"kernel": (1, 1), "padding": 0, "stride": 2},
+    "stride-2": {"stride": 2},
+    "stride-3-1": {"stride": (3, 1)},
+    "dilation-2": {"dilation": 2, "padding": 2},
+    "even-same": {"kernel": (2, 4), "padding": "same"},
+    "valid": {"padding": "valid"},
+    "5x2": {"kernel": (5, 2), "padding": (2, 0)},
+    "kernel-over-input": {"size": (2, 3), "kernel": (5, 5), "padding": 2},
+    "one-pixel": {"size": (1, 1)},
+    "one-channel": {"cin": 1, "cout": 1},
+    "17-to-33-channels": {"cin": 17, "cout": 33, "size": (3, 4)},
+    "no-sample": {"n": 0},
+    "stride-over-kernel": {"kernel": (1, 2), "stride": 3, "padding": 0},
+}
+
+
+# F.conv2d says so of its own dense path, when the test asks it for the output's shape.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(target, name):
+    assert_equal_to_reference(target, *case(**GEOMETRIES[name]))
+
+
+@st.composite
+def geometries(draw):
+    pair = lambda low, high: draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+    size, kernel, stride, dilation = pair(1, 8), pair(1, 4), pair(1, 3), pair(1, 2)
+    padding = pair(0, 3)
+    if any(s + 2 * p < d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
+        padding = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    return {
+        "n": draw(st.integers(1, 3)), "cin": draw(st.integers(1, 20)), "cout": draw(st.integers(1, 20)),
+        "size": size, "kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation,
+    }  # fmt: skip
+
+
+def check_random_case(backend, geometry, density, layout, seed):
+    operands, grad, where, _ = case(**geometry)
+    mask = random_mask(grad.shape[0], *grad.shape[2:], density, seed)
+    present = [t if keep else None for t, keep in zip(operands[2:], (seed & 1, 0, seed & 2), strict=True)]
+    operands = (LAYOUTS[layout](operands[0]), LAYOUTS[layout](operands[1]), *present)
+    assert_equal_to_reference(Target(backend), operands, LAYOUTS[layout](grad), where, mask)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+    "offset": lambda t: torch.cat([t[:, :1], t], 1).contiguous(memory_format=torch.channels_last)[:, 1:],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+densities = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
+
+
+@settings(max_examples=80, deadline=None)
+@given(geometries(), densities, st.sampled_from(list(LAYOUTS)), st.integers(0, 99))
+def test_random_cases_on_the_cpu(geometry, density, layout, seed):
+    check_random_case("cpu", geometry, density, layout, seed)
+
+
+@pytest.mark.gpu
+@settings(max_examples=12, deadline=None)
+@given(geometries(), densities, st.sampled_from(list(LAYOUTS)), st.integers(0, 99))
+def test_random_cases_in_triton(geometry, density, layout, seed):
+    check_random_case("triton", geometry, density, layout, seed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(target, layout):
+    operands, grad, geometry, mask = case()
+    change = LAYOUTS[layout]
+    operands = (change(operands[0]), change(operands[1]), operands[2], operands[3], change(operands[4]))
+    assert_equal_to_reference(target, operands, change(grad), geometry, mask)
+
+
+def test_expanded_gradient(target):
+    operands, grad, geometry, mask = case()
+    assert_equal_to_reference(target, operands, torch.ones(()).expand_as(grad), geometry, mask)
+
+
+@pytest.mark.parametrize("mask", ["empty", "full", "first-sample", "last-site", "broadcast-row"])
+def test_special_masks(target, mask):
+    operands, grad, geometry, _ = case(n=3)
+    n, _, height, width = grad.shape
+    masks = {
+        "empty": torch.zeros(n, 1, height, width, dtype=torch.bool),
+        "full": torch.ones(n, 1, height, width, dtype=torch.bool),
+        "first-sample": (torch.arange(n) == 0).view(n, 1, 1, 1),
+        "last-site": (torch.arange(n * height * width) == n * height * width - 1).view(n, 1, height, width),
+        "broadcast-row": (torch.arange(height) == 2).view(height, 1),
+    }
+    assert_equal_to_reference(target, (*operands[:3], None, operands[4]), grad, geometry, masks[mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_real_values_stay_within_the_bound(target, dtype):
+    """Any order of K products and sums in float32 errs by at most K * eps * sum |x w|, then rounds once."""
+    target.skip_unless(dtype)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(2, 24, 9, 8, generator=generator).to(dtype)
+    weight = torch.randn(20, 24, 3, 3, generator=generator).to(dtype)
+    mask = random_mask(2, 9, 8)
+    with target.use():
+        actual = masked_conv2d(*(t.to(target.device) for t in (input, weight)), padding=1, mask=mask.to(target.device))
+    expected = reference.masked_conv2d(input.double(), weight.double(), padding=1, mask=mask)
+    magnitude = reference.masked_conv2d(input.double().abs(), weight.double().abs(), padding=1, mask=mask)
+    terms = weight[0].numel()
+    bound = terms * torch.finfo(torch.float32).eps * magnitude
+    if dtype != torch.float32:
+        bound += torch.finfo(dtype).eps / 2 * (expected.abs() + bound)
+    assert ((actual.cpu().double() - expected).abs() <= bound).all()
+    assert (actual.cpu() != 0).any()
+
+
+def test_gradcheck(target):
+    operands, _, _, mask = case(n=1, cin=2, cout=2, size=(3, 4), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in operands]
+    operands[3] = torch.where(mask, operands[3].abs() + 0.5, 0)
+    # A finite difference must not move a skipped site's gate off zero: that would make the site active.
+    leaves = [t.to(target.device).requires_grad_() for t in operands]
+    on_device = mask.to(target.device)
+
+    def function(input, weight, bias, gate, inactive):
+        held = torch.where(on_device, gate, 0)
+        return masked_conv2d(input, weight, bias, (1, 2), 1, mask=held[..., ::2], inactive=inactive[..., ::2])
+
+    with target.use():
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_a_second_derivative_is_refused():
+    operands, _, _, mask = case()
+    input, weight = operands[0].requires_grad_(), operands[1].requires_grad_()
+    output = masked_conv2d(input, weight, padding=1, mask=mask)
+    # d/dweight of d/dinput exists although the loss is linear: it must not come out as "no gradient".
+    (grad,) = torch.autograd.grad(output.sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match="masked_conv2d: differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_only_skipped_sites_read_reaches_nothing(target, poison):
+    operands, grad, geometry, mask = case(n=3, size=(8, 8))
+    mask = random_mask(3, 8, 8, 0.1) & (torch.arange(3) < 2).view(3, 1, 1, 1)
+    read = ActiveSites(mask).touched((8, 8), 3, 1, 1).mask
+    assert not read.all() and read.any()
+    clean = (*operands[:2], operands[2], None, None)
+    dirty = (torch.where(read, operands[0], poison), *clean[1:])
+    dirty_grad = torch.where(mask, grad, poison)
+    with target.use():
+        on = lambda ts: [None if t is None else t.to(target.device) for t in ts]
+        expected = run(masked_conv2d, on(clean), grad.to(target.device), geometry, mask.to(target.device))
+        actual = run(masked_conv2d, on(dirty), dirty_grad.to(target.device), geometry, mask.to(target.device))
+    for want, have in zip(expected, actual, strict=True):
+        assert have.isfinite().all()
+        assert torch.equal(have, want)
+
+
+def test_uninitialised_memory_is_never_read(target):
+    """Deterministic mode fills torch.empty with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for operands, grad, geometry, mask in (case(), case(cin=17, cout=33, size=(9, 9))):
+            assert_equal_to_reference(target, operands, grad, geometry, mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_output_is_channels_last_and_gradients_are_full(target):
+    operands, grad, geometry, mask = case()
+    with target.use():
+        results = run(masked_conv2d, [t.to(target.device) for t in operands], grad.to(target.device), geometry, mask)
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    for operand, result in zip(operands, results[1:], strict=True):
+        assert result.shape == operand.shape
+
+
+def test_a_batch_equals_its_samples(target):
+    operands, _, geometry, mask = case(n=3)
+    input, weight, bias = (t.to(target.device) for t in operands[:3])
+    mask = mask.to(target.device)
+    with target.use():
+        together = masked_conv2d(input, weight, bias, *geometry, mask=mask)
+        alone = [
+            masked_conv2d(x[None], weight, bias, *geometry, mask=m[None]) for x, m in zip(input, mask, strict=True)
+        ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    mask = random_mask(2, 40, 40, 0.4)
+    input, weight = torch.randn(2, 40, 40, 40, generator=generator), torch.randn(50, 40, 3, 3, generator=generator)
+    gate = torch.where(mask, torch.rand(mask.shape, generator=generator) + 0.1, 0)
+    grad = torch.randn(2, 50, 40, 40, generator=generator)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(run(masked_conv2d, (input, weight, None, gate, None), grad, (1, 1, 1), mask))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_the_same_bits_at_every_call(target):
+    operands, grad, geometry, mask = case(cin=20, cout=20, size=(9, 9))
+    operands = [torch.randn(t.shape, generator=torch.Generator().manual_seed(6)).to(target.device) for t in operands]
+    operands[3] = torch.where(mask.to(target.device), operands[3], 0)
+    with target.use():
+        first, second = (run(masked_conv2d, operands, grad.to(target.device), geometry, None) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_shared_sites_serve_several_layers(target):
+    operands, _, geometry, mask = case(cin=4, cout=4)
+    input, weight = operands[0].to(target.device), operands[1].to(target.device)
+    mask = mask.to(target.device)
+    with target.use():
+        sites = ActiveSites(mask)
+        for _ in range(2):
+            shared = masked_conv2d(input, weight, None, *geometry, mask=sites)
+            assert torch.equal(shared, masked_conv2d(input, weight, None, *geometry, mask=mask))
+            input = shared
+
+
+def test_no_mask_is_conv2d(target):
+    operands, _, geometry, _ = case(dtype=torch.float64)
+    input, weight, bias = (t.to(target.device) for t in operands[:3])
+    with target.use():
+        output = masked_conv2d(input, weight, bias, *geometry)
+    assert torch.equal(output, F.conv2d(input, weight, bias, *geometry))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+class TestInPlace:
+    def operands(self, target):
+        operands, grad, geometry, mask = case()
+        input, weight, bias, gate, inactive = (t.to(target.device) for t in operands)
+        out = inactive.contiguous(memory_format=torch.channels_last)
+        return input, weight, bias, gate, out, geometry, mask.to(target.device)
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_only_active_sites_change(self, target, gated):
+        input, weight, bias, gate, out, geometry, mask = self.operands(target)
+        chosen = gate if gated else mask
+        expected = reference.masked_conv2d(input, weight, bias, *geometry, mask=chosen, inactive=out)
+        with target.use(), torch.no_grad():
+            result = masked_conv2d(input, weight, bias, *geometry, mask=chosen, out=out)
+        assert result is out
+        assert torch.equal(out, expected)
+
+    def test_nothing_else_is_read_or_written(self, target):
+        input, weight, bias, _, out, geometry, mask = self.operands(target)
+        out.masked_fill_(~mask, float("nan"))
+        with target.use():
+            masked_conv2d(input, weight, bias, *geometry, mask=mask, out=out)
+        assert out.isnan().equal((~mask).expand_as(out))
+
+    def test_refusals_leave_out_untouched(self, target):
+        input, weight, bias, gate, out, geometry, mask = self.operands(target)
+        before = out.clone()
+        refusals = [
+            ({"mask": mask, "out": out, "inactive": out}, ValueError, "out: expected no `inactive`"),
+            ({"mask": mask, "out": out.contiguous()}, ValueError, "out: expected a channels_last tensor"),
+            ({"mask": mask, "out": out[:1]}, ValueError, r"out: expected shape \[2, 7, 6, 5\], got"),
+            ({"mask": mask, "out": out.double()}, TypeError, "out: expected torch.float32"),
+            ({"mask": mask, "out": 3}, TypeError, "out: expected a tensor, got int"),
+            ({"mask": gate.requires_grad_(), "out": out}, ValueError, r"out: expected torch.no_grad\(\)"),
+            ({"mask": mask[..., :2], "out": out}, ValueError, "mask: expected a shape that broadcasts"),
+        ]
+        with target.use():
+            for keywords, error, match in refusals:
+                with pytest.raises(error, match=match):
+                    masked_conv2d(input, weight, bias, *geometry, **keywords)
+            with pytest.raises(ValueError, match=r"out: expected torch.no_grad\(\)"):
+                masked_conv2d(input, weight.requires_grad_(), bias, *geometry, mask=mask, out=out)
+            square = integers(7, 7, 3, 3).to(target.device)
+            with pytest.raises(ValueError, match="out: expected memory of its own"):
+                masked_conv2d(out, square, padding=1, mask=mask, out=out)
+        assert torch.equal(out, before)
+
+
+def bad(change, error, match):
+    return pytest.param(change, error, match, id=match[:40])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        bad({"input": [[1.0]]}, TypeError, "input: expected a tensor, got list"),
+        bad({"input": torch.zeros(2, 5, 6, 5, dtype=torch.int32)}, TypeError, "input: expected a float32.*got torch.int32"),
+        bad({"input": torch.zeros(5, 6, 5)}, ValueError, r"input: expected shape \[N, Cin, H, W\], got \[5, 6, 5\]"),
+        bad({"input": torch.zeros(2, 5, 1, 1), "padding": 0}, ValueError, "input: expected a padded height of at least 3"),
+        bad({"weight": torch.zeros(7, 5, 3)}, ValueError, "weight: expected shape"),
+        bad({"weight": torch.zeros(7, 4, 3, 3)}, ValueError, "weight: expected 5 input channels"),
+        bad({"weight": torch.zeros(7, 5, 3, 3).double()}, TypeError, "weight: expected torch.float32, the input's type"),
+        bad({"weight": torch.zeros(7, 5, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on"),
+        bad({"bias": torch.zeros(6)}, ValueError, r"bias: expected shape \[7\], got \[6\]"),
+        bad({"bias": torch.zeros(7).half()}, TypeError, "bias: expected torch.float32"),
+        bad({"bias": 1.0}, TypeError, "bias: expected a tensor, got float"),
+        bad({"stride": 0}, ValueError, "stride: expected values of at least 1, got 0"),
+        bad({"stride": 1.5}, TypeError, "stride: expected an int or a pair of ints, got 1.5"),
+        bad({"stride": (1, 2, 3)}, TypeError, "stride: expected an int or a pair"),
+        bad({"padding": -1}, ValueError, "padding: expected values of at least 0, got -1"),
+        bad({"padding": "full"}, ValueError, "padding: expected an int, a pair, 'same' or 'valid', got 'full'"),
+        bad({"padding": "same", "stride": 2}, ValueError, "padding: 'same' needs stride 1"),
+        bad({"dilation": (1, 0)}, ValueError, "dilation: expected values of at least 1"),
+        bad({"groups": 2}, ValueError, "groups: expected a divisor of Cin = 5 and Cout = 7, got 2"),
+        bad({"groups": "all"}, TypeError, "groups: expected an int, got 'all'"),
+        bad({"mask": torch.ones(2, 1, 6, 4, dtype=torch.bool)}, ValueError, "mask: expected a shape that broadcasts"),
+        bad({"mask": torch.ones(2, 7, 6, 5, dtype=torch.bool)}, ValueError, "mask: expected a shape that broadcasts"),
+        bad({"mask": torch.ones(2, 1, 6, 5, dtype=torch.uint8)}, TypeError, "mask: expected a bool or floating tensor"),
+        bad({"mask": "all"}, TypeError, "mask: expected a bool or floating tensor, got str"),
+        bad({"mask": torch.ones(2, 1, 6, 5, device="meta")}, ValueError, "mask: expected a mask on"),
+        bad({"inactive": torch.zeros(2, 7, 6, 4)}, ValueError, "inactive: expected shape"),
+        bad({"inactive": torch.zeros(2, 7, 6, 5).half()}, TypeError, "inactive: expected torch.float32"),
+        bad({"inactive": 0.0}, TypeError, "inactive: expected a tensor, got float"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_by_name(change, error, match):
+    operands, _, _, mask = case()
+    arguments = {"input": operands[0], "weight": operands[1], "bias": operands[2], "padding": 1, "mask": mask}
+    with pytest.raises(error, match=match):
+        masked_conv2d(**{**arguments, **change})
+
+
+def test_sites_of_another_shape_are_refused():
+    operands, _, _, _ = case()
+    with pytest.raises(ValueError, match=r"mask: expected sites of \[2, 6, 5\]"):
+        masked_conv2d(*operands[:2], padding=1, mask=ActiveSites(random_mask(2, 4, 4)))
+
+
+def test_groups_take_the_dense_path_and_say_so_once():
+    ops.warn_once.cache_clear()
+    input, weight = integers(2, 4, 5, 5), integers(6, 2, 3, 3)
+    mask = random_mask(2, 5, 5)
+    with pytest.warns(UserWarning, match="groups > 1 computes every site"):
+        output = masked_conv2d(input, weight, padding=1, groups=2, mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masked_conv2d(input, weight, padding=1, groups=2, mask=mask)
+    assert torch.equal(output, torch.where(mask, F.conv2d(input, weight, padding=1, groups=2), 0))
+
+
+def test_groups_keep_nan_of_skipped_sites_out_of_gradients():
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 0, 0] = True
+    input = integers(1, 4, 6, 6)
+    input[..., 4:, 4:] = float("nan")
+    weight = integers(4, 1, 3, 3).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        masked_conv2d(input, weight, padding=1, groups=4, mask=mask).sum().backward()
+    assert weight.grad.isfinite().all() and (weight.grad != 0).any()
+
+
+class TestRegistration:
+    def arguments(self, target, dtype=torch.float32):
+        operands, grad, _, mask = case(n=1, cin=3, cout=4, size=(4, 4), dtype=dtype)
+        input, weight, bias, gate, inactive = (t.to(target.device) for t in operands)
+        mask = mask.to(target.device)
+        with target.use():
+            sites = ActiveSites(mask)
+            table = sites.neighbours((4, 4), 3, 1, 1) if target.backend == "cpu" else None
+        site_operands = (sites.mask, sites.index, sites.count, table, gate)
+        return (input, weight, bias), site_operands, inactive, ((1, 1), (1, 1), (1, 1), target.backend), grad
+
+    def test_opcheck_forward(self, target):
+        operands, sites, inactive, where, _ = self.arguments(target)
+        for t in (*operands, sites[-1], inactive):
+            t.requires_grad_()
+        torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, (*operands, *sites, inactive, *where))
+
+    def test_opcheck_backward(self, target):
+        operands, sites, _, where, grad = self.arguments(target)
+        for wanted in ([True] * 4, [True, False, True, False], [False, True, False, True]):
+            arguments = (grad.to(target.device), *operands, *sites, *where, wanted)
+            torch.library.opcheck(torch.ops.dynconv.masked_conv2d_backward.default, arguments)
+
+    def test_opcheck_in_place(self, target):
+        operands, sites, inactive, where, _ = self.arguments(target)
+        out = inactive.contiguous(memory_format=torch.channels_last)
+        torch.library.opcheck(torch.ops.dynconv.masked_conv2d_.default, (out, *operands, *sites, *where))
+
+    def test_opcheck_sites(self, target):
+        full = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=target.device)  # no unspecified entries to compare
+        with target.use():
+            sites = ActiveSites(full)
+        name, geometry = target.backend, ((4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1))
+        torch.library.opcheck(torch.ops.dynconv.compact.default, (full, name))
+        torch.library.opcheck(torch.ops.dynconv.inverse_map.default, (sites.index, sites.count, name))
+        torch.library.opcheck(torch.ops.dynconv.neighbours.default, (sites.index, sites.count, *geometry, name))
+        torch.library.opcheck(torch.ops.dynconv.touched.default, (full, *geometry[1:], name))
+
+    def test_a_wrong_fake_would_be_caught(self, target):
+        """opcheck compares strides: the op's fake and its result agree for an input of any layout."""
+        operands, sites, _, where, _ = self.arguments(target)
+        for change in LAYOUTS.values():
+            input = change(operands[0])
+            torch.library.opcheck(
+                torch.ops.dynconv.masked_conv2d.default, (input, *operands[1:], *sites, None, *where),
+                test_utils=["test_faketensor"],
+            )  # fmt: skip
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def without_geometry(block):
+    return lambda input, weight, bias, mask, inactive: block(input, weight, bias, mask, inactive)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_forward_and_backward(target, dynamic, fresh_dynamo):
+    backend = "inductor" if ON_GPU or target.backend == "cpu" else "aot_eager"  # the interpreter is not traceable
+
+    def block(input, weight, bias, gate, inactive):
+        hidden = masked_conv2d(input, weight, bias, padding=1, mask=gate, inactive=inactive)
+        return hidden.relu() * 2
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=backend)
+    with target.use():
+        for size in [(6, 5), (7, 9)]:
+            operands, grad, _, mask = case(size=size)
+            operands, grad = [t.to(target.device) for t in operands], grad.to(target.device)
+            expected = run(without_geometry(block), operands, grad, (), mask)
+            actual = run(without_geometry(compiled), operands, grad, (), mask)
+            for want, have in zip(expected, actual, strict=True):
+                assert torch.equal(want, have)
+
+
+def test_compile_in_place_and_shared_sites(target, fresh_dynamo):
+    operands, _, _, mask = case(cin=4, cout=4)
+    input, weight, mask = operands[0].to(target.device), operands[1].to(target.device), mask.to(target.device)
+
+    def stack(input, mask, first, second):
+        sites = ActiveSites(mask)
+        hidden = masked_conv2d(input, weight, padding=1, mask=sites, out=first)
+        return masked_conv2d(hidden, weight, padding=1, mask=sites, out=second)
+
+    def caches():
+        return [integers(2, 4, 6, 5, seed=s).to(target.device, memory_format=torch.channels_last) for s in (7, 8)]
+
+    with target.use(), torch.no_grad():
+        eager, compiled = caches(), caches()
+        expected = stack(input, mask, *eager)
+        actual = torch.compile(stack, fullgraph=True, backend="aot_eager")(input, mask, *compiled)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_export(target):
+    layer = dynconv.nn.MaskedConv2d(3, 4, 3, padding=1).to(target.device)
+    input, mask = torch.randn(2, 3, 6, 6, device=target.device), random_mask(2, 6, 6).to(target.device)
+    with target.use():
+        program = torch.export.export(layer, (input, mask))
+        assert torch.equal(program.module()(input, mask), layer(input, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_that_of_conv2d(target, dtype):
+    target.skip_unless(dtype)
+    operands, grad, geometry, mask = case()
+    input, weight, bias = (t.to(target.device).requires_grad_() for t in operands[:3])
+    with target.use(), torch.autocast(target.device.type, dtype):
+        output = masked_conv2d(input, weight, bias, *geometry, mask=mask.to(target.device))
+        dense = F.conv2d(input, weight, bias, *geometry)
+    assert output.dtype == dense.dtype == dtype
+    assert torch.equal(output.cpu(), torch.where(mask, dense.cpu(), 0))
+    output.float().sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_flops_follow_the_active_sites(target):
+    operands, grad, geometry, mask = case()
+    with target.use():
+        leaves = [t.to(target.device).requires_grad_() for t in operands[:3]]
+        with FlopCounterMode(display=False) as counter:
+            output = masked_conv2d(*leaves, *geometry, mask=mask.to(target.device))
+        assert counter.get_total_flops() == 2 * int(mask.sum()) * 7 * 5 * 9
+        with FlopCounterMode(display=False) as counter:
+            output.backward(grad.to(target.device))
+        assert counter.get_total_flops() == 4 * int(mask.sum()) * 7 * 5 * 9
+
+
+def test_gate_semantics(target):
+    """A gate is where(gate != 0, gate * conv, inactive), differentiable at the active sites only."""
+    operands, grad, geometry, _ = case()
+    gate = torch.tensor([0.0, 2.0, -1.0]).repeat(20).view(2, 1, 6, 5).to(target.device).requires_grad_()
+    input, weight, bias = (t.to(target.device) for t in operands[:3])
+    with target.use():
+        output = masked_conv2d(input, weight, bias, *geometry, mask=gate)
+    conv = F.conv2d(input, weight, bias, *geometry)
+    assert torch.equal(output, gate.detach() * conv)
+    output.backward(grad.to(target.device))
+    expected = (grad.to(target.device) * conv).sum(1, keepdim=True)
+    assert torch.equal(gate.grad, torch.where(gate != 0, expected, 0))
+
+
+def test_a_broadcast_gate_sums_its_gradient(target):
+    operands, grad, geometry, _ = case(n=3)
+    gate = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1)
+    assert_equal_to_reference(target, (*operands[:3], gate, operands[4]), grad, geometry, None)
+
+
+def test_forced_backends_are_checked(monkeypatch):
+    operands, _, _, mask = case()
+    with pytest.raises(ValueError, match="backend: expected one of triton, cpu, reference, got 'gpu'"):
+        dynconv.backend("gpu").__enter__()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with dynconv.backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        masked_conv2d(*operands[:2], padding=1, mask=mask)
+    with dynconv.backend("reference"), dynconv.backend("cpu"):
+        assert dynconv._backend._forced == "cpu"
+    assert dynconv._backend._forced is None
+
+
+def test_backends_agree():
+    operands, grad, geometry, mask = case()
+    results = []
+    for name in dynconv._backend.BACKENDS:
+        target = Target(name)
+        with target.use():
+            moved = [t.to(target.device) for t in operands]
+            results.append([t.cpu() for t in run(masked_conv2d, moved, grad.to(target.device), geometry, mask)])
+    for one, two in itertools.pairwise(results):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -1,0 +1,119 @@
+"""ActiveSites: order, count, inverse, neighbour table and the pixels that a mask reads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dynconv
+from dynconv import ActiveSites
+
+
+def random_mask(n, height, width, density, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 1, height, width, generator=generator) < density
+
+
+@pytest.mark.parametrize("density", [0, 0.02, 0.5, 1])
+@pytest.mark.parametrize("shape", [(0, 4, 4), (1, 1, 1), (2, 7, 5), (3, 40, 33)], ids=str)
+def test_index_is_ordered_and_inverse_undoes_it(target, shape, density):
+    mask = random_mask(*shape, density).to(target.device)
+    with target.use():
+        sites = ActiveSites(mask)
+        expected = mask.flatten().nonzero().flatten()
+        assert len(sites) == expected.numel()
+        assert sites.index.dtype == torch.int32 and sites.index.shape == (mask.numel(),)
+        assert torch.equal(sites.index[: len(sites)].long(), expected)
+        inverse = torch.full_like(sites.index, -1)
+        inverse[expected] = torch.arange(expected.numel(), dtype=torch.int32, device=target.device)
+        assert torch.equal(sites.inverse, inverse)
+        assert sites.shape == shape
+        assert sites.density == pytest.approx(expected.numel() / max(1, mask.numel()))
+
+
+def test_compaction_across_many_blocks(target):
+    mask = random_mask(3, 97, 101, 0.3).to(target.device)
+    with target.use():
+        sites = ActiveSites(mask)
+    assert torch.equal(sites.index[: len(sites)].long(), mask.flatten().nonzero().flatten())
+
+
+def table_by_definition(mask, input_size, kernel, stride, padding, dilation):
+    height, width = input_size
+    rows = []
+    for n, oy, ox in mask[:, 0].nonzero().tolist():
+        row = []
+        for ky in range(kernel[0]):
+            for kx in range(kernel[1]):
+                y = oy * stride[0] - padding[0] + ky * dilation[0]
+                x = ox * stride[1] - padding[1] + kx * dilation[1]
+                inside = 0 <= y < height and 0 <= x < width
+                row.append((n * height + y) * width + x if inside else -1)
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, kernel[0] * kernel[1])
+
+
+pairs = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=pairs(1, 7), kernel=pairs(1, 4), stride=pairs(1, 3), padding=pairs(0, 3), dilation=pairs(1, 2),
+    seed=st.integers(0, 99), backend=st.sampled_from(["cpu", "triton"]),
+)  # fmt: skip
+def test_neighbours_and_touched_follow_their_definition(size, kernel, stride, padding, dilation, seed, backend):
+    output = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in zip(size, kernel, stride, padding, dilation)]
+    if min(output) < 1 or any(s + 2 * p < d * (k - 1) + 1 for s, k, p, d in zip(size, kernel, padding, dilation)):
+        return
+    mask = random_mask(2, *output, 0.4, seed)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    with dynconv.backend(backend):
+        sites = ActiveSites(mask.to(device))
+        table = sites.neighbours(size, kernel, stride, padding, dilation)
+        expected = table_by_definition(mask, size, kernel, stride, padding, dilation)
+        assert torch.equal(table[: len(sites)].cpu(), expected)
+        touched = torch.zeros(2 * size[0] * size[1], dtype=torch.bool)
+        touched[expected[expected >= 0].long()] = True
+        assert torch.equal(sites.touched(size, kernel, stride, padding, dilation).mask.cpu().flatten(), touched)
+
+
+def test_tables_are_made_once():
+    sites = ActiveSites(random_mask(1, 6, 6, 0.5))
+    assert sites.neighbours((6, 6), 3, 1, 1) is sites.neighbours((6, 6), (3, 3), (1, 1), "same")
+    assert sites.touched((6, 6), 3, 1, 1) is sites.touched((6, 6), 3, padding=1)
+    assert sites.inverse is sites.inverse
+
+
+@pytest.mark.parametrize(
+    ("mask", "size", "error", "match"),
+    [
+        ([1, 0], None, TypeError, "mask: expected a bool or floating tensor, got list"),
+        (torch.ones(1, 1, 2, 2, dtype=torch.int64), None, TypeError, "mask: .*got torch.int64"),
+        (torch.ones(2, 2, dtype=torch.bool), None, ValueError, r"mask: expected shape \[N, 1, Ho, Wo\]"),
+        (torch.ones(1, 3, 2, 2, dtype=torch.bool), None, ValueError, r"mask: expected shape \[N, 1, Ho, Wo\]"),
+        (torch.ones(1, 1, 2, 3, dtype=torch.bool), (1, 2, 2), ValueError, r"broadcasts to \[1, 1, 2, 2\]"),
+        (torch.ones(1, 1, 1, 2, 2, dtype=torch.bool), (1, 2, 2), ValueError, "broadcasts to"),
+        (torch.ones(1, 1, 1, 1, dtype=torch.bool), (2**11, 2**10, 2**10), ValueError, r"fewer than 2\^31"),
+    ],
+    ids=["list", "int64", "2-d", "channels", "width", "5-d", "too-many"],
+)
+def test_bad_masks_are_refused(mask, size, error, match):
+    with pytest.raises(error, match=match):
+        ActiveSites(mask, size)
+
+
+def test_sites_of_another_geometry_are_refused():
+    with pytest.raises(ValueError, match=r"mask: expected \[4, 4\] sites"):
+        ActiveSites(random_mask(1, 6, 6, 0.5)).neighbours((6, 6), 3)
+
+
+def test_broadcast_masks_expand_to_every_site():
+    sites = ActiveSites(torch.tensor([True, False]).view(2, 1, 1, 1), (2, 3, 4))
+    assert sites.shape == (2, 3, 4) and len(sites) == 12 and sites.density == 0.5
+
+
+def test_gate_keeps_its_graph_and_its_zeros_are_inactive():
+    gate = torch.tensor([0.0, 0.5, -0.0, 2.0]).view(1, 1, 2, 2).requires_grad_()
+    sites = ActiveSites(gate)
+    assert sites.index[: len(sites)].tolist() == [1, 3]
+    assert sites.gate.requires_grad
