@@ -315,7 +315,7 @@ def test_no_mask_is_conv2d(target):
 
 class TestInPlace:
     def operands(self, target):
-        operands, grad, geometry, mask = case()
+        operands, _, geometry, mask = case()
         input, weight, bias, gate, inactive = (t.to(target.device) for t in operands)
         out = inactive.contiguous(memory_format=torch.channels_last)
         return input, weight, bias, gate, out, geometry, mask.to(target.device)
@@ -369,12 +369,12 @@ def bad(change, error, match):
     ("change", "error", "match"),
     [
         bad({"input": [[1.0]]}, TypeError, "input: expected a tensor, got list"),
-        bad({"input": torch.zeros(2, 5, 6, 5, dtype=torch.int32)}, TypeError, "input: expected a float32.*got torch.int32"),
+        bad({"input": torch.zeros(2, 5, 6, 5).int()}, TypeError, "input: expected a float32.*got torch.int32"),
         bad({"input": torch.zeros(5, 6, 5)}, ValueError, r"input: expected shape \[N, Cin, H, W\], got \[5, 6, 5\]"),
-        bad({"input": torch.zeros(2, 5, 1, 1), "padding": 0}, ValueError, "input: expected a padded height of at least 3"),
+        bad({"input": torch.zeros(2, 5, 1, 1), "padding": 0}, ValueError, "input: expected a padded height"),
         bad({"weight": torch.zeros(7, 5, 3)}, ValueError, "weight: expected shape"),
         bad({"weight": torch.zeros(7, 4, 3, 3)}, ValueError, "weight: expected 5 input channels"),
-        bad({"weight": torch.zeros(7, 5, 3, 3).double()}, TypeError, "weight: expected torch.float32, the input's type"),
+        bad({"weight": torch.zeros(7, 5, 3, 3).double()}, TypeError, "weight: expected torch.float32"),
         bad({"weight": torch.zeros(7, 5, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on"),
         bad({"bias": torch.zeros(6)}, ValueError, r"bias: expected shape \[7\], got \[6\]"),
         bad({"bias": torch.zeros(7).half()}, TypeError, "bias: expected torch.float32"),
@@ -545,7 +545,7 @@ def test_export(target):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_is_that_of_conv2d(target, dtype):
     target.skip_unless(dtype)
-    operands, grad, geometry, mask = case()
+    operands, _, geometry, mask = case()
     input, weight, bias = (t.to(target.device).requires_grad_() for t in operands[:3])
     with target.use(), torch.autocast(target.device.type, dtype):
         output = masked_conv2d(input, weight, bias, *geometry, mask=mask.to(target.device))

@@ -39,6 +39,7 @@ from ._threads import COMPUTE, kernel, workers
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
 GATHERED = 56 * 1024
 DEPTH = 1152
+_SERIAL = 1 << 15  # elements that a second thread has to save before it is worth waking
 
 
 @njit(inline="always")
@@ -314,11 +315,11 @@ def _packed(weight: Tensor, by_output: bool) -> Tensor:
     if by_output:
         chunk = 16 * lanes
         chunks = _ceil(taps * cin, chunk)
-        threads = workers(_ceil(panels * chunks, 16))
+        threads = workers(size // _SERIAL)
         shape = (cout, taps * cin, lanes, chunk, chunks)
         _run_pack_by_output(weight.dtype, threads, weight.data_ptr(), packed.data_ptr(), *shape)
     else:
-        threads = workers(_ceil(size, 1 << 14))
+        threads = workers(size // _SERIAL)
         _run_pack_by_input(weight.dtype, threads, weight.data_ptr(), packed.data_ptr(), cout, taps, cin, lanes)
     return packed
 
@@ -426,7 +427,7 @@ def _grad_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:
     channels = grad.shape[1]
     rows = torch.empty(count + ROWS, channels, dtype=COMPUTE.get(grad.dtype, torch.float32))
     rows[count:] = 0
-    chunk, threads = 64, workers(_ceil(count, 64))
+    chunk, threads = 64, workers(count * channels // _SERIAL)
     sizes = (count, channels, chunk)
     _run_gather_rows(grad.dtype, threads, grad.data_ptr(), rows.data_ptr(), index.data_ptr(), *sizes)
     return rows

@@ -76,6 +76,7 @@ _run_compact = kernel(_compact)
 _run_inverse = kernel(_inverse)
 _run_neighbours = kernel(_neighbours)
 _CHUNK = 512
+_SERIAL = 1 << 14  # entries that a second thread has to save before it is worth waking
 
 
 def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +91,7 @@ def inverse(index: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Each site's position in the index, or -1."""
     inverse = torch.full_like(index, -1)
     n = int(count)
-    _run_inverse(torch.float32, workers(-(-n // _CHUNK)), index.data_ptr(), inverse.data_ptr(), n, _CHUNK)
+    _run_inverse(torch.float32, workers(n // _SERIAL), index.data_ptr(), inverse.data_ptr(), n, _CHUNK)
     return inverse
 
 
@@ -99,5 +100,5 @@ def neighbours(index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ..
     taps = geometry[4] * geometry[5]
     table = torch.empty(index.numel(), taps, dtype=torch.int32)
     n = int(count)
-    _run_neighbours(torch.float32, workers(-(-n // _CHUNK)), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry)
+    _run_neighbours(torch.float32, workers(n * taps // _SERIAL), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry)
     return table
