@@ -292,6 +292,27 @@ def test_the_same_bits_at_every_call(target):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("wide", ["input", "output"])
+def test_more_than_2_to_the_31_elements(target, wide):
+    """Only the last site is active, so of the huge tensor only the last pixel's memory is ever touched."""
+    if target.device.type == "cpu" and target.backend == "triton":
+        pytest.skip("a grid over 2^20 sites takes minutes in Triton's interpreter; it runs on a GPU")
+    channels, side = 2100, 1024
+    assert channels * side * side > 2**31
+    cin, cout = (channels, 3) if wide == "input" else (3, channels)
+    empty = {"dtype": torch.float16, "device": target.device, "memory_format": torch.channels_last}
+    input, out = torch.empty(1, cin, side, side, **empty), torch.empty(1, cout, side, side, **empty)
+    pixel = input[..., -1:, -1:].copy_(integers(1, cin, 1, 1))
+    weight = integers(cout, cin, 1, 1, dtype=torch.float16, low=0, high=2, seed=1).to(target.device)
+    weight[:, 8:] = 0  # small sums are exact in float16
+    mask = torch.zeros(1, 1, side, side, dtype=torch.bool, device=target.device)
+    mask[..., -1, -1] = True
+    with target.use():
+        masked_conv2d(input, weight, mask=mask, out=out)
+    expected = F.conv2d(pixel.double(), weight.double())
+    assert torch.equal(out[..., -1:, -1:].double(), expected) and expected.any()
+
+
 def test_shared_sites_serve_several_layers(target):
     operands, _, geometry, mask = case(cin=4, cout=4)
     input, weight = operands[0].to(target.device), operands[1].to(target.device)

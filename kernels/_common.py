@@ -1,0 +1,117 @@
+"""What every kernel family shares: the target it runs on, its arithmetic, and index arithmetic on a grid."""
+
+import contextlib
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+def on_device(tensor):
+    """Context in which a launch goes to the tensor's device (Triton launches on the current one)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def architecture():
+    """Row of the config tables for the current device: "sm_80", "sm_90", "sm_100", "gfx942" or "default"."""
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # no GPU: Triton's interpreter
+        return "default"
+    return architecture_of(target.backend, target.arch)
+
+
+@functools.cache
+def architecture_of(backend, arch):
+    if backend == "cuda":
+        # sm_86, 87, 89 and 12x have less shared memory than their family's first member: they take the default.
+        return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(arch, "default")
+    return "gfx942" if str(arch).startswith("gfx942") else "default"
+
+
+def accumulator(dtype):
+    """Sums run in fp32 for fp16, bf16 and fp32, and in fp64 for fp64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def arithmetic(dtype, allow_tf32):
+    """Class of the matrix product, the key of the config tables: "half", "tf32", "ieee" or "double"."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    if dtype == torch.float64:
+        return "double"
+    if dtype == torch.float32:
+        return "tf32" if allow_tf32 and _has_tf32() else "ieee"
+    raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def _has_tf32():
+    # On AMD only gfx942 takes "tf32"; the interpreter takes it and computes in fp32.
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        return True
+    return target.backend == "cuda" or str(target.arch).startswith("gfx942")
+
+
+def bucket(channels, buckets):
+    """Smallest of the ascending `buckets` that holds `channels`, else the largest."""
+    for size in buckets:
+        if channels <= size:
+            return size
+    return buckets[-1]
+
+
+def unit(channels):
+    """Largest power of two up to 8 that divides `channels`: 8 half-precision channels are one 16-byte load.
+
+    Triton itself looks no finer than divisibility by 16, which 24, 40 or 72 channels do not have.
+    """
+    return math.gcd(channels, 8)
+
+
+@functools.cache
+def divisor(size):
+    """(size, multiplier, shift) for split_site: n // size = (umulhi(n, multiplier) + n) >> shift, 0 <= n < 2**31.
+
+    A kernel divides a vector of sites by sizes that it cannot know at compile time; the hardware has no integer
+    division, and the compiler's stand-in was over half of the instructions in wgrad's inner loop.
+    """
+    shift = (size - 1).bit_length()
+    multiplier = ((1 << 32) * ((1 << shift) - size)) // size + 1
+    # The kernel takes it as the 32 bits of an int32: beyond int32 Triton would pass 64 bits.
+    return size, multiplier - (1 << 32) if multiplier >= 1 << 31 else multiplier, shift
+
+
+@triton.jit
+def divide(dividend, multiplier, shift):
+    """dividend // size, exact for 0 <= dividend < 2**31; see divisor."""
+    n = dividend.to(tl.uint32, bitcast=True)
+    high = tl.umulhi(n, tl.zeros_like(n) + multiplier.to(tl.uint32, bitcast=True))
+    return ((high + n) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def split_site(site, height, height_multiplier, height_shift, width, width_multiplier, width_shift):
+    """Flat site -> (sample, y, x), each int32. height and width come with the constants of `divisor`."""
+    row = divide(site, width_multiplier, width_shift)
+    sample = divide(row, height_multiplier, height_shift)
+    return sample, row - sample * height, site - row * width
+
+
+@triton.jit
+def is_inside(y, x, height, width):
+    """0 <= y < height and 0 <= x < width, with one unsigned comparison for each axis."""
+    return (y.to(tl.uint32, bitcast=True) < height) & (x.to(tl.uint32, bitcast=True) < width)
+
+
+@triton.jit
+def undo_stride(y, x, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
+    """(y, x) / stride, and whether both divisions are exact."""
+    if STRIDE_H == 1 and STRIDE_W == 1:
+        exact = y == y
+    else:
+        exact = (y % STRIDE_H == 0) & (x % STRIDE_W == 0)
+    return y // STRIDE_H, x // STRIDE_W, exact

@@ -1,0 +1,387 @@
+"""`python -m dynconv`: what is right passes, what is wrong fails, and the numbers are what they say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dynconv
+from dynconv.__main__ import main
+from dynconv.cli import bounds, demo, extra, scaling, timing, verify
+from dynconv.cli.bench import Row, crossover, geometric_mean, measure, summarise
+from dynconv.cli.layers import LAYERS, Layer, blob_mask, patch, random_mask, reached
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Layer("tiny", 12, 10, 8, 16, 3)
+QUANTITIES = {"output", "in place", "grad input", "grad weight", "grad bias", "grad gate", "grad inactive"}
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The op with a result that is slightly off."""
+    right = dynconv.masked_conv2d
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        return result * 1.001 if options.get("out") is None else result.mul_(1.001)
+
+    monkeypatch.setattr(dynconv, "masked_conv2d", wrong)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(LAYERS, "resnet50", (TINY,))
+
+
+# --- bounds
+
+
+def test_a_sum_lies_within_its_bound_and_a_wrong_one_does_not():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 500, generator=generator), torch.randn(500, 64, generator=generator)
+    expected, magnitude = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    bound = bounds.Arithmetic(torch.float32).bound(expected, magnitude, 500)
+    assert bounds.judge(a @ b, expected, bound).passed
+    one_term_short = a[:, 1:] @ b[1:]
+    assert not bounds.judge(one_term_short, expected, bound).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_one_rounding_is_allowed_and_two_units_are_not(dtype):
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bound = bounds.Arithmetic(dtype).bound(exact, torch.zeros_like(exact), 0)
+    assert bounds.judge(exact.to(dtype), exact, bound).passed
+    assert not bounds.judge(exact.to(dtype) * (1 + 4 * torch.finfo(dtype).eps), exact, bound).passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_fails(value):
+    good, bad = torch.ones(4), torch.tensor([1.0, 1.0, value, 1.0])
+    assert bounds.judge(good, good, torch.zeros(4)).passed
+    for actual, expected, bound in ((bad, good, good), (good, bad, good), (good, good, bad)):
+        assert not bounds.judge(actual, expected, bound).passed
+
+
+def test_another_shape_fails():
+    assert not bounds.judge(torch.ones(4), torch.ones(1, 4), torch.ones(1, 4)).passed
+
+
+# --- masks and shapes
+
+
+@pytest.mark.parametrize("make", [random_mask, blob_mask])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.25, 0.9, 1.0])
+def test_masks_have_their_density_and_repeat(make, density):
+    mask, again = (make(3, 28, 20, density, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert mask.shape == (3, 1, 28, 20)
+    assert mask.dtype == torch.bool
+    assert int(mask.sum()) == round(density * mask.numel())
+    assert torch.equal(mask, again)
+
+
+def test_blobs_are_smoother_than_noise():
+    edges = []
+    for make in (random_mask, blob_mask):
+        mask = make(1, 64, 64, 0.5, torch.Generator().manual_seed(0))
+        edges.append(int((mask[..., 1:] != mask[..., :-1]).sum()))
+    assert edges[1] < edges[0] / 3
+
+
+@pytest.mark.parametrize("share", [0.012, 0.05, 0.15])
+def test_a_patch_covers_its_share(share):
+    assert patch(256, 256, share).float().mean().item() == pytest.approx(share, rel=0.05)
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2), (5, 2)])
+def test_reached_is_what_a_change_changes(kernel, stride):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.rand(2, 1, 13, 12, generator=generator)
+    change = torch.rand(2, 1, 13, 12, generator=generator) < 0.05
+    weight = torch.ones(1, 1, kernel, kernel)
+    results = [F.conv2d(x.double(), weight.double(), None, stride, kernel // 2) for x in (before, before + 2 * change)]
+    assert torch.equal(reached(change, kernel, stride), (results[1] - results[0]) > 1)
+
+
+def test_published_layers():
+    assert [layer.name for layer in LAYERS["resnet50"][:2]] == ["56x56 64->64 3x3", "28x28 128->128 3x3"]
+    assert {layer.kernel for layer in LAYERS["sbnet"]} == {1, 3}
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import layers
+    finally:
+        sys.path.pop(0)
+    assert layers.LAYERS is LAYERS
+
+
+# --- timing and statistics
+
+
+def test_quantiles():
+    taken = timing.Timing.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    assert (taken.median, taken.low, taken.high, taken.samples) == (3.5, 2.0, 5.0, 6)
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda _, name=name: order.append(name) for name in "ab"}
+    taken = timing.take_turns(calls, "cpu", repeats=8, seconds=0)
+    assert "".join(order) == "ab" + "abba" * 2 + "ab"
+    assert taken["a"].samples == timing.LEAST_SAMPLES
+    with pytest.raises(ValueError, match="repeats"):
+        timing.take_turns(calls, "cpu", repeats=0)
+
+
+def test_crossover_of_a_line():
+    # Time relative to dense 0.2 + 1.6 d: dense is reached at d = 0.5.
+    points = [(density, 1 / (0.2 + 1.6 * density)) for density in (0.9, 0.1, 0.3, 0.7)]
+    assert crossover(points).density == pytest.approx(0.5)
+    assert crossover(points).text == "0.50"
+
+
+@pytest.mark.parametrize(
+    "points, text",
+    [([(0.1, 5.0), (0.9, 1.1)], "above 0.9"), ([(0.1, 0.9), (0.9, 0.2)], "below 0.1"), ([], "not measured")],
+)
+def test_crossover_outside_of_what_was_measured(points, text):
+    assert crossover(points) == (type(crossover([]))(None, text))
+
+
+def test_summary_takes_the_3x3_layers_that_were_right():
+    def row(layer, kernel, ratio, failure=None):
+        check = bounds.Verdict(0.0, 1.0, 0.0, failure is None)
+        made = Row("f", layer, kernel, "plain", 1, 0.25, 0.25, check, failure)
+        if failure is None:
+            made.dense, made.sparse = timing.Timing(ratio, ratio, ratio, 5), timing.Timing(1.0, 1.0, 1.0, 5)
+        return made
+
+    summary = summarise([row("a", 3, 1.0), row("b", 3, 4.0), row("c", 1, 100.0), row("d", 3, 9.0, "wrong")])
+    (mean,) = summary["means_3x3"]
+    assert mean["layers"] == 2
+    assert mean["ratio"] == pytest.approx(2.0)
+    assert mean["share"] == pytest.approx(0.5)
+    assert geometric_mean([1.0, 100.0]) == pytest.approx(10.0)
+
+
+def test_least_squares():
+    slope, intercept = scaling.least_squares([(x, 3 * x + 2) for x in range(5)])
+    assert (slope, intercept) == pytest.approx((3, 2))
+
+
+def test_peak_memory_is_that_of_the_allocator():
+    def call():
+        held = torch.empty(2**20)
+        torch.empty(2**20).zero_()
+        return held
+
+    assert 8 * 2**20 <= scaling.peak_extra_bytes(call, "cpu") < 9 * 2**20
+
+
+# --- verify
+
+
+def test_verify_passes_and_records_every_quantity(tmp_path, capsys):
+    target = tmp_path / "verify.json"
+    status = main(["verify", "--quick", "--backends", "cpu", "--dtypes", "float32", "--json", str(target)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "PASS" in printed
+    assert "FAIL" not in printed
+    record = json.loads(target.read_text())
+    assert record["passed"]
+    assert {row["quantity"] for row in record["rows"]} == QUANTITIES
+    for row in record["rows"]:
+        assert (row["op"], row["backend"], row["dtype"]) == ("masked_conv2d", "cpu", "float32")
+        assert row["passed"]
+        assert row["cases"] > 0
+        assert row["elements"] > 0
+        assert 0 <= row["worst"] <= 1
+        assert row["source"]
+    assert {"date", "torch", "numba", "threads", "commit"} <= record["environment"].keys()
+    assert str(ROOT) not in target.read_text()
+
+
+def test_verify_fails_a_wrong_op(broken, capsys):
+    assert main(["verify", "--quick", "--backends", "cpu", "--dtypes", "float32"]) == 1
+    assert "FAILED masked_conv2d cpu float32 output" in capsys.readouterr().out
+
+
+def test_verify_fails_an_op_that_raises(monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(dynconv, "masked_conv2d", refuse)
+    assert main(["verify", "--quick", "--backends", "cpu", "--dtypes", "float32"]) == 1
+    assert "ValueError: no such thing, in 5 of 5 cases" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("quantity", sorted(QUANTITIES))
+def test_verify_sees_one_wrong_element_of_any_quantity(monkeypatch, quantity):
+    right = verify.MaskedConv2d.run
+
+    def wrong(self, operation, transform):
+        results = right(self, operation, transform)
+        if operation is dynconv.masked_conv2d and quantity in results:
+            results[quantity][(-1,) * results[quantity].dim()] += 0.01
+        return results
+
+    monkeypatch.setattr(verify.MaskedConv2d, "run", wrong)
+    gated = [case for case in verify.CASES if case.name == "3x3 gate"]
+    failed = {row.quantity for row in verify.verify("cpu", "float32", gated) if not row.passed}
+    assert failed == {quantity}
+
+
+def test_verify_says_what_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in verify.unavailable("triton", "float32")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert verify.unavailable("triton", "float32") is None
+    assert "interpreter" in verify.unavailable("triton", "bfloat16")
+    assert verify.unavailable("cpu", "float32") is None
+
+
+# --- bench
+
+
+def run_bench(*arguments):
+    return main(["bench", "--quick", "--repeats", "3", "--shapes", "resnet50", "--batch", "2", *arguments])
+
+
+def test_bench_writes_consistent_results(tiny, tmp_path, capsys):
+    results, plot = tmp_path / "made" / "bench.json", tmp_path / "bench.png"
+    assert run_bench("--density", "0.5", "0.1", "--json", str(results), "--plot", str(plot)) == 0
+    record = json.loads(results.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(record["rows"]) == 2 * 3
+    for row in record["rows"]:
+        assert row["check"]["passed"]
+        assert row["ratio"] == pytest.approx(row["dense"]["median"] / row["sparse"]["median"])
+        assert row["ideal"] == pytest.approx(1 / row["density"])
+        assert row["share"] == pytest.approx(row["ratio"] / row["ideal"])
+        for name in ("dense", "sparse", "compaction"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+    assert {crossing["mode"] for crossing in record["summary"]["crossover"]} == {"plain", "in-place", "backward"}
+    assert str(ROOT) not in results.read_text()
+    printed = capsys.readouterr().out
+    assert "6 of 6 results within their bounds" in printed
+
+
+def test_bench_prints_no_speedup_of_a_wrong_op(tiny, broken, tmp_path, capsys):
+    results = tmp_path / "bench.json"
+    plot = tmp_path / "bench.png"
+    status = run_bench("--density", "0.5", "--modes", "plain", "in-place", "--json", str(results), "--plot", str(plot))
+    assert status == 1
+    printed = capsys.readouterr().out
+    assert "FAILED tiny 12x10 8->16 3x3 plain at 0.500: wrong result" in printed.replace("\n", " ")
+    assert "%|" not in printed
+    for row in json.loads(results.read_text())["rows"]:
+        assert row["ratio"] is None
+        assert row["sparse"] is None
+
+
+def test_bench_sees_a_wrong_gradient(monkeypatch):
+    right = torch.autograd.grad
+
+    def wrong(output, inputs, grad):
+        grads = right(output, inputs, grad)
+        return grads[0], grads[1] * 1.01
+
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    (row,) = measure(TINY, [0.5], ["backward"], batch=1, repeats=1)
+    assert row.failure.startswith("wrong result")
+
+
+@pytest.mark.parametrize("mask", ["patch", "rectangle"])
+def test_bench_takes_published_densities(mask):
+    layer = Layer("tiny", 16, 16, 8, 8, 3, mask, (0.25,), 1)
+    (row,) = measure(layer, layer.densities, ["in-place"], batch=1, repeats=1)
+    assert row.failure is None
+    assert row.density == pytest.approx({"patch": 100, "rectangle": 64}[mask] / 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_bench_checks_half_types(dtype):
+    rows = list(measure(TINY, [0.5], ["plain", "in-place", "backward"], batch=1, dtype=dtype, repeats=1))
+    assert [row.failure for row in rows] == [None] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_bench_without_a_gpu_says_so(capsys):
+    assert main(["bench", "--device", "cuda"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+# --- demo
+
+
+def small_stack():
+    convs = [("first", 3, 16, 3, 1), ("second", 16, 16, 3, 1), ("half", 16, 8, 3, 2), ("point", 8, 8, 1, 1)]
+    return [demo.Conv.random(*conv) for conv in convs]
+
+
+@torch.no_grad()
+def test_an_edit_in_place_equals_computing_everything(monkeypatch):
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    torch.manual_seed(0)
+    result = demo.edit(torch.rand(1, 3, 32, 40), 0.06, small_stack())
+    assert result.passed
+    assert "unchanged sites bitwise as before: yes" in result.notes
+    densities = [line.density for line in result.lines]
+    assert densities == sorted(densities)
+    assert 0.06 < densities[0] < densities[-1] < 0.5
+    assert all(line.error < 1e-5 for line in result.lines)
+
+
+@torch.no_grad()
+def test_the_demo_sees_a_wrong_op(broken, monkeypatch):
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    torch.manual_seed(0)
+    assert not demo.edit(torch.rand(1, 3, 32, 40), 0.06, small_stack()).passed
+
+
+@torch.no_grad()
+def test_attend_equals_the_masked_dense_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    monkeypatch.setattr(demo, "resnet", lambda resnet=demo.resnet: resnet((1, 1, 1, 1)))
+    torch.manual_seed(0)
+    result = demo.attend(torch.rand(1, 3, 64, 96), 0.25)
+    assert result.passed
+    assert all(line.density == pytest.approx(0.25, abs=0.1) for line in result.lines)
+    demo.draw("title", result, str(tmp_path / "attend.png"))
+    assert (tmp_path / "attend.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- the command itself
+
+
+def test_the_command_runs_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "dynconv", "--help"], capture_output=True, text=True, check=True)
+    for command in ("verify", "bench", "demo"):
+        assert command in run.stdout
+
+
+@pytest.mark.parametrize("options", [["--density", "0"], ["--density", "1.5"], ["--batch", "0"], ["--shapes", "vgg"]])
+def test_bad_options_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", *options])
+    assert exit.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_one_line():
+    with pytest.raises(SystemExit, match=r"^dynconv: no_such_module is missing; .*pip install dynconv\[bench\]$"):
+        extra("no_such_module")
+
+
+def test_gpu_script_says_what_is_missing_and_runs_dry():
+    gpu = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    if not torch.cuda.is_available():
+        done = subprocess.run(gpu, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "no CUDA device" in done.stdout
+    assert "--dry-run" in subprocess.run([*gpu, "--help"], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,114 @@
+"""Every kernel, config and dtype compiles for every target, and into the instructions it was written for.
+
+The compiling is done by compile_gate.py in a process of its own: under TRITON_INTERPRET, which the other tests need
+where there is no GPU, kernels cannot be compiled.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile_gate import SHARED_LIMIT, TABLE_ROW, TARGETS
+
+from dynconv import kernels
+
+pytestmark = pytest.mark.slow
+
+GATE = Path(__file__).with_name("compile_gate.py")
+GEMMS = ("masked_conv_kernel", "weight_grad_kernel")
+# The matrix instruction of the target, and its older one for tiles of fewer than 64 rows.
+TENSOR_CORE = {
+    "sm_80": ("mma",),
+    "sm_89": ("mma",),
+    "sm_90": ("wgmma", "mma"),
+    "sm_100": ("tcgen05", "mma"),
+    "gfx942": ("mfma",),
+}
+
+
+@functools.cache
+def gate():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(GATE), "--json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
+
+
+def compiled(target):
+    return [row for row in gate() if row["target"] == target]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.fixture
+def rows(target):
+    return [row for row in compiled(target) if not row["error"]]
+
+
+SHOWN = ("kernel", "function", "channels", "filters", "dtype", "precision", "variant", "tile", "registers", "spills")
+SHOWN += ("shared", "error")
+
+
+def describe(rows):
+    return "\n" + "\n".join(" ".join(f"{name}={row[name]}" for name in SHOWN if row[name] != "") for row in rows)
+
+
+def is_gemm(row):
+    return row["function"] in GEMMS
+
+
+def test_all_compile(target):
+    failed = [row for row in compiled(target) if row["error"]]
+    assert not failed, describe(failed)
+
+
+def test_every_config_is_compiled(target, rows):
+    tiles = {(row["function"], row["tile"], row["num_warps"]) for row in rows}
+    name = TABLE_ROW.get(target, target)
+    for function, table in (
+        ("masked_conv_kernel", kernels.masked_conv.CONV_TILES[name]),
+        ("weight_grad_kernel", kernels.masked_conv.WEIGHT_GRAD_TILES[name]),
+    ):
+        for key, (block_m, block_n, block_k, num_warps, _) in table.items():
+            assert (function, f"{block_m}x{block_n}x{block_k}", num_warps) in tiles, key
+
+
+def test_no_spills(rows):
+    spilling = [row for row in rows if row["spills"] > 0]
+    assert not spilling, describe(spilling)
+
+
+def test_shared_memory_fits(target, rows):
+    too_large = [row for row in rows if row["shared"] > SHARED_LIMIT[target]]
+    assert not too_large, describe(too_large)
+
+
+def test_products_use_tensor_cores(target, rows):
+    best, *_, older = TENSOR_CORE[target] * 2
+    for row in filter(is_gemm, rows):
+        if row["dtype"] == "float64" or (row["precision"] == "ieee" and row["dtype"] == "float32"):
+            continue  # fp64 and IEEE fp32: exactness, not tensor cores, is asked for
+        block_m = int(row["tile"].split("x")[0])
+        assert row[best if block_m >= 64 else older] > 0, describe([row])
+
+
+def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
+    if target == "gfx942":
+        pytest.skip("gfx942 has no cp.async: its loads go through registers")
+    for row in filter(is_gemm, rows):
+        if row["variant"] == "unaligned":
+            continue
+        if row["function"] == "weight_grad_kernel" and row["precision"] == "tf32" and target in ("sm_90", "sm_100"):
+            # Both operands of wgrad lie across K (K is the site), and wgmma takes TF32 along K only: they are
+            # transposed on the way into shared memory, 4 bytes at a time.
+            assert row["cp_async"] > 0, describe([row])
+            continue
+        assert row["cp_async_16"] > 0, describe([row])
