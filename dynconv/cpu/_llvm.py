@@ -72,6 +72,12 @@ def _load_vector(builder: ir.IRBuilder, address: ir.Value, storage: types.Type) 
     return _widen(builder, value, storage)
 
 
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
+    undefined, index = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+    first = builder.insert_element(undefined, scalar, index(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, vector.count), [0] * vector.count))
+
+
 def _store_vector(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     size = 8 if isinstance(value.type.element, ir.DoubleType) else 4
     builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=size)
@@ -101,6 +107,24 @@ def copy_vector(typingctx, source, source_at, target, target_at):
         return context.get_dummy_value()
 
     return types.void(source, types.int64, target, types.int64), codegen
+
+
+@intrinsic
+def add_vector(typingctx, source, source_at, scale, target, target_at):
+    """Add scale times one vector of elements, both in the compute type."""
+
+    def codegen(context, builder, signature, args):
+        source_data, target_data = (
+            context.make_array(signature.args[which])(context, builder, args[which]).data for which in (0, 3)
+        )
+        address = builder.gep(target_data, [args[4]])
+        value = _load_vector(builder, builder.gep(source_data, [args[1]]), source.dtype)
+        before = _load_vector(builder, address, target.dtype)
+        factor = _splat(builder, args[2], value.type)
+        _store_vector(builder, builder.fadd(before, builder.fmul(factor, value)), address)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, scale, target, types.int64), codegen
 
 
 @intrinsic
@@ -192,8 +216,6 @@ def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed
 
     entry, resume, loop, done = (function.append_basic_block(n) for n in ("entry", "resume", "loop", "done"))
     zero = ir.Constant(vector, [ir.Constant(element, 0.0)] * lanes)
-    undefined = ir.Constant(vector, ir.Undefined)
-    splat = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [ir.Constant(ir.IntType(32), 0)] * lanes)
 
     def vector_at(builder: ir.IRBuilder, base: ir.Value) -> ir.Value:
         return builder.bitcast(base, vector.as_pointer())
@@ -227,7 +249,7 @@ def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed
     updated = []
     for i in range(ROWS):
         scalar = build.load(build.gep(a, [build.add(a_base, build.mul(a_row, _i64(i)))]), align=size)
-        row = build.shuffle_vector(build.insert_element(undefined, scalar, ir.IntType(32)(0)), undefined, splat)
+        row = _splat(build, scalar, vector)
         updated.append([build.call(fma, [row, columns[j], sums[i][j]]) for j in range(vectors)])
     following = build.add(k, _i64(1))
     k.add_incoming(following, loop)

@@ -25,6 +25,7 @@ from ._llvm import (
     ROWS,
     TILE_VECTORS,
     VECTOR_BYTES,
+    add_vector,
     copy_vector,
     fetch_add,
     load,
@@ -48,13 +49,18 @@ def _array(address, dtype):
 
 
 @njit
-def _gather(source, pixel, channels, first, width, target, at, compute):
-    """One pixel's channels first..first+width to target[at:]; zeros for the padding and past the channels."""
-    valid = min(width, channels - first) if pixel >= 0 else 0
-    base = pixel * channels + first
-    for c in range(valid):
-        store(target, at + c, load(source, base + c, compute))
-    for c in range(valid, width):
+def _copy(source, at, count, target, to, lanes, compute):
+    """`count` contiguous elements, widened. Whole vectors explicitly: LLVM's own loop first checks for overlap."""
+    whole = count - count % lanes
+    for c in range(0, whole, lanes):
+        copy_vector(source, at + c, target, to + c)
+    for c in range(whole, count):
+        store(target, to + c, load(source, at + c, compute))
+
+
+@njit
+def _clear(target, at, count, compute):
+    for c in range(count):
         store(target, at + c, compute(0))
 
 
@@ -117,7 +123,8 @@ def _pack_by_input_kernel(arguments, storage, compute):
             if valid == lanes:
                 copy_vector(weight, source, packed, target)
             else:
-                _gather(weight, np.int64(0), source + valid, source, lanes, packed, target, compute)
+                _copy(weight, source, valid, packed, target, lanes, compute)
+                _clear(packed, target + valid, lanes - valid, compute)
 
 
 @njit
@@ -146,9 +153,18 @@ def _forward_kernel(arguments, storage, compute):
             tap_count = min(block_taps, taps - first_tap)
             depth = tap_count * cin
             for r in range(rows):
-                for t in range(tap_count):
-                    pixel = np.int64(table[(first + r) * taps + first_tap + t])
-                    _gather(source, pixel, cin, 0, cin, scratch, gathered + r * depth + t * cin, compute)
+                entry, at = (first + r) * taps + first_tap, gathered + r * depth
+                t = 0
+                while t < tap_count:
+                    pixel, run = np.int64(table[entry + t]), 1
+                    if pixel < 0:
+                        _clear(scratch, at + t * cin, cin, compute)
+                    else:
+                        # The taps of a kernel's row usually read neighbouring pixels: one copy.
+                        while t + run < tap_count and table[entry + t + run] == pixel + run:
+                            run += 1
+                        _copy(source, pixel * cin, run * cin, scratch, at + t * cin, lanes, compute)
+                    t += run
             for panel in range(0, item_panels, TILE_VECTORS):
                 weight_at = ((first_panel + panel) * taps + first_tap) * cin * lanes
                 for r in range(0, rows, ROWS):
@@ -175,13 +191,13 @@ def _forward_kernel(arguments, storage, compute):
 def _gather_rows_kernel(arguments, storage, compute):
     a = carray(arguments, (16,))
     source, target, index = _array(a[2], storage), _array(a[3], compute), _array(a[4], np.int32)
-    sites, channels, chunk_rows = a[5], a[6], a[7]
+    sites, channels, chunk_rows, lanes = a[5], a[6], a[7], a[8]
     while True:
         first = fetch_add(a, 1) * chunk_rows
         if first >= sites:
             return
         for row in range(first, min(sites, first + chunk_rows)):
-            _gather(source, np.int64(index[row]), channels, 0, channels, target, row * channels, compute)
+            _copy(source, np.int64(index[row]) * channels, channels, target, row * channels, lanes, compute)
 
 
 @njit
@@ -231,7 +247,10 @@ def _input_grad_kernel(arguments, storage, compute):
                         gate_grad[group * sites + first + r] += total
                     if has_grad_input:
                         scale = gate[np.int64(index[first + r])] if has_gate else compute(1)
-                        for c in range(valid):
+                        whole = valid - valid % lanes
+                        for c in range(0, whole, lanes):
+                            add_vector(scratch, product + c, scale, grad_input, at + c)
+                        for c in range(whole, valid):
                             value = scale * load(scratch, product + c, compute)
                             store(grad_input, at + c, load(grad_input, at + c, compute) + value)
 
@@ -264,7 +283,9 @@ def _weight_grad_kernel(arguments, storage, compute):
             for r in range(rows):
                 pixel = np.int64(table[(first + r) * taps + tap])
                 at = gathered + r * width
-                _gather(source, pixel, cin, channel, width, scratch, at, compute)
+                valid = min(width, cin - channel) if pixel >= 0 else 0
+                _copy(source, pixel * cin + channel, valid, scratch, at, lanes, compute)
+                _clear(scratch, at + valid, width - valid, compute)
                 if has_gate:
                     scale = gate[np.int64(index[first + r])]
                     for c in range(width):
@@ -428,7 +449,7 @@ def _grad_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:
     rows = torch.empty(count + ROWS, channels, dtype=COMPUTE.get(grad.dtype, torch.float32))
     rows[count:] = 0
     chunk, threads = 64, workers(count * channels // _SERIAL)
-    sizes = (count, channels, chunk)
+    sizes = (count, channels, chunk, _lanes(grad.dtype))
     _run_gather_rows(grad.dtype, threads, grad.data_ptr(), rows.data_ptr(), index.data_ptr(), *sizes)
     return rows
 

@@ -100,5 +100,7 @@ def neighbours(index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ..
     taps = geometry[4] * geometry[5]
     table = torch.empty(index.numel(), taps, dtype=torch.int32)
     n = int(count)
-    _run_neighbours(torch.float32, workers(n * taps // _SERIAL), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry)
+    _run_neighbours(
+        torch.float32, workers(n * taps // _SERIAL), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry
+    )
     return table
