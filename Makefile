@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 BENCH := build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format verify bench gpu clean
+.PHONY: help test lint format verify bench demo gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,10 +36,13 @@ format: $(STAMP) ## apply the format and the safe fixes
 verify: $(STAMP) ## compare every op with its dense reference on this machine
 	$(RUN) -m dynconv verify $(ARGS)
 
-bench: $(STAMP) ## measure dense against dynconv, then train the demo; results in build/bench/
-	mkdir -p $(BENCH)
-	$(RUN) -m dynconv bench --json $(BENCH)/bench.json --plot $(BENCH)/bench.png $(ARGS)
-	$(RUN) -m dynconv demo
+bench: $(STAMP) ## measure dense against dynconv, then run the demo; results in build/bench/
+	$(RUN) -m dynconv bench --density 0.75 0.5 0.25 0.1 --json $(BENCH)/bench.json --plot $(BENCH)/bench.png \
+		--scaling $(BENCH)/scaling.png $(ARGS)
+	$(RUN) -m dynconv demo --out $(BENCH)
+
+demo: $(STAMP) ## a photo through networks that compute only what matters or changed; pictures in build/bench/
+	$(RUN) -m dynconv demo --out $(BENCH) $(ARGS)
 
 gpu: ## on a GPU machine: tests, sanitizers and benchmarks, with GPU_PYTHON
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)

@@ -1,0 +1,63 @@
+"""masked_conv2d against PyTorch's dense convolution: pytest benchmarks --benchmark-only.
+
+Each group holds one layer at one density in one mode: dense, and dynconv, whose result is checked first. A few
+layers by default, all with DYNCONV_BENCHMARKS=full. On a GPU use `python -m dynconv bench --device cuda`, which
+times with the GPU's own clock.
+"""
+
+import os
+
+import pytest
+import torch
+from layers import LAYERS
+
+from dynconv.cli.bench import DENSITIES, MODES, Bench, Check, check_mode
+
+FULL = os.environ.get("DYNCONV_BENCHMARKS") == "full"
+BATCH = 4  # of layers without a published one
+
+
+def cases():
+    """(layer, density, mode, who); without FULL a few layers at two densities."""
+    layers = [layer for family in LAYERS.values() for layer in family]
+    if not FULL:
+        layers = [*LAYERS["resnet50"][:4], *LAYERS["sige-ddpm"][1:]]
+    for layer in layers:
+        densities = layer.densities or DENSITIES
+        for density in densities if FULL else (densities[len(densities) // 2], densities[-1]):
+            for mode in MODES:
+                group = f"{layer.family} {layer.name} {density:g} {mode}".replace("->", "to").replace(" ", "-")
+                for who in CALLS:
+                    yield pytest.param(layer, density, mode, group, who, id=f"{group}-{who}")
+
+
+def dense(bench, mask, mode):
+    if mode == "backward":
+        return lambda: bench.gradients(bench.dense, 0)
+    return lambda: bench.dense(0)
+
+
+def dynconv(bench, mask, mode):
+    _, failure = check_mode(bench, Check(bench), mask, mode)
+    assert failure is None, failure
+    if mode == "backward":
+        return lambda: bench.gradients(bench.sparse, 0, mask)
+    if mode == "plain":
+        return lambda: bench.sparse(0, mask)
+    sites = bench.compact(mask)
+    return lambda: bench.sparse(0, sites, bench.caches[0])
+
+
+CALLS = {"dense": dense, "dynconv": dynconv}
+
+
+@pytest.mark.parametrize("layer, density, mode, group, who", list(cases()))
+def test_masked_conv2d(layer, density, mode, group, who, benchmark):
+    bench = Bench(layer, layer.batch or BATCH, torch.float32, "cpu")
+    mask = layer.active(density, "blob", bench.batch, bench.generator)
+    benchmark.group = group
+    benchmark.extra_info.update(density=mask.float().mean().item(), ideal=1 / mask.float().mean().item())
+    call = CALLS[who](bench, mask, mode)
+    call()
+    with torch.set_grad_enabled(mode == "backward"):
+        benchmark.pedantic(call, rounds=7, warmup_rounds=1)

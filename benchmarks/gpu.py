@@ -1,0 +1,179 @@
+"""Everything that needs a GPU, in one call of less than nine minutes: `make gpu`.
+
+    python benchmarks/gpu.py [--out DIR] [--dry-run]
+
+Needs PyTorch with CUDA, Triton, NumPy, pytest, matplotlib and rich; downloads nothing. Each part runs in a process
+of its own with a time limit, and a failing part does not stop the others; the last lines say which failed.
+Results go to --out, by default $OUT or build/gpu: at most eight files, so that they all travel back from a lent
+machine. --dry-run walks through the parts on the CPU with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 9 * 60.0  # seconds for everything
+
+# Forward and backward with a gate, a stride, and channels that fill no tile; small, the sanitizers are slow.
+PROBE = """
+import torch, dynconv
+generator = torch.Generator(device="cuda").manual_seed(0)
+for dtype, channels, stride in ((torch.float16, 64, 1), (torch.float32, 17, 2)):
+    input = torch.randn(2, channels, 15, 13, device="cuda", generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(40, channels, 3, 3, device="cuda", generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(40, device="cuda", generator=generator).to(dtype).requires_grad_()
+    size = [(length - 1) // stride + 1 for length in (15, 13)]
+    gate = torch.rand(2, 1, *size, device="cuda", generator=generator).to(dtype)
+    gate = torch.where(gate > 0.6, gate, 0).requires_grad_()
+    output = dynconv.masked_conv2d(input, weight, bias, stride, 1, mask=gate)
+    output.backward(torch.ones_like(output))
+    with torch.no_grad():
+        dynconv.masked_conv2d(input, weight, bias, stride, 1, mask=gate.detach() != 0, out=output.detach().clone())
+torch.cuda.synchronize()
+print("probe done")
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and its time limit in seconds; `missing` says why it cannot run, where it cannot."""
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    missing: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is, which CUDA installs beside its compiler and not on the path."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+def parts(out: Path, dry_run: bool) -> Iterator[Part]:
+    """What runs, in this order: first what says whether results are right."""
+    python, package = sys.executable, [sys.executable, "-m", "dynconv"]
+    if not is_importable():
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+        yield Part("install", install, 60)
+    smi = shutil.which("nvidia-smi")
+    yield Part("device", [smi or "nvidia-smi"], 20, None if smi else "nvidia-smi is not here")
+    backend, dtypes = (
+        ("cpu", ["float32"]) if dry_run else ("triton", ["float64", "float32", "tf32", "float16", "bfloat16"])
+    )
+    # A few cases: every geometry compiles its own kernels, and the tests have them all.
+    verify = [
+        *package,
+        "verify",
+        "--quick",
+        "--backends",
+        backend,
+        "--dtypes",
+        *dtypes,
+        "--json",
+        str(out / "verify.json"),
+    ]
+    yield Part("verify", verify, 120)
+    pytest = [python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    if dry_run:
+        yield Part("tests", [*pytest, "tests/test_masked_conv.py", "-k", "cpu and empty"], 60)
+    else:
+        yield Part("tests", [*pytest, "tests", "-m", "gpu"], 200)
+    tool = sanitizer()
+    for check in ("memcheck", "racecheck"):
+        command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9", python, "-c", PROBE]
+        missing = "a dry run has no GPU" if dry_run else None if tool else "compute-sanitizer is not here"
+        # Without PyTorch's cache every tensor is an allocation of its own, with its own bounds.
+        yield Part(check, command, 90, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    sizes = ["--device", "cuda", "--batch", "128", "--repeats", "15", "--seconds", "0.3"]
+    if dry_run:
+        sizes = ["--batch", "1", "--quick", "--repeats", "2", "--shapes", "resnet50", "--layers", "7x7"]
+    for dtype in ("bfloat16", "float16"):
+        results = ["--json", str(out / f"bench-{dtype}.json"), "--plot", str(out / f"bench-{dtype}.png")]
+        if dtype == "bfloat16" and not dry_run:
+            results += ["--scaling", str(out / "scaling.png")]
+        yield Part(f"bench {dtype}", [*package, "bench", *sizes, "--dtype", dtype, *results], 150)
+
+
+def is_importable() -> bool:
+    """Whether a process started in the repository root finds dynconv and its kernels."""
+    probe = [sys.executable, "-c", "import dynconv, dynconv.kernels"]
+    return subprocess.run(probe, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def run(part: Part, limit: float, log: Path) -> str:
+    """Run one part, its output to the screen and the log; "passed", or what went wrong."""
+    if part.missing:
+        return f"skipped: {part.missing}"
+    if limit < 5:
+        return "FAILED: no time left"
+    heading = f"\n=== {part.name} (at most {limit:.0f} s) ===\n"
+    print(heading, end="", flush=True)
+    with log.open("a") as file:
+        file.write(heading)
+        begin = file.tell()
+        file.flush()
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
+        try:
+            status = subprocess.run(
+                part.command, cwd=ROOT, env=environment, timeout=limit, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+            outcome = "passed" if status == 0 else f"FAILED: exit status {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"FAILED: not done after {limit:.0f} s"
+        except OSError as error:
+            outcome = f"FAILED: {error}"
+    with log.open(errors="replace") as file:
+        file.seek(begin)
+        print(file.read(), end="", flush=True)
+    return outcome
+
+
+def main() -> int:
+    """Run the parts; 1 if one failed or there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes")
+    arguments = parser.parse_args()
+    if not arguments.dry_run:
+        try:
+            import torch
+        except ModuleNotFoundError:
+            print("make gpu: this Python has no PyTorch; name one that has with GPU_PYTHON=...")
+            return 1
+        if not torch.cuda.is_available():
+            print("make gpu: PyTorch finds no CUDA device here; --dry-run walks through the parts without one")
+            return 1
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("")
+    start = time.monotonic()
+    summary = []
+    for part in parts(out, arguments.dry_run):
+        begin = time.monotonic()
+        outcome = run(part, min(part.limit, BUDGET - (begin - start)), log)
+        summary.append({"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - begin, 1)})
+        # After each part: what is known survives a machine that is taken back.
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    lines = [f"{done['part']:<16}{done['seconds']:>7.1f} s  {done['outcome']}" for done in summary]
+    text = "\n".join(["", "=== summary ===", *lines, f"results in {arguments.out}"])
+    print(text)
+    with log.open("a") as file:
+        file.write(text + "\n")
+    return 1 if any(done["outcome"].startswith("FAILED") for done in summary) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,489 @@
+"""`python -m dynconv bench`: dense against dynconv on published layers, after a check of every result."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dynconv
+
+from . import console, extra, table
+from .bounds import Verdict, arithmetic, judge
+from .environment import environment, write_json
+from .layers import LAYERS, MASKS, Layer
+from .timing import Timing, input_sets, take_turns
+
+MODES = ("plain", "in-place", "backward")
+DTYPES = ("float32", "float16", "bfloat16")
+DENSITIES = (0.9, 0.75, 0.5, 0.25, 0.1)
+QUICK_DENSITIES = (0.5, 0.25)
+QUICK_SHAPES = ("resnet50", "sige-ddpm")
+BATCH = {"cpu": 4, "cuda": 128}
+
+
+@dataclass
+class Row:
+    """One layer at one density in one mode. Times are in milliseconds; None where the result was wrong."""
+
+    family: str
+    layer: str
+    kernel: int
+    mode: str
+    batch: int
+    asked: float
+    density: float
+    check: Verdict
+    failure: str | None = None
+    dense: Timing | None = None
+    sparse: Timing | None = None
+    compaction: Timing | None = None
+    masked_dense: Timing | None = None
+    compiled: Timing | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster than dense, by the medians."""
+        return None if self.dense is None or self.sparse is None else self.dense.median / self.sparse.median
+
+    @property
+    def ideal(self) -> float:
+        """1 / density, what the FLOPs allow."""
+        return 1 / self.density
+
+    @property
+    def share(self) -> float | None:
+        """The part of the ideal that is reached."""
+        return None if self.ratio is None else self.ratio / self.ideal
+
+    def record(self) -> dict:
+        """For JSON."""
+        return asdict(self) | {"ratio": self.ratio, "ideal": self.ideal, "share": self.share}
+
+
+class Bench:
+    """A layer's tensors, its dense results, and the calls to compare at each density."""
+
+    def __init__(self, layer: Layer, batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        self.layer, self.batch, self.dtype, self.device = layer, batch, dtype, device
+        self.generator = torch.Generator().manual_seed(seed)  # of the masks, the same on every device
+        self._values = torch.Generator(device).manual_seed(seed)
+        input_shape = (batch, layer.in_channels, layer.height, layer.width)
+        weight_shape = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+        self.output_shape = (batch, layer.out_channels, layer.height, layer.width)
+        element = torch.finfo(dtype).bits // 8
+        self.sets = input_sets(device, element * (math.prod(input_shape) + math.prod(self.output_shape)))
+        self.inputs = [self._tensor(*input_shape) for _ in range(self.sets)]
+        self.grads = [self._tensor(*self.output_shape) for _ in range(self.sets)]
+        self.caches = [self._tensor(*self.output_shape) for _ in range(self.sets)]
+        self.weight = self._tensor(*weight_shape, scale=layer.products**-0.5)
+
+    def _tensor(self, *shape: int, scale: float = 1.0) -> Tensor:
+        made = (torch.randn(shape, generator=self._values, device=self.device) * scale).to(self.dtype)
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def dense(self, number: int) -> Tensor:
+        """What users run today: PyTorch's own convolution, channels_last."""
+        return F.conv2d(self.inputs[number], self.weight, padding=self.layer.padding)
+
+    def masked_dense(self, number: int, mask: Tensor) -> Tensor:
+        """The usual idiom of the papers' code: compute everything, then multiply by the mask."""
+        return self.dense(number) * mask
+
+    def sparse(self, number: int, mask: Tensor | dynconv.ActiveSites, out: Tensor | None = None) -> Tensor:
+        """The op."""
+        return dynconv.masked_conv2d(self.inputs[number], self.weight, padding=self.layer.padding, mask=mask, out=out)
+
+    def gradients(self, operation, number: int, *arguments) -> tuple[Tensor, ...]:
+        """Forward, and the gradients of input and weight."""
+        input, weight = self.inputs[number].requires_grad_(), self.weight.requires_grad_()
+        try:
+            grads = torch.autograd.grad(operation(number, *arguments), (input, weight), self.grads[number])
+        finally:
+            input.requires_grad_(False), weight.requires_grad_(False)
+        return grads
+
+    def compact(self, mask: Tensor) -> dynconv.ActiveSites:
+        """What layers that share a mask pay once: the active set and, on the CPU, the table of its neighbours."""
+        sites = dynconv.ActiveSites(mask)
+        if self.device == "cpu":
+            size, layer = (self.layer.height, self.layer.width), self.layer
+            sites.neighbours(size, (layer.kernel, layer.kernel), padding=layer.padding)
+        return sites
+
+
+class Check:
+    """The op against a dense convolution of more precision, by the bound of `dynconv.cli.bounds`."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        # On a CPU float64 would take longer than all the measurements; float32's own error is in the bound.
+        self.precision = torch.float64 if bench.device == "cuda" else torch.float32
+        self.arithmetic = arithmetic(bench.dtype, bench.device)
+        self.operands = [tensor.to(self.precision) for tensor in (bench.inputs[0], bench.weight)]
+        self.dense, self.magnitude = (
+            F.conv2d(*operands, padding=bench.layer.padding) for operands in (self.operands, self._absolute())
+        )
+        self.output_bound = self.arithmetic.bound(self.dense, self.magnitude, bench.layer.products, self.precision)
+
+    def _absolute(self) -> list[Tensor]:
+        return [tensor.abs() for tensor in self.operands]
+
+    def output(self, actual: Tensor, mask: Tensor, inactive: Tensor | None = None) -> Verdict:
+        """The skipped sites have to be `inactive`, or zero, exactly."""
+        expected = torch.where(mask, self.dense, 0 if inactive is None else inactive.to(self.precision))
+        return judge(actual, expected, torch.where(mask, self.output_bound, 0))
+
+    def gradients(self, actual: Sequence[Tensor], mask: Tensor) -> Verdict:
+        """Of input and weight; the worse of the two verdicts."""
+        grad = torch.where(mask, self.bench.grads[0], 0).to(self.precision)
+        expected = self._gradients(self.operands, grad)
+        magnitude = self._gradients(self._absolute(), grad.abs())
+        terms = (self.bench.layer.out_channels * self.bench.layer.kernel**2, int(mask.sum()))
+        verdicts = [
+            judge(a, e, self.arithmetic.bound(e, m, n, self.precision))
+            for a, e, m, n in zip(actual, expected, magnitude, terms)
+        ]
+        return max(verdicts, key=lambda verdict: (not verdict.passed, verdict.worst))
+
+    def _gradients(self, operands: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
+        padding = [self.bench.layer.padding] * 2
+        return torch.ops.aten.convolution_backward(
+            grad, *operands, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (True, True, False)
+        )[:2]
+
+
+def measure(
+    layer: Layer,
+    densities: Sequence[float],
+    modes: Sequence[str],
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    masks: str = "blob",
+    repeats: int = 25,
+    seconds: float = 1.0,
+    baselines: bool = False,
+) -> Iterator[Row]:
+    """Check and time one layer: a row for each density and mode. A row whose check fails carries no time."""
+    bench = Bench(layer, batch, dtype, device)
+    check = Check(bench)
+    compiled = _compiled(bench) if baselines and "plain" in modes else None
+    for asked in densities:
+        mask = layer.active(asked, masks, batch, bench.generator).to(device)
+        density = mask.float().mean().item()
+        rows = {}
+        for mode in modes:
+            verdict, failure = check_mode(bench, check, mask, mode)
+            rows[mode] = Row(
+                layer.family, layer.name, layer.kernel, mode, batch, asked, density, verdict, failure
+            )  # fmt: skip
+        sound = [mode for mode, row in rows.items() if row.failure is None]
+        timings = _timed(bench, mask, sound, repeats, seconds, compiled)
+        for mode in sound:
+            row = rows[mode]
+            row.dense = timings["dense backward" if mode == "backward" else "dense"]
+            row.sparse, row.compaction = timings[mode], timings.get("compaction")
+            if mode == "plain":
+                row.masked_dense, row.compiled = timings.get("masked dense"), timings.get("compiled")
+        yield from rows.values()
+
+
+def _compiled(bench: Bench) -> Callable[[int, Tensor], Tensor]:
+    """The usual idiom, compiled by torch.compile; where that has no compiler, as it is, with a line that says so."""
+    compiled = torch.compile(bench.masked_dense, dynamic=False)
+    mask = torch.ones(bench.batch, 1, *bench.output_shape[2:], dtype=torch.bool, device=bench.device)
+    try:
+        with torch.no_grad():
+            compiled(0, mask)
+    except Exception as error:
+        message = f"torch.compile does not work here, so `compiled` is the uncompiled idiom: {type(error).__name__}"
+        console(stderr=True).print(message)
+        return bench.masked_dense
+    return compiled
+
+
+def check_mode(bench: Bench, check: Check, mask: Tensor, mode: str) -> tuple[Verdict, str | None]:
+    """The verdict on one mode, and what to print where it is not good."""
+    try:
+        if mode == "backward":
+            verdict = check.gradients(bench.gradients(bench.sparse, 0, mask), mask)
+        else:
+            with torch.no_grad():
+                cache = bench.caches[0] if mode == "in-place" else None
+                out = None if cache is None else cache.clone(memory_format=torch.preserve_format)
+                verdict = check.output(bench.sparse(0, mask, out), mask, cache)
+    except Exception as error:
+        return Verdict(math.inf, 0.0, math.inf, False), f"{type(error).__name__}: {error}"
+    return verdict, None if verdict.passed else f"wrong result: {verdict}"
+
+
+def _timed(bench: Bench, mask: Tensor, modes: Sequence[str], repeats, seconds, compiled) -> dict[str, Timing]:
+    timings: dict[str, Timing] = {}
+    forward = {}
+    if "plain" in modes:
+        forward["plain"] = lambda number: bench.sparse(number, mask)
+    if "in-place" in modes:
+        sites = bench.compact(mask)
+        forward["in-place"] = lambda number: bench.sparse(number, sites, bench.caches[number])
+    if forward:
+        forward = {"dense": bench.dense, "compaction": lambda number: bench.compact(mask)} | forward
+        if compiled is not None:
+            forward["masked dense"] = lambda number: bench.masked_dense(number, mask)
+            forward["compiled"] = lambda number: compiled(number, mask)
+        with torch.no_grad():
+            timings |= take_turns(forward, bench.device, repeats, seconds, bench.sets)
+    if "backward" in modes:
+        backward = {
+            "dense backward": lambda number: bench.gradients(bench.dense, number),
+            "backward": lambda number: bench.gradients(bench.sparse, number, mask),
+        }
+        timings |= take_turns(backward, bench.device, repeats, seconds, bench.sets)
+        if not forward:
+            compact = {"compaction": lambda number: bench.compact(mask)}
+            timings |= take_turns(compact, bench.device, repeats, seconds / 10, bench.sets)
+    return timings
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The density at which dynconv stops being faster than dense; `density` is None where none was measured."""
+
+    density: float | None
+    text: str
+
+
+def crossover(points: Sequence[tuple[float, float]]) -> Crossover:
+    """From (density, ratio) pairs: the lowest density at which the ratio falls to 1.
+
+    Between two densities the time relative to dense, 1 / ratio, is taken as linear: cost is linear in the sites.
+    """
+    points = sorted(points)
+    if not points:
+        return Crossover(None, "not measured")
+    if points[0][1] <= 1:
+        return Crossover(None, f"below {points[0][0]:.2g}")
+    for (density, ratio), (next_density, next_ratio) in itertools.pairwise(points):
+        if next_ratio <= 1:
+            time, next_time = 1 / ratio, 1 / next_ratio
+            crossing = density + (next_density - density) * (1 - time) / (next_time - time)
+            return Crossover(crossing, f"{crossing:.2f}")
+    return Crossover(None, f"above {points[-1][0]:.2g}")
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp(mean(log))."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def curves(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """The timed rows of each (family, layer, mode), by density."""
+    grouped = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.density):
+        if row.ratio is not None:
+            grouped[row.family, row.layer, row.mode].append(row)
+    return grouped
+
+
+def summarise(rows: Sequence[Row]) -> dict:
+    """Crossover densities, and geometric means over the 3x3 layers of each family, as plain data for JSON."""
+    means = defaultdict(list)
+    for row in rows:
+        if row.ratio is not None and row.kernel == 3:
+            means[row.family, row.mode, row.asked].append(row)
+    return {
+        "crossover": [
+            {"family": family, "layer": layer, "mode": mode} | asdict(crossover([(r.density, r.ratio) for r in curve]))
+            for (family, layer, mode), curve in curves(rows).items()
+        ],
+        "means_3x3": [
+            {
+                "family": family, "mode": mode, "asked": asked, "layers": len(group),
+                "ratio": geometric_mean([row.ratio for row in group]),
+                "share": geometric_mean([row.share for row in group]),
+            }
+            for (family, mode, asked), group in means.items()
+        ],
+    }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--shapes", nargs="+", choices=(*LAYERS, "all"), default=("all",), help="published layers")
+    parser.add_argument("--layers", metavar="TEXT", help="only the layers whose name contains this, e.g. 3x3")
+    parser.add_argument(
+        "--density", nargs="+", type=_density, default=DENSITIES, metavar="D", help="of layers without published ones"
+    )
+    parser.add_argument("--masks", choices=tuple(MASKS), default="blob")
+    parser.add_argument("--batch", type=_positive, help="of layers without a published one; 4 on cpu, 128 on cuda")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--baselines", action="store_true", help="also conv2d(x) * mask, as it is and torch.compile'd")
+    parser.add_argument("--repeats", type=_positive, default=25, help="samples of each call at most")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="after which a row stops sampling; 5 samples at least"
+    )
+    parser.add_argument("--quick", action="store_true", help="about a minute: fewer shapes, densities and samples")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="time against density, as a picture")
+    parser.add_argument("--scaling", metavar="FILE", help="also time and memory against the active sites, as a picture")
+
+
+def _density(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a density above 0 and at most 1, got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure, print, write; 1 if a result was wrong."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        console(stderr=True).print("dynconv bench: --device cuda, but PyTorch finds no CUDA device here")
+        return 1
+    if arguments.plot or arguments.scaling:
+        extra("matplotlib")  # now, not after minutes of measuring
+    if arguments.quick:
+        shapes = QUICK_SHAPES if arguments.shapes == ("all",) else arguments.shapes
+        densities = QUICK_DENSITIES if arguments.density == DENSITIES else arguments.density
+        repeats, seconds = min(arguments.repeats, 5), min(arguments.seconds, 0.2)
+    else:
+        shapes, densities = arguments.shapes, arguments.density
+        repeats, seconds = arguments.repeats, arguments.seconds
+    families = tuple(LAYERS) if "all" in shapes else tuple(shapes)
+    layers = [
+        layer
+        for family in families
+        for layer in LAYERS[family]
+        if not arguments.layers or arguments.layers in layer.name
+    ]
+    # Dense gets cuDNN's fastest algorithm.
+    torch.backends.cudnn.benchmark = True
+    record = {"environment": environment(arguments.device)}
+    begin = time.perf_counter()
+    rows: list[Row] = []
+    progress = extra("rich.progress")
+    with progress.Progress(
+        *progress.Progress.get_default_columns(),
+        progress.TimeElapsedColumn(),
+        console=console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("bench", total=sum(_cost(layer) * len(layer.densities or densities) for layer in layers))
+        for layer in layers:
+            bar.update(task, description=f"{layer.family} {layer.name}")
+            batch = layer.batch or arguments.batch or BATCH[arguments.device]
+            for row in measure(
+                layer, layer.densities or densities, arguments.modes, batch=batch,
+                dtype=getattr(torch, arguments.dtype), device=arguments.device, masks=arguments.masks,
+                repeats=repeats, seconds=seconds, baselines=arguments.baselines,
+            ):  # fmt: skip
+                rows.append(row)
+                bar.advance(task, _cost(layer) / len(arguments.modes))
+    summary = summarise(rows)
+    _print(rows, summary, arguments, record["environment"])
+    options = {"dtype": arguments.dtype, "masks": arguments.masks, "repeats": repeats, "seconds": seconds}
+    record |= options | {"elapsed_s": round(time.perf_counter() - begin, 1)}
+    record |= {"rows": [row.record() for row in rows], "summary": summary}
+    if arguments.plot:
+        from .plots import plot_rows
+
+        plot_rows(rows, summary, f"{record['environment']['device']}, {arguments.dtype}", arguments.plot)
+    if arguments.scaling:
+        from .scaling import run_scaling
+
+        record["scaling"] = run_scaling(arguments.device, getattr(torch, arguments.dtype), arguments.scaling)
+    if arguments.json:
+        write_json(arguments.json, record)
+    return 1 if any(row.failure for row in rows) else 0
+
+
+def _cost(layer: Layer) -> float:
+    """Roughly the time that a row takes, for the progress bar: a fixed part, and one that grows with the FLOPs."""
+    return 1 + layer.height * layer.width * layer.products * layer.out_channels / 2e9
+
+
+def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, machine: dict) -> None:
+    out = console()
+    where = machine["device"] if arguments.device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    for mode in arguments.modes:
+        baselines = "|conv2d·mask|compiled" if arguments.baselines and mode == "plain" else ""
+        columns = "<family|<layer|batch|density|dense ms [20-80 %]|dynconv ms [20-80 %]|ratio|ideal|share|compaction ms"
+        caption = "~: the 80 % quantile of a time is more than 1.3 times its 20 % quantile"
+        shown = table(f"\n{mode}: {CAPTIONS[mode]}", columns + baselines, caption)
+        previous = None
+        for row in (row for row in rows if row.mode == mode):
+            if previous not in (None, (row.family, row.layer)):
+                shown.add_section()
+            previous = row.family, row.layer
+            cells = [row.family, row.layer, str(row.batch), f"{row.density:.3f}"]
+            if row.failure:
+                shown.add_row(*cells, "[red]FAILED", "see below")
+                continue
+            style = "green" if row.ratio > 1 else "yellow"
+            noisy = "~" if row.dense.is_noisy or row.sparse.is_noisy else ""
+            cells += [str(row.dense), str(row.sparse), f"[{style}]{noisy}{row.ratio:.2f}x", f"{row.ideal:.2f}x"]
+            cells += [f"{row.share:.0%}", f"{row.compaction.median:.3f}"]
+            cells += [f"{timing.median:.2f}" for timing in (row.masked_dense, row.compiled) if timing]
+            shown.add_row(*cells)
+        out.print(shown)
+    means = table(
+        "\ngeometric means over the 3x3 layers", "<family|<mode|density asked|layers|ratio|share of the ideal"
+    )
+    for mean in summary["means_3x3"]:
+        means.add_row(
+            mean["family"], mean["mode"], f"{mean['asked']:g}", str(mean["layers"]), f"{mean['ratio']:.2f}x",
+            f"{mean['share']:.0%}",
+        )  # fmt: skip
+    out.print(means)
+    crossings = table(
+        "\ncrossover density: dynconv is faster below it", "<family|<layer" + "".join(f"|{m}" for m in arguments.modes)
+    )
+    found = {(c["family"], c["layer"], c["mode"]): c["text"] for c in summary["crossover"]}
+    for family, layer in dict.fromkeys((row.family, row.layer) for row in rows):
+        crossings.add_row(family, layer, *(found.get((family, layer, mode), "failed") for mode in arguments.modes))
+    out.print(crossings)
+    software = f"torch {machine['torch']}, dynconv {machine['dynconv']} ({machine['commit'] or 'no commit'})"
+    out.print(f"{where}; {arguments.dtype}; {software}")
+    if arguments.device == "cuda":
+        out.print("GPU time of calls queued ahead of the GPU, as in a CUDA graph; Python's own time is not in it")
+    checked = sum(row.failure is None for row in rows)
+    out.print(
+        f"{checked} of {len(rows)} results within their bounds of the dense reference, checked before they were timed"
+    )
+    if machine["load_before"] is not None and machine["load_before"] > 0.8 * machine["threads"]:
+        out.print(
+            f"Other programs kept this machine busy (load {machine['load_before']}): the times say little",
+            style="yellow",
+        )
+    for row in rows:
+        if row.failure:
+            out.print(
+                f"FAILED {row.family} {row.layer} {row.mode} at {row.density:.3f}: {row.failure}",
+                style="red",
+                markup=False,
+            )
+
+
+CAPTIONS = {
+    "plain": "the call with a bool mask; compaction and the zeros included",
+    "in-place": "out= on a cached output, ActiveSites shared; compaction, paid once for all layers, beside it",
+    "backward": "forward, and the gradients of input and weight; compaction included",
+}

@@ -1,0 +1,123 @@
+"""The published layers that the benchmarks measure, by name, and the masks they are measured with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of a published network, "same" padding, with the masks that the network meets.
+
+    `mask` is "field" (random or blobs, at the densities the user asks for), "patch" (the outputs that an edited
+    square of the input reaches) or "rectangle". `densities` are the published ones: edited shares of the input
+    for a patch, active shares of the output for a rectangle; None where the user chooses.
+    """
+
+    family: str
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: int
+    mask: str = "field"
+    densities: tuple[float, ...] | None = None
+    batch: int | None = None  # None: the user's
+
+    @property
+    def name(self) -> str:
+        """For example "56x56 64->64 3x3"."""
+        size = f"{self.height}x{self.width}"
+        return f"{size} {self.in_channels}->{self.out_channels} {self.kernel}x{self.kernel}"
+
+    @property
+    def padding(self) -> int:
+        """What keeps the output the size of the input."""
+        return self.kernel // 2
+
+    @property
+    def products(self) -> int:
+        """Terms of the sum behind one output element: Cin * kH * kW."""
+        return self.in_channels * self.kernel**2
+
+    def active(self, density: float, kind: str, batch: int, generator: torch.Generator) -> Tensor:
+        """A bool mask [batch, 1, H, W]; `kind` ("blob" or "random") counts for the layers of mask "field"."""
+        if self.mask == "patch":
+            return reached(patch(self.height, self.width, density), self.kernel).expand(batch, -1, -1, -1).contiguous()
+        if self.mask == "rectangle":
+            return patch(self.height, self.width, density).expand(batch, -1, -1, -1).contiguous()
+        return MASKS[kind](batch, self.height, self.width, density, generator)
+
+
+def _resnet50() -> tuple[Layer, ...]:
+    """The 3x3 layers of the bottlenecks, and a 1x1 layer of each stage."""
+    spatial = ((56, 64), (28, 128), (14, 256), (7, 512))
+    pointwise = ((56, 64, 256), (28, 512, 128), (14, 1024, 256), (7, 2048, 512))
+    return (
+        *(Layer("resnet50", size, size, channels, channels, 3) for size, channels in spatial),
+        *(Layer("resnet50", size, size, cin, cout, 1) for size, cin, cout in pointwise),
+    )
+
+
+def _sige_ddpm() -> tuple[Layer, ...]:
+    """Image editing with a diffusion model (SIGE): one patch changes, the cached outputs follow."""
+    return tuple(
+        Layer("sige-ddpm", size, size, channels, channels, 3, "patch", (0.15, 0.05, 0.012), 1)
+        for size, channels in ((256, 128), (128, 128), (64, 256))
+    )
+
+
+def _sbnet() -> tuple[Layer, ...]:
+    """Bottlenecks over a bird's-eye view (SBNet): one rectangle, published sparsities 0.6 to 0.99."""
+    blocks = ((400, 700, 256, 64), (200, 350, 512, 128), (100, 175, 1024, 256), (50, 88, 2048, 512))
+    return tuple(
+        Layer("sbnet", height, width, cin, cout, kernel, "rectangle", (0.4, 0.1, 0.01), 1)
+        for height, width, channels, inner in blocks
+        for cin, cout, kernel in ((channels, inner, 1), (inner, inner, 3))
+    )
+
+
+LAYERS: dict[str, tuple[Layer, ...]] = {"resnet50": _resnet50(), "sige-ddpm": _sige_ddpm(), "sbnet": _sbnet()}
+
+
+def random_mask(batch: int, height: int, width: int, density: float, generator: torch.Generator) -> Tensor:
+    """[batch, 1, height, width] with round(density * sites) active sites, anywhere: the worst case for locality."""
+    return _largest(torch.rand(batch, 1, height, width, generator=generator), density)
+
+
+def blob_mask(batch: int, height: int, width: int, density: float, generator: torch.Generator) -> Tensor:
+    """The same number of sites in blobs, as real masks have them: a smooth random field above a threshold."""
+    coarse = torch.randn(batch, 1, max(2, height // 8), max(2, width // 8), generator=generator)
+    return _largest(F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False), density)
+
+
+MASKS = {"blob": blob_mask, "random": random_mask}
+
+
+def _largest(field: Tensor, density: float) -> Tensor:
+    """The share `density` of all sites where the field is largest."""
+    mask = torch.zeros(field.numel(), dtype=torch.bool)
+    mask[field.flatten().topk(round(density * field.numel())).indices] = True
+    return mask.view(field.shape)
+
+
+def patch(height: int, width: int, share: float) -> Tensor:
+    """[1, 1, height, width]: a centred rectangle of the image's own proportions that covers `share` of it."""
+    rows, columns = (max(1, round(length * math.sqrt(share))) for length in (height, width))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    mask[:, :, top : top + rows, left : left + columns] = True
+    return mask
+
+
+def reached(changed: Tensor, kernel: int, stride: int = 1) -> Tensor:
+    """The outputs of a "same"-padded convolution that read a changed input: bool [N, 1, H, W] -> [N, 1, Ho, Wo].
+
+    An output changes if any of its taps does, which is max pooling with the convolution's own geometry.
+    """
+    return F.max_pool2d(changed.float(), kernel, stride, kernel // 2).bool()

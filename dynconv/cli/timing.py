@@ -1,0 +1,105 @@
+"""Time calls that take turns, on the CPU or on the GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# A call gets as many samples as fit into the budget, but at least this many.
+LEAST_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: median and the 20 % and 80 % quantiles of the samples."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float]) -> Timing:
+        """The quantiles, interpolated between samples."""
+        quantiles = torch.tensor(milliseconds, dtype=torch.float64).quantile(
+            torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        )
+        return cls(*quantiles.tolist(), len(milliseconds))
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the samples differ too much for the median to mean a lot."""
+        return self.high > 1.3 * self.low
+
+    def __str__(self) -> str:
+        digits = 3 if self.median < 1 else 2 if self.median < 10 else 1
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}-{self.high:.{digits}f}]"
+
+
+def take_turns(
+    calls: dict[str, Callable[[int], object]], device: str, repeats: int, seconds: float = 1.0, sets: int = 1
+) -> dict[str, Timing]:
+    """Time each call, one sample of every call in turn, so that a disturbance of the machine meets them all.
+
+    Args:
+        calls: by name; each takes the number of an input set, 0 to sets - 1.
+        device: "cpu" or "cuda".
+        repeats: samples of each call at most; fewer, but `LEAST_SAMPLES`, once `seconds` have passed.
+        sets: how many input sets a sample on the GPU rotates through, to push the data of one out of its cache.
+
+    Raises ValueError for fewer than one repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    names = list(calls)
+    measure = _cuda_sample if device == "cuda" else _cpu_sample
+    for name in names:  # compilation, caches, the allocator's first pages
+        for _ in range(3 if device == "cuda" else 1):
+            measure(calls[name], sets)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    for turn in range(repeats):
+        # Every call is the first after every other one at times: none always finds the same data in the cache.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(measure(calls[name], sets))
+        if turn + 1 >= LEAST_SAMPLES and time.perf_counter() > end:
+            break
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _cpu_sample(call: Callable[[int], object], sets: int) -> float:
+    begin = time.perf_counter()
+    for number in range(sets):
+        call(number)
+    return (time.perf_counter() - begin) * 1e3 / sets
+
+
+def _cuda_sample(call: Callable[[int], object], sets: int) -> float:
+    """The GPU's time for a call when its queue is full, as in a CUDA graph: Python's own time is not in it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    # The GPU waits while the calls are queued behind it, for two milliseconds and one more for each call.
+    torch.cuda._sleep(int((2 + sets) * 1e-3 * 2e9))
+    start.record()
+    for number in range(sets):
+        call(number)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / sets
+
+
+def input_sets(device: str, bytes_per_set: int) -> int:
+    """How many input sets hold twice what the GPU's L2 cache does; 1 on the CPU, where the caller's data stay."""
+    if device == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(8, -(-2 * cache // max(1, bytes_per_set))))
+
+
+def wait(device: str) -> None:
+    """Let the GPU finish."""
+    if device == "cuda":
+        torch.cuda.synchronize()
