@@ -14,6 +14,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -30,10 +31,6 @@ STORAGE = {
 }
 COMPUTE = {torch.float64: torch.float64}  # every other type computes in float32
 
-# Numba's disk cache looks at a kernel's own file only; this makes a change of the intrinsics miss it too.
-_STAMP = zlib.crc32(Path(_llvm.__file__).read_bytes())
-
-
 try:
     _parallel = ctypes.CDLL(None).GOMP_parallel
     _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -43,6 +40,23 @@ except (AttributeError, OSError, TypeError):
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _entry(key: str) -> Callable:
+    """What Numba compiles for a kernel. Its disk cache is keyed on closure variables, so the only one is `key`; a
+    compiled function among them would differ in every process. The rest comes in as globals."""
+
+    def entry(address):
+        key  # noqa: B018
+        body(address, storage, compute)  # noqa: F821
+
+    return entry
+
+
+@functools.cache
+def _source_stamp(*paths: str) -> int:
+    """Changes with the kernels' source: Numba itself watches this file only."""
+    return zlib.crc32(b"".join(Path(path).read_bytes() for path in (*paths, _llvm.__file__)))
 
 
 def kernel(body: Callable) -> Callable[..., None]:
@@ -56,12 +70,9 @@ def kernel(body: Callable) -> Callable[..., None]:
     @functools.cache
     def compiled(dtype: torch.dtype) -> int:
         storage, compute = STORAGE[dtype]
-        stamp = _STAMP
-
-        def entry(address):
-            stamp  # noqa: B018  (a closure variable is part of the cache's key)
-            body(address, storage, compute)
-
+        entry = _entry(f"{body.__qualname__} {storage} {compute} {_source_stamp(body.py_func.__code__.co_filename)}")
+        names = {**entry.__globals__, "body": body, "storage": storage, "compute": compute}
+        entry = FunctionType(entry.__code__, names, entry.__name__, None, entry.__closure__)
         try:
             compiled_entry = cfunc(_SIGNATURE, cache=True)(entry)
         except RuntimeError:  # no folder to keep the cache in: a read-only installation without a home

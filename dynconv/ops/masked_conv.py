@@ -293,9 +293,9 @@ def masked_conv2d(
     if out is not None:
         _check_out(out, inactive, input, weight, bias, sites)
     backend = backend_for(input.device)
-    if groups > 1 and mask is not None and backend != "reference":
+    if groups > 1 and sites is not None and backend != "reference":
         warn_once("masked_conv2d: groups > 1 computes every site; the mask saves no time there")
-        backend = "reference"
+        return _grouped(input, weight, bias, stride, padding, dilation, groups, sites, inactive, out)
     if backend == "reference":
         return reference.masked_conv2d(
             input, weight, bias, stride, padding, dilation, groups, mask=sites, inactive=inactive, out=out
@@ -315,6 +315,17 @@ def masked_conv2d(
         return torch.ops.dynconv.masked_conv2d(*operands, inactive, *where)
     torch.ops.dynconv.masked_conv2d_(out, *operands, *where)
     return out
+
+
+def _grouped(input, weight, bias, stride, padding, dilation, groups, sites, inactive, out) -> Tensor:
+    """The dense path. ATen's grouped float16 gradients on a CPU add up in float16: there, all of it in float32."""
+    wide = torch.float32 if input.device.type == "cpu" and input.dtype == torch.float16 else input.dtype
+    operands = [None if t is None else t.to(wide) for t in (input, weight, bias)]
+    filler = out if inactive is None else inactive
+    filler = None if filler is None else filler.to(wide)
+    result = reference.masked_conv2d(*operands, stride, padding, dilation, groups, mask=sites, inactive=filler)
+    result = result.to(input.dtype)
+    return result if out is None else out.copy_(result)
 
 
 def _check_operands(input, weight, bias, stride, padding, dilation, groups) -> tuple[Geometry, tuple[int, int]]:
