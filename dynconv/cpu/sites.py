@@ -54,6 +54,11 @@ def _neighbours(arguments, storage, compute):
     kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
     pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
     taps = kernel_height * kernel_width
+    offsets = np.empty(taps, np.int32)
+    for ky in range(kernel_height):
+        for kx in range(kernel_width):
+            offsets[ky * kernel_width + kx] = ky * dilation_y * width + kx * dilation_x
+    last_y, last_x = height - (kernel_height - 1) * dilation_y, width - (kernel_width - 1) * dilation_x
     while True:
         first = fetch_add(a, 1) * chunk
         if first >= count:
@@ -62,14 +67,16 @@ def _neighbours(arguments, storage, compute):
             site = np.int64(index[m])
             line, ox = site // out_width, site % out_width
             sample, oy = line // out_height, line % out_height
-            for ky in range(kernel_height):
-                y = oy * stride_y - pad_y + ky * dilation_y
-                inside = 0 <= y < height
-                base = (sample * height + y) * width
-                for kx in range(kernel_width):
-                    x = ox * stride_x - pad_x + kx * dilation_x
-                    pixel = base + x if inside and 0 <= x < width else -1
-                    table[m * taps + ky * kernel_width + kx] = pixel
+            y, x = oy * stride_y - pad_y, ox * stride_x - pad_x
+            corner = (sample * height + y) * width + x
+            if 0 <= y < last_y and 0 <= x < last_x:  # no tap in the padding, as nearly everywhere
+                for tap in range(taps):
+                    table[m * taps + tap] = corner + offsets[tap]
+                continue
+            for tap in range(taps):
+                tap_y, tap_x = y + tap // kernel_width * dilation_y, x + tap % kernel_width * dilation_x
+                inside = 0 <= tap_y < height and 0 <= tap_x < width
+                table[m * taps + tap] = corner + offsets[tap] if inside else -1
 
 
 _run_compact = kernel(_compact)
