@@ -11,6 +11,8 @@ Padding = IntPair | str
 
 def pair(value: IntPair, name: str, least: int) -> tuple[int, int]:
     """(vertical, horizontal) from an int or a pair of ints, none below `least`."""
+    if type(value) is int and value >= least:  # nearly always; the rest is for other kinds and for errors
+        return value, value
     both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
     if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
         raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")

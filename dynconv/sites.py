@@ -115,8 +115,15 @@ def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
     return mask.new_empty(mask.shape[0], 1, *input_size)
 
 
+def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
+    for size, of, value in kept:
+        if of == geometry and size == tuple(input_size):
+            return value
+    return None
+
+
 class ActiveSites:
-    """The output sites that masks keep, made once and shared by every layer and backward pass that uses them.
+    """The output sites that a mask keeps, made once and shared by every layer that uses them.
 
     Args:
         mask: bool or floating, broadcastable to [N, 1, Ho, Wo]. A floating mask is a gate: active where it is
@@ -125,7 +132,8 @@ class ActiveSites:
 
     Attributes:
         mask: bool [N, 1, Ho, Wo].
-        gate: the floating mask [N, 1, Ho, Wo] (part of the autograd graph), or None.
+        gate: the floating mask [N, 1, Ho, Wo] itself, part of the autograd graph and not to be changed in place, or
+            None.
         index: int32 [N * Ho * Wo]; the first `count` entries are the active sites (n * Ho + y) * Wo + x in
             ascending order, the others are unspecified.
         count: int32 [1], on the mask's device. Nothing here waits for it, except `len()` and `density`.
@@ -152,15 +160,17 @@ class ActiveSites:
         if size[0] * size[1] * size[2] >= 2**31:
             raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
         active = mask if mask.dtype == torch.bool else mask.detach() != 0
-        self.mask = active.expand(full).contiguous()
+        # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
+        self.mask = active.expand(full).clone(memory_format=torch.contiguous_format)
         self.gate = mask.expand(full) if mask.is_floating_point() else None
         self._backend = backend_for(mask.device)
         if self._backend == "reference":
             self._backend = "cpu" if mask.device.type == "cpu" else "triton"
         self.index, self.count = torch.ops.dynconv.compact(self.mask, self._backend)
         self._inverse: Tensor | None = None
-        self._tables: dict[tuple, Tensor] = {}
-        self._touched: dict[tuple, ActiveSites] = {}
+        # Lists, not dicts: hashing a symbolic size would tie a compiled graph to that size.
+        self._tables: list[tuple] = []
+        self._touched: list[tuple] = []
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -191,13 +201,14 @@ class ActiveSites:
 
     def _neighbours(self, input_size: tuple[int, int], geometry: Geometry) -> Tensor:
         self._check(input_size, geometry)
-        key = (tuple(input_size), geometry)
-        if key not in self._tables:
-            self._tables[key] = torch.ops.dynconv.neighbours(
+        table = _find(self._tables, input_size, geometry)
+        if table is None:
+            table = torch.ops.dynconv.neighbours(
                 self.index, self.count, self.shape[1:], input_size,
                 geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self._backend,
             )  # fmt: skip
-        return self._tables[key]
+            self._tables.append((tuple(input_size), geometry, table))
+        return table
 
     def touched(
         self,
@@ -213,15 +224,15 @@ class ActiveSites:
         """
         geometry = Geometry.of(kernel_size, stride, padding, dilation)
         self._check(input_size, geometry)
-        key = (tuple(input_size), geometry)
-        if key not in self._touched:
-            self._touched[key] = ActiveSites(
-                torch.ops.dynconv.touched(
-                    self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
-                    self._backend,
-                )
+        touched = _find(self._touched, input_size, geometry)
+        if touched is None:
+            mask = torch.ops.dynconv.touched(
+                self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
+                self._backend,
             )  # fmt: skip
-        return self._touched[key]
+            touched = ActiveSites(mask)
+            self._touched.append((tuple(input_size), geometry, touched))
+        return touched
 
     def _check(self, input_size: tuple[int, int], geometry: Geometry) -> None:
         if self.shape[1:] != geometry.output_size(*input_size):
@@ -229,6 +240,9 @@ class ActiveSites:
                 f"mask: expected {list(geometry.output_size(*input_size))} sites for that convolution over an input "
                 f"of {list(input_size)}, got {list(self.shape[1:])}"
             )
+
+        if self.shape[0] * input_size[0] * input_size[1] >= 2**31:
+            raise ValueError(f"input: expected fewer than 2^31 pixels, got {self.shape[0]} x {list(input_size)}")
 
     def __len__(self) -> int:
         """The number of active sites. Waits for the device."""

@@ -1,7 +1,13 @@
 """masked_conv2d on every backend against the dense reference: values, gradients, contract."""
 
 import itertools
+import os
+import platform
+import subprocess
+import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ import torch.nn.functional as F
 from conftest import ON_GPU, Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynconv
@@ -113,7 +120,9 @@ def geometries(draw):
 def check_random_case(backend, geometry, density, layout, seed):
     operands, grad, where, _ = case(**geometry)
     mask = random_mask(grad.shape[0], *grad.shape[2:], density, seed)
-    present = [t if keep else None for t, keep in zip(operands[2:], (seed & 1, 0, seed & 2), strict=True)]
+    gate = torch.where(mask, integers(*mask.shape, low=1, seed=3), 0)
+    options = (operands[2], gate, operands[4])
+    present = [t if seed >> bit & 1 else None for bit, t in enumerate(options)]
     operands = (LAYOUTS[layout](operands[0]), LAYOUTS[layout](operands[1]), *present)
     assert_equal_to_reference(Target(backend), operands, LAYOUTS[layout](grad), where, mask)
 
@@ -147,6 +156,61 @@ def test_any_strides(target, layout):
     change = LAYOUTS[layout]
     operands = (change(operands[0]), change(operands[1]), operands[2], operands[3], change(operands[4]))
     assert_equal_to_reference(target, operands, change(grad), geometry, mask)
+
+
+# The CPU kernels cut what is larger than a tile, a chunk, a band or the cache: each cut once.
+LARGE = {
+    "channel-groups": {"n": 1, "cin": 130, "cout": 100, "size": (9, 9)},
+    "depth-blocks": {"n": 1, "cin": 400, "cout": 20, "size": (6, 7)},
+    "packed-in-place": {"n": 1, "cin": 40, "cout": 300, "size": (5, 5)},
+    "bands": {"n": 2, "cin": 3, "cout": 4, "size": (40, 12), "kernel": (5, 3), "padding": (2, 1)},
+    "bands-stride": {
+        "n": 1,
+        "cin": 3,
+        "cout": 4,
+        "size": (90, 20),
+        "kernel": (4, 2),
+        "stride": (2, 1),
+        "dilation": (3, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_the_cpu_cuts_into_pieces(name):
+    assert_equal_to_reference(Target("cpu"), *case(**LARGE[name]))
+
+
+def test_narrower_vectors():
+    """The AVX2 tiles on any x86 host: Numba is told to compile for one that has no AVX-512."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("Haswell is an x86 processor")
+    with tempfile.TemporaryDirectory() as cache:
+        features = "+64bit,+cx16,+popcnt,+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+        processor = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+        environment = {**os.environ, **processor, "NUMBA_CACHE_DIR": cache, "DYNCONV_BACKEND": ""}
+        lanes = "from dynconv.cpu import _llvm; assert (_llvm.VECTOR_BYTES, _llvm.TILE_VECTORS) == (32, 2)"
+        run_tests = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+        chosen = ["-q", "-p", "no:cacheprovider", __file__, "-k", "(pieces or values_and_gradients) and not triton"]
+        subprocess.run(
+            [sys.executable, "-c", f"{lanes}; {run_tests}", *chosen], env=environment, check=True, timeout=300
+        )
+
+
+def test_kernels_are_compiled_once_for_all_processes():
+    """Numba's cache is keyed on more than meets the eye: a second process must find what the first one left."""
+    script = (
+        "import torch, dynconv\n"
+        "input, weight = torch.ones(1, 2, 4, 4), torch.ones(2, 2, 3, 3, requires_grad=True)\n"
+        "dynconv.masked_conv2d(input, weight, padding=1, mask=torch.eye(4) > 0).sum().backward()\n"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": cache, "DYNCONV_BACKEND": ""}
+        found = []
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+            found.append(sorted(path.name for path in Path(cache).rglob("*.nb?")))
+    assert found[0] and found[0] == found[1]
 
 
 def test_expanded_gradient(target):
@@ -270,12 +334,16 @@ def test_the_same_bits_on_any_number_of_threads():
     input, weight = torch.randn(2, 40, 40, 40, generator=generator), torch.randn(50, 40, 3, 3, generator=generator)
     gate = torch.where(mask, torch.rand(mask.shape, generator=generator) + 0.1, 0)
     grad = torch.randn(2, 50, 40, 40, generator=generator)
+    wide = torch.randn(1, 1, 300, 300, generator=generator)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(run(masked_conv2d, (input, weight, None, gate, None), grad, (1, 1, 1), mask))
+            results.append(run(masked_conv2d, (input, weight, weight[:, 0, 0, 0], gate, None), grad, (1, 1, 1), mask))
+            # ATen would sum one channel's gradient in as many parts as there are threads.
+            one = (weight[:1, :1], weight[:1, 0, 0, 0], None, None)
+            results[-1] += run(masked_conv2d, (wide, *one), wide, (1, 1, 1), torch.ones((), dtype=torch.bool))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -311,6 +379,51 @@ def test_more_than_2_to_the_31_elements(target, wide):
         masked_conv2d(input, weight, mask=mask, out=out)
     expected = F.conv2d(pixel.double(), weight.double())
     assert torch.equal(out[..., -1:, -1:].double(), expected) and expected.any()
+
+
+def test_sites_do_not_follow_the_mask_they_were_made_from(target):
+    mask = random_mask(2, 6, 5).to(target.device)
+    with target.use():
+        sites, before = ActiveSites(mask), mask.clone()
+        mask.logical_not_()
+        assert torch.equal(sites.mask, before) and len(sites) == before.sum()
+
+
+def test_an_in_place_update_is_seen_by_a_graph_that_saved_its_tensor():
+    operands, _, _, mask = case(cin=7)
+    out = integers(2, 7, 6, 5).contiguous(memory_format=torch.channels_last)
+    scale = torch.ones((), requires_grad=True)
+    saved = (out * scale).sum()
+    with torch.no_grad():
+        masked_conv2d(*operands[:2], padding=1, mask=mask, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    operands, grad, geometry, mask = case()
+
+    def checkpointed(input, weight, bias, *geometry, mask, inactive):
+        call = lambda *tensors: masked_conv2d(*tensors[:3], *geometry, mask=tensors[3], inactive=tensors[4])
+        return checkpoint(call, input, weight, bias, mask, inactive, use_reentrant=reentrant)
+
+    for one, two in zip(
+        run(masked_conv2d, operands, grad, geometry, mask),
+        run(checkpointed, operands, grad, geometry, mask),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+
+
+def test_nothing_is_inactive_without_a_mask(target):
+    operands, grad, _, _ = case()
+    inactive = operands[4].to(target.device).requires_grad_()
+    with target.use():
+        masked_conv2d(
+            operands[0].to(target.device), operands[1].to(target.device), inactive=inactive, padding=1
+        ).backward(grad.to(target.device))
+    assert torch.equal(inactive.grad, torch.zeros_like(inactive))
 
 
 def test_shared_sites_serve_several_layers(target):
@@ -393,7 +506,8 @@ def bad(change, error, match):
         bad({"input": torch.zeros(2, 5, 6, 5).int()}, TypeError, "input: expected a float32.*got torch.int32"),
         bad({"input": torch.zeros(5, 6, 5)}, ValueError, r"input: expected shape \[N, Cin, H, W\], got \[5, 6, 5\]"),
         bad({"input": torch.zeros(2, 5, 1, 1), "padding": 0}, ValueError, "input: expected a padded height"),
-        bad({"weight": torch.zeros(7, 5, 3)}, ValueError, "weight: expected shape"),
+        bad({"weight": torch.zeros(7, 5, 3)}, ValueError, "weight: expected a shape"),
+        bad({"weight": torch.zeros(0, 5, 3, 3)}, ValueError, "weight: expected a shape .* of no zeros"),
         bad({"weight": torch.zeros(7, 4, 3, 3)}, ValueError, "weight: expected 5 input channels"),
         bad({"weight": torch.zeros(7, 5, 3, 3).double()}, TypeError, "weight: expected torch.float32"),
         bad({"weight": torch.zeros(7, 5, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on"),
@@ -494,7 +608,7 @@ class TestRegistration:
         torch.library.opcheck(torch.ops.dynconv.neighbours.default, (sites.index, sites.count, *geometry, name))
         torch.library.opcheck(torch.ops.dynconv.touched.default, (full, *geometry[1:], name))
 
-    def test_a_wrong_fake_would_be_caught(self, target):
+    def test_fakes_have_the_real_strides(self, target):
         """opcheck compares strides: the op's fake and its result agree for an input of any layout."""
         operands, sites, _, where, _ = self.arguments(target)
         for change in LAYOUTS.values():
@@ -535,6 +649,24 @@ def test_compile_forward_and_backward(target, dynamic, fresh_dynamo):
                 assert torch.equal(want, have)
 
 
+def test_dynamic_sizes_compile_once(fresh_dynamo):
+    counter = torch._dynamo.testing.CompileCounter()
+    weight = integers(4, 3, 3, 3)
+    compiled = torch.compile(lambda x, m: masked_conv2d(x, weight, padding=1, mask=m), dynamic=True, backend=counter)
+    for size in (6, 7, 9, 12):
+        input, mask = integers(2, 3, size, size + 1), random_mask(2, size, size + 1)
+        assert torch.equal(compiled(input, mask), masked_conv2d(input, weight, padding=1, mask=mask))
+    assert counter.frame_count == 1
+
+
+def test_compile_groups(fresh_dynamo):
+    input, weight, mask = integers(2, 4, 6, 5), integers(6, 2, 3, 3), random_mask(2, 6, 5)
+    call = lambda x: masked_conv2d(x, weight, padding=1, groups=2, mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(input), call(input))
+
+
 def test_compile_in_place_and_shared_sites(target, fresh_dynamo):
     operands, _, _, mask = case(cin=4, cout=4)
     input, weight, mask = operands[0].to(target.device), operands[1].to(target.device), mask.to(target.device)
@@ -558,9 +690,12 @@ def test_compile_in_place_and_shared_sites(target, fresh_dynamo):
 def test_export(target):
     layer = dynconv.nn.MaskedConv2d(3, 4, 3, padding=1).to(target.device)
     input, mask = torch.randn(2, 3, 6, 6, device=target.device), random_mask(2, 6, 6).to(target.device)
+    height = torch.export.Dim("height", min=3, max=64)
     with target.use():
-        program = torch.export.export(layer, (input, mask))
-        assert torch.equal(program.module()(input, mask), layer(input, mask))
+        program = torch.export.export(layer, (input, mask), dynamic_shapes=({2: height}, {2: height}))
+        for size in (6, 11):
+            input, mask = torch.randn(2, 3, size, 6, device=target.device), random_mask(2, size, 6).to(target.device)
+            assert torch.equal(program.module()(input, mask), layer(input, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -575,6 +710,34 @@ def test_autocast_is_that_of_conv2d(target, dtype):
     assert torch.equal(output.cpu(), torch.where(mask, dense.cpu(), 0))
     output.float().sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+def test_backward_inside_autocast(target):
+    """Autocast must not reach the sums inside the op."""
+    operands, grad, geometry, mask = case(cout=40)
+    expected = run(masked_conv2d, operands, grad, geometry, mask)
+    leaves = [t.to(target.device).requires_grad_() for t in operands]
+    with target.use():
+        output = masked_conv2d(*leaves[:3], *geometry, mask=leaves[3], inactive=leaves[4])
+        with torch.autocast(target.device.type, torch.bfloat16):
+            output.backward(grad.to(target.device))
+    for want, leaf in zip(expected[1:], leaves, strict=True):
+        assert torch.equal(leaf.grad.cpu(), want)
+
+
+def test_tf32_follows_the_switches_of_conv2d():
+    """Reading the old switch raises once a program has used the new one."""
+    legacy = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert ops._allow_tf32() is allowed
+        for precision in ("ieee", "tf32"):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert ops._allow_tf32() is (precision == "tf32")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = "none"
+        torch.backends.cudnn.allow_tf32 = legacy
 
 
 def test_flops_follow_the_active_sites(target):

@@ -62,6 +62,8 @@ def test_from_dense_shares_parameters_and_keeps_their_state():
     assert not masked.training and not masked.weight.requires_grad
     with pytest.raises(TypeError, match=r"module: expected an nn.Conv2d, got Linear"):
         MaskedConv2d.from_dense(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"module: expected an nn.Conv2d, got LazyConv2d"):
+        MaskedConv2d.from_dense(nn.LazyConv2d(2, 3))
 
 
 def test_trains():

@@ -20,7 +20,7 @@ from . import console, extra, table
 from .bounds import Verdict, arithmetic, judge
 from .environment import environment, write_json
 from .layers import LAYERS, MASKS, Layer
-from .timing import Timing, input_sets, take_turns
+from .timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 
 MODES = ("plain", "in-place", "backward")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -367,6 +367,7 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         shapes, densities = arguments.shapes, arguments.density
         repeats, seconds = arguments.repeats, arguments.seconds
+    keeps_memory = keep_freed_memory()
     families = tuple(LAYERS) if "all" in shapes else tuple(shapes)
     layers = [
         layer
@@ -376,7 +377,7 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     # Dense gets cuDNN's fastest algorithm.
     torch.backends.cudnn.benchmark = True
-    record = {"environment": environment(arguments.device)}
+    record = {"environment": environment(arguments.device) | {"malloc_keeps_freed_memory": keeps_memory}}
     begin = time.perf_counter()
     rows: list[Row] = []
     progress = extra("rich.progress")
@@ -464,6 +465,11 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
     out.print(f"{where}; {arguments.dtype}; {software}")
     if arguments.device == "cuda":
         out.print("GPU time of calls queued ahead of the GPU, as in a CUDA graph; Python's own time is not in it")
+    if arguments.device == "cpu":
+        out.print(
+            f"a sample: the mean of calls in a row for about {CPU_SAMPLE:g} ms, at most {MOST_CALLS}; "
+            f"malloc {'keeps' if machine['malloc_keeps_freed_memory'] else 'may return'} freed memory, for both sides"
+        )
     checked = sum(row.failure is None for row in rows)
     out.print(
         f"{checked} of {len(rows)} results within their bounds of the dense reference, checked before they were timed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 
 # A call gets as many samples as fit into the budget, but at least this many.
 LEAST_SAMPLES = 5
+# Milliseconds, and calls, that a sample on the CPU takes.
+CPU_SAMPLE, MOST_CALLS = 3.0, 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Time each call, one sample of every call in turn, so that a disturbance of the machine meets them all.
 
+    On the CPU a sample is as many calls in a row as take about `CPU_SAMPLE`: after a long call of something else
+    nothing is left in the caches, not even Python's own code, and a network does not call one layer alone.
+
     Args:
         calls: by name; each takes the number of an input set, 0 to sets - 1.
         device: "cpu" or "cuda".
@@ -56,39 +62,57 @@ def take_turns(
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
     names = list(calls)
     measure = _cuda_sample if device == "cuda" else _cpu_sample
+    rounds = dict.fromkeys(names, sets)
     for name in names:  # compilation, caches, the allocator's first pages
-        for _ in range(3 if device == "cuda" else 1):
-            measure(calls[name], sets)
+        for _ in range(3):
+            once = measure(calls[name], sets, sets)
+        if device == "cpu":
+            rounds[name] = sets * max(1, min(MOST_CALLS, round(CPU_SAMPLE / (once * sets))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for turn in range(repeats):
         # Every call is the first after every other one at times: none always finds the same data in the cache.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            samples[name].append(measure(calls[name], sets))
+            samples[name].append(measure(calls[name], sets, rounds[name]))
         if turn + 1 >= LEAST_SAMPLES and time.perf_counter() > end:
             break
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _cpu_sample(call: Callable[[int], object], sets: int) -> float:
+def _cpu_sample(call: Callable[[int], object], sets: int, rounds: int) -> float:
     begin = time.perf_counter()
-    for number in range(sets):
-        call(number)
-    return (time.perf_counter() - begin) * 1e3 / sets
+    for number in range(rounds):
+        call(number % sets)
+    return (time.perf_counter() - begin) * 1e3 / rounds
 
 
-def _cuda_sample(call: Callable[[int], object], sets: int) -> float:
+def _cuda_sample(call: Callable[[int], object], sets: int, rounds: int) -> float:
     """The GPU's time for a call when its queue is full, as in a CUDA graph: Python's own time is not in it."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     # The GPU waits while the calls are queued behind it, for two milliseconds and one more for each call.
-    torch.cuda._sleep(int((2 + sets) * 1e-3 * 2e9))
+    torch.cuda._sleep(int((2 + rounds) * 1e-3 * 2e9))
     start.record()
-    for number in range(sets):
-        call(number)
+    for number in range(rounds):
+        call(number % sets)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / sets
+    return start.elapsed_time(end) / rounds
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep what is freed, for every call that is timed here; whether it could be told so (glibc only).
+
+    By default glibc returns a large freed tensor to the system, or not, by what happens to lie next to it; getting it
+    back costs a page fault for each 4 KiB, more than some layers' whole convolution. PyTorch's tuning guide
+    recommends allocators that keep memory, jemalloc or tcmalloc.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, (1 << 31) - 1))
+    except (AttributeError, OSError, TypeError):
+        return False
 
 
 def input_sets(device: str, bytes_per_set: int) -> int:

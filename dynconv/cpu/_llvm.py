@@ -10,20 +10,25 @@ Half types have no Numba type on the CPU; they travel as their bits: bfloat16 as
 
 from __future__ import annotations
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_features = llvm.get_host_cpu_features()
+# What Numba compiles for, which its environment variables may have narrowed to less than the host has.
+_triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
 # Vector width, and how many vectors of columns a tile holds beside its ROWS broadcast rows: 6 x 4 accumulators
 # leave room for the operands in 32 registers, 6 x 2 in AVX2's 16.
-if _features.get("avx512f"):
+if "+avx512f" in _features:
     VECTOR_BYTES, TILE_VECTORS = 64, 4
-elif _features.get("avx2"):
+elif "+avx2" in _features:
     VECTOR_BYTES, TILE_VECTORS = 32, 2
+elif "x86" in _triple:
+    VECTOR_BYTES, TILE_VECTORS = 16, 2
 else:
     VECTOR_BYTES, TILE_VECTORS = 16, 4
+# Without the instructions LLVM calls a library that is not there, and takes the process down.
+CONVERTS_FLOAT16 = "x86" not in _triple or "+f16c" in _features
 ROWS = 6
 
 _i64 = ir.IntType(64)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 
-import numpy as np
 import torch
 from numba import cfunc, types
 
@@ -29,7 +28,6 @@ STORAGE = {
     torch.bfloat16: (types.uint16, types.float32),
     torch.float16: (types.int16, types.float32),
 }
-COMPUTE = {torch.float64: torch.float64}  # every other type computes in float32
 
 try:
     _parallel = ctypes.CDLL(None).GOMP_parallel
@@ -37,6 +35,12 @@ try:
     _parallel.restype = None
 except (AttributeError, OSError, TypeError):
     _parallel = None
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """What the elements of a storage type are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -69,24 +73,26 @@ def kernel(body: Callable) -> Callable[..., None]:
 
     @functools.cache
     def compiled(dtype: torch.dtype) -> int:
+        if dtype == torch.float16 and not _llvm.CONVERTS_FLOAT16:
+            raise TypeError("input: expected another type than torch.float16, which this CPU cannot convert (no F16C)")
         storage, compute = STORAGE[dtype]
         entry = _entry(f"{body.__qualname__} {storage} {compute} {_source_stamp(body.py_func.__code__.co_filename)}")
         names = {**entry.__globals__, "body": body, "storage": storage, "compute": compute}
         entry = FunctionType(entry.__code__, names, entry.__name__, None, entry.__closure__)
         try:
             compiled_entry = cfunc(_SIGNATURE, cache=True)(entry)
-        except RuntimeError:  # no folder to keep the cache in: a read-only installation without a home
+        except (RuntimeError, OSError):  # no folder to keep the cache in (a read-only installation), or no space
             compiled_entry = cfunc(_SIGNATURE)(entry)
         _keep_alive.append(compiled_entry)
         return compiled_entry.address
 
     def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:
-        packed = np.array((0, 0, *arguments), dtype=np.int64)
+        packed = (ctypes.c_int64 * (len(arguments) + 2))(0, 0, *arguments)
         address = compiled(dtype)
         if _parallel is not None and threads > 1:
-            _parallel(address, packed.ctypes.data, threads, 0)
+            _parallel(address, packed, threads, 0)
         else:
-            _FUNCTION(address)(packed.ctypes.data)
+            _FUNCTION(address)(ctypes.addressof(packed))
 
     return run
 

@@ -21,6 +21,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from . import sites
 from ._llvm import (
     ROWS,
     TILE_VECTORS,
@@ -35,7 +36,7 @@ from ._llvm import (
     store,
     transpose_vectors,
 )
-from ._threads import COMPUTE, kernel, workers
+from ._threads import compute_type, kernel, workers
 
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
 GATHERED = 56 * 1024
@@ -45,7 +46,7 @@ _SERIAL = 1 << 15  # elements that a second thread has to save before it is wort
 
 @njit(inline="always")
 def _array(address, dtype):
-    return carray(pointer(address, dtype), (1,))
+    return carray(pointer(address, dtype), (1 << 40,))  # no length: all offsets are computed
 
 
 @njit
@@ -77,8 +78,25 @@ def _lower_bound(index, count, value):
 
 
 @njit
+def _pack_panel(weight, cout, depth, panel, first, end, packed, at, lanes, compute):
+    """The columns k = first..end of `lanes` rows of weight [cout, depth] as packed[at:] [k, lane], zero-padded."""
+    source, valid = panel * lanes * depth, min(lanes, cout - panel * lanes)
+    k = first
+    if valid == lanes:
+        while k + lanes <= end:
+            transpose_vectors(weight, source + k, depth, packed, at + (k - first) * lanes)
+            k += lanes
+    while k < end:
+        target = at + (k - first) * lanes
+        for j in range(valid):
+            store(packed, target + j, load(weight, source + j * depth + k, compute))
+        _clear(packed, target + valid, lanes - valid, compute)
+        k += 1
+
+
+@njit
 def _pack_by_output_kernel(arguments, storage, compute):
-    """weight [cout, depth] -> [panel of output channels, depth, lane], the channels zero-padded."""
+    """weight [cout, depth] -> [panel of output channels, depth, lane]."""
     a = carray(arguments, (16,))
     weight, packed = _array(a[2], storage), _array(a[3], compute)
     cout, depth, lanes, chunk, chunks = a[4], a[5], a[6], a[7], a[8]
@@ -87,22 +105,9 @@ def _pack_by_output_kernel(arguments, storage, compute):
         item = fetch_add(a, 1)
         if item >= panels * chunks:
             return
-        panel = item // chunks
-        first = item % chunks * chunk
-        end = min(depth, first + chunk)
-        source, target = panel * lanes * depth, panel * lanes * depth
-        valid = min(lanes, cout - panel * lanes)
-        k = first
-        if valid == lanes:
-            while k + lanes <= end:
-                transpose_vectors(weight, source + k, depth, packed, target + k * lanes)
-                k += lanes
-        while k < end:
-            for j in range(valid):
-                store(packed, target + k * lanes + j, load(weight, source + j * depth + k, compute))
-            for j in range(valid, lanes):
-                store(packed, target + k * lanes + j, compute(0))
-            k += 1
+        panel, first = item // chunks, item % chunks * chunk
+        at = (panel * depth + first) * lanes
+        _pack_panel(weight, cout, depth, panel, first, min(depth, first + chunk), packed, at, lanes, compute)
 
 
 @njit
@@ -131,15 +136,16 @@ def _pack_by_input_kernel(arguments, storage, compute):
 def _forward_kernel(arguments, storage, compute):
     a = carray(arguments, (32,))
     source, out = _array(a[2], storage), _array(a[3], storage)
-    weights, bias, gate = _array(a[4], compute), _array(a[5], compute), _array(a[6], compute)
+    packed, bias, gate = _array(a[4], compute), _array(a[5], compute), _array(a[6], compute)
     table, index = _array(a[7], np.int32), _array(a[8], np.int32)
-    has_bias, has_gate = a[5] != 0, a[6] != 0
+    is_packed, has_bias, has_gate = a[4] != 0, a[5] != 0, a[6] != 0
     sites, taps, cin, cout, lanes = a[9], a[10], a[11], a[12], a[13]
     chunk_rows, chunks, split_panels, splits, block_taps = a[14], a[15], a[16], a[17], a[18]
-    scratch, scratch_size = _array(a[19], compute), a[20]
+    scratch, scratch_size, weight = _array(a[19], compute), a[20], _array(a[21], storage)
     panels = (cout + lanes - 1) // lanes
     gathered = fetch_add(a[1:], 1) * scratch_size
     products = gathered + chunk_rows * block_taps * cin
+    columns = products + chunk_rows * split_panels * lanes
     while True:
         item = fetch_add(a, 1)
         if item >= chunks * splits:
@@ -166,12 +172,26 @@ def _forward_kernel(arguments, storage, compute):
                         _copy(source, pixel * cin, run * cin, scratch, at + t * cin, lanes, compute)
                     t += run
             for panel in range(0, item_panels, TILE_VECTORS):
-                weight_at = ((first_panel + panel) * taps + first_tap) * cin * lanes
+                vectors = min(TILE_VECTORS, item_panels - panel)
+                start = first_tap * cin
+                if is_packed:
+                    weights, weight_at, stride = (
+                        packed,
+                        ((first_panel + panel) * taps * cin + start) * lanes,
+                        taps * cin * lanes,
+                    )
+                else:
+                    weights, weight_at, stride = scratch, columns, depth * lanes
+                    for v in range(vectors):
+                        _pack_panel(
+                            weight, cout, taps * cin, first_panel + panel + v, start, start + depth,
+                            scratch, columns + v * stride, lanes, compute,
+                        )  # fmt: skip
                 for r in range(0, rows, ROWS):
                     multiply_tile(
-                        min(TILE_VECTORS, item_panels - panel),
+                        vectors,
                         scratch, gathered + r * depth, depth,
-                        weights, weight_at, taps * cin * lanes,
+                        weights, weight_at, stride,
                         scratch, products + r * width + panel * lanes, width,
                         depth, first_tap > 0,
                     )  # fmt: skip
@@ -198,6 +218,28 @@ def _gather_rows_kernel(arguments, storage, compute):
             return
         for row in range(first, min(sites, first + chunk_rows)):
             _copy(source, np.int64(index[row]) * channels, channels, target, row * channels, lanes, compute)
+
+
+@njit
+def _bias_grad_kernel(arguments, storage, compute):
+    """One panel of channels at a time, its sum in the order of the sites."""
+    a = carray(arguments, (16,))
+    grad, gate, grad_bias = _array(a[2], compute), _array(a[3], compute), _array(a[4], compute)
+    index, has_gate = _array(a[5], np.int32), a[3] != 0
+    sites, channels, lanes = a[6], a[7], a[8]
+    while True:
+        channel = fetch_add(a, 1) * lanes
+        if channel >= channels:
+            return
+        valid = min(lanes, channels - channel)
+        _clear(grad_bias, channel, valid, compute)
+        for row in range(sites):
+            scale = gate[np.int64(index[row])] if has_gate else compute(1)
+            if valid == lanes:
+                add_vector(grad, row * channels + channel, scale, grad_bias, channel)
+            else:
+                for c in range(channel, channel + valid):
+                    store(grad_bias, c, load(grad_bias, c, compute) + scale * load(grad, row * channels + c, compute))
 
 
 @njit
@@ -309,6 +351,7 @@ _run_pack_by_output = kernel(_pack_by_output_kernel)
 _run_pack_by_input = kernel(_pack_by_input_kernel)
 _run_forward = kernel(_forward_kernel)
 _run_gather_rows = kernel(_gather_rows_kernel)
+_run_bias_grad = kernel(_bias_grad_kernel)
 _run_input_grad = kernel(_input_grad_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
 
@@ -332,7 +375,7 @@ def _packed(weight: Tensor, by_output: bool) -> Tensor:
     taps, lanes = weight.shape[2] * weight.shape[3], _lanes(weight.dtype)
     panels = _ceil(cout if by_output else cin, lanes)
     size = panels * lanes * taps * (cin if by_output else cout)
-    packed = torch.empty(size, dtype=COMPUTE.get(weight.dtype, torch.float32))
+    packed = torch.empty(size, dtype=compute_type(weight.dtype))
     if by_output:
         chunk = 16 * lanes
         chunks = _ceil(taps * cin, chunk)
@@ -345,49 +388,67 @@ def _packed(weight: Tensor, by_output: bool) -> Tensor:
     return packed
 
 
+def _table(neighbours: Tensor | None, input, weight, mask, index, count, stride, padding, dilation) -> Tensor:
+    """The neighbour table that layers share, or one for this call alone."""
+    if neighbours is not None:
+        return neighbours
+    geometry = (*mask.shape[2:], *input.shape[2:], *weight.shape[2:], *stride, *padding, *dilation)
+    return sites.neighbours(index, count, geometry)
+
+
 def forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    mask: Tensor,
     index: Tensor,
     count: Tensor,
-    neighbours: Tensor,
+    neighbours: Tensor | None,
     gate: Tensor | None,
     out: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> None:
     """Write gate * (conv + bias) into `out` at the first `count` sites of `index`, and nowhere else.
 
     `input` and `out` are channels_last; `gate` has one element for each site of `out`, in the compute type.
     """
-    count = int(count)
-    if count == 0:
+    active = int(count)
+    if active == 0:
         return
-    dtype, compute = input.dtype, COMPUTE.get(input.dtype, torch.float32)
+    table = _table(neighbours, input, weight, mask, index, count, stride, padding, dilation)
+    dtype, compute = input.dtype, compute_type(input.dtype)
     bias = None if bias is None else bias.to(compute).contiguous()
+    weight = weight.contiguous(memory_format=torch.channels_last)
     cout, cin = weight.shape[:2]
     taps, lanes = weight.shape[2] * weight.shape[3], _lanes(dtype)
-    packed = _packed(weight, by_output=True)
     blocks = _ceil(taps, max(1, DEPTH // cin))
     block_taps = _ceil(taps, blocks)
     depth = block_taps * cin
     panels = _ceil(cout, lanes)
-    most_rows = max(ROWS, min(96, GATHERED // depth) // ROWS * ROWS)
-    threads = torch.get_num_threads()
-    chunks = max(_ceil(count, most_rows), min(4 * threads, _ceil(count, 4 * ROWS)))
-    chunk_rows = _ceil(_ceil(count, chunks), ROWS) * ROWS
-    chunks = _ceil(count, chunk_rows)
-    # Too few rows to go round: threads share a chunk's columns, each gathering it for itself.
     groups = _ceil(panels, TILE_VECTORS)
+    threads = torch.get_num_threads()
+    most_rows = max(ROWS, min(96, GATHERED // depth) // ROWS * ROWS)
+    # Few rows: each column of the weight is used in one chunk alone, which packs it where it stays in the cache.
+    packed = None
+    chunks = 1
+    if active > most_rows or groups < threads:
+        packed = _packed(weight, by_output=True)
+        chunks = max(_ceil(active, most_rows), min(4 * threads, _ceil(active, 4 * ROWS)))
+    chunk_rows = _ceil(_ceil(active, chunks), ROWS) * ROWS
+    chunks = _ceil(active, chunk_rows)
+    # Too few rows to go round: threads share a chunk's columns, each gathering it for itself.
     splits = min(groups, _ceil(4 * threads, chunks)) if threads > 1 else 1
     split_panels = _ceil(groups, splits) * TILE_VECTORS
     splits = _ceil(panels, split_panels)
     threads = workers(chunks * splits)
-    size = chunk_rows * (depth + split_panels * lanes)
+    size = chunk_rows * (depth + split_panels * lanes) + (TILE_VECTORS * lanes * depth if packed is None else 0)
     scratch = torch.empty(threads * size, dtype=compute)
     _run_forward(
-        dtype, threads, input.data_ptr(), out.data_ptr(), packed.data_ptr(), _address(bias), _address(gate),
-        neighbours.data_ptr(), index.data_ptr(), count, taps, cin, cout, lanes,
-        chunk_rows, chunks, split_panels, splits, block_taps, scratch.data_ptr(), size,
+        dtype, threads, input.data_ptr(), out.data_ptr(), _address(packed), _address(bias), _address(gate),
+        table.data_ptr(), index.data_ptr(), active, taps, cin, cout, lanes,
+        chunk_rows, chunks, split_panels, splits, block_taps, scratch.data_ptr(), size, weight.data_ptr(),
     )  # fmt: skip
 
 
@@ -399,44 +460,48 @@ def backward(
     mask: Tensor,
     index: Tensor,
     count: Tensor,
-    neighbours: Tensor,
+    neighbours: Tensor | None,
     gate: Tensor | None,
     wanted: Sequence[bool],
-    overlap_lines: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients of `input`, `weight`, `bias` and `gate`, None for the others.
 
-    `grad` and `input` are channels_last. `overlap_lines` is the fewest output lines a band needs so that bands two
-    apart read no common input line.
+    `grad` and `input` are channels_last.
     """
-    count = int(count)
+    table = _table(neighbours, input, weight, mask, index, count, stride, padding, dilation)
+    active = int(count)
     input_wanted, weight_wanted, bias_wanted, gate_wanted = wanted
-    rows = _grad_rows(grad, index, count)
+    rows = _grad_rows(grad, index, active)
+    compute = rows.dtype
     grad_input = grad_weight = grad_bias = grad_gate = None
     if input_wanted:
-        grad_input = torch.empty(input.shape, dtype=rows.dtype, memory_format=torch.channels_last).zero_()
-    if (input_wanted or gate_wanted) and count:
-        lines = mask.shape[0] * mask.shape[2]
-        products = _input_grad(
-            rows, weight, gate, input, neighbours, index, count, (lines, mask.shape[3]), overlap_lines,
-            grad_input, gate_wanted,
-        )  # fmt: skip
+        grad_input = torch.empty(input.shape, dtype=compute, memory_format=torch.channels_last).zero_()
+    if (input_wanted or gate_wanted) and active:
+        # Bands of so many output lines that those two apart read no common input line.
+        overlap = max(1, _ceil(dilation[0] * (weight.shape[2] - 1) + 1, stride[0]) - 1)
+        products = _input_grad(rows, weight, gate, input, table, mask, index, active, overlap, grad_input, gate_wanted)
     if input_wanted:
         grad_input = grad_input.to(input.dtype)
     if gate_wanted:
-        grad_gate = torch.zeros(gate.shape, dtype=gate.dtype)
-        if count:
+        grad_gate = torch.zeros(gate.shape, dtype=compute)
+        if active:
             if bias is not None:
-                products += rows[:count] @ bias.to(rows.dtype)
-            grad_gate.view(-1)[index[:count]] = products
+                products += (rows[:active] * bias.to(compute)).sum(1)
+            grad_gate.view(-1)[index[:active]] = products
     if weight_wanted:
         grad_weight = torch.empty_like(weight)
-        _weight_grad(rows, input, gate, neighbours, index, count, grad_weight)
+        _weight_grad(rows, input, gate, table, index, active, grad_weight)
     if bias_wanted:
-        active = rows[:count]
-        if gate is not None:
-            active = active * gate.view(-1)[index[:count]].unsqueeze(1)
-        grad_bias = active.sum(0).to(weight.dtype)
+        grad_bias = torch.empty(weight.shape[0], dtype=compute)
+        lanes = _lanes(weight.dtype)
+        _run_bias_grad(
+            compute, workers(rows.numel() // _SERIAL), rows.data_ptr(), _address(gate), grad_bias.data_ptr(),
+            index.data_ptr(), active, weight.shape[0], lanes,
+        )  # fmt: skip
+        grad_bias = grad_bias.to(weight.dtype)
     return grad_input, grad_weight, grad_bias, grad_gate
 
 
@@ -446,7 +511,7 @@ def _grad_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:
     The rows past `count` are never used; tiles may read them.
     """
     channels = grad.shape[1]
-    rows = torch.empty(count + ROWS, channels, dtype=COMPUTE.get(grad.dtype, torch.float32))
+    rows = torch.empty(count + ROWS, channels, dtype=compute_type(grad.dtype))
     rows[count:] = 0
     chunk, threads = 64, workers(count * channels // _SERIAL)
     sizes = (count, channels, chunk, _lanes(grad.dtype))
@@ -459,19 +524,19 @@ def _input_grad(
     weight: Tensor,
     gate: Tensor | None,
     input: Tensor,
-    neighbours: Tensor,
+    table: Tensor,
+    mask: Tensor,
     index: Tensor,
     count: int,
-    out_size: tuple[int, int],
     overlap_lines: int,
     grad_input: Tensor | None,
     gate_grad_wanted: bool,
 ) -> Tensor | None:
     """Scatter-add the active sites' gradients into `grad_input` (zero-filled, compute type), if given.
 
-    Returns the gate's gradient [count] without the bias's share, where wanted. Sites are cut into bands of
-    output lines; `overlap_lines` is the fewest lines a band needs so that bands two apart share no input line:
-    the even ones run together, then the odd ones.
+    Returns the gate's gradient [count] without the bias's share, where wanted. Sites are cut into bands of at least
+    `overlap_lines` output lines, so that bands two apart share no input line: the even ones run together, then the
+    odd ones.
     """
     dtype, compute = weight.dtype, rows.dtype
     cout, cin = weight.shape[:2]
@@ -479,7 +544,7 @@ def _input_grad(
     packed = _packed(weight, by_output=False)
     groups = _ceil(_ceil(cin, lanes), TILE_VECTORS)
     gate_grad = torch.zeros(groups, count, dtype=compute) if gate_grad_wanted else None
-    lines, line_sites = out_size
+    lines, line_sites = mask.shape[0] * mask.shape[2], mask.shape[3]
     bands = max(1, min(64, count // 48))
     band_lines = max(overlap_lines, _ceil(lines, bands))
     bands = _ceil(lines, band_lines)
@@ -490,7 +555,7 @@ def _input_grad(
     for colour in range(min(2, bands)):
         _run_input_grad(
             dtype, threads, rows.data_ptr(), packed.data_ptr(), _address(grad_input), _address(gate),
-            input.data_ptr(), _address(gate_grad), neighbours.data_ptr(), index.data_ptr(),
+            input.data_ptr(), _address(gate_grad), table.data_ptr(), index.data_ptr(),
             count, taps, cin, cout, lanes, band_lines * line_sites, bands, colour, chunk_rows, groups,
             scratch.data_ptr(), size,
         )  # fmt: skip
@@ -501,7 +566,7 @@ def _weight_grad(
     rows: Tensor,
     input: Tensor,
     gate: Tensor | None,
-    neighbours: Tensor,
+    table: Tensor,
     index: Tensor,
     count: int,
     grad_weight: Tensor,
@@ -528,6 +593,6 @@ def _weight_grad(
     scratch = torch.empty(threads * size, dtype=compute)
     _run_weight_grad(
         dtype, threads, input.data_ptr(), grad_weight.data_ptr(), rows.data_ptr(), _address(gate),
-        neighbours.data_ptr(), index.data_ptr(), count, taps, kernel_width, cin, cout, lanes,
+        table.data_ptr(), index.data_ptr(), count, taps, kernel_width, cin, cout, lanes,
         *grad_weight.stride(), chunk_rows, group_vectors, groups, split_channels, splits, scratch.data_ptr(), size,
     )  # fmt: skip

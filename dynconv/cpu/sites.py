@@ -10,6 +10,11 @@ from ._llvm import fetch_add, pointer
 from ._threads import kernel, workers
 
 
+@njit(inline="always")
+def _entries(address):
+    return carray(pointer(address, np.int32), (1 << 40,))  # no length: all offsets are computed
+
+
 @njit
 def _compact(arguments, storage, compute):
     a = carray(arguments, (8,))
@@ -35,8 +40,8 @@ def _compact(arguments, storage, compute):
 def _inverse(arguments, storage, compute):
     a = carray(arguments, (8,))
     count, chunk = a[4], a[5]
-    index = carray(pointer(a[2], np.int32), (count,))
-    inverse = carray(pointer(a[3], np.int32), (1,))
+    index = _entries(a[2])
+    inverse = _entries(a[3])
     while True:
         first = fetch_add(a, 1) * chunk
         if first >= count:
@@ -48,7 +53,7 @@ def _inverse(arguments, storage, compute):
 @njit
 def _neighbours(arguments, storage, compute):
     a = carray(arguments, (24,))
-    index, table = carray(pointer(a[2], np.int32), (1,)), carray(pointer(a[3], np.int32), (1,))
+    index, table = _entries(a[2]), _entries(a[3])
     count, chunk = a[4], a[5]
     out_height, out_width, height, width = a[6], a[7], a[8], a[9]
     kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
@@ -83,7 +88,7 @@ _run_compact = kernel(_compact)
 _run_inverse = kernel(_inverse)
 _run_neighbours = kernel(_neighbours)
 _CHUNK = 512
-_SERIAL = 1 << 14  # entries that a second thread has to save before it is worth waking
+_SERIAL = 1 << 13  # entries that a second thread has to save before it is worth waking
 
 
 def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,9 +38,9 @@ class MaskedConv2d(nn.Conv2d):
     def from_dense(cls, module: nn.Conv2d) -> MaskedConv2d:
         """A masked layer that shares the dense layer's parameters.
 
-        Raises TypeError where `module` is not an `nn.Conv2d`.
+        Raises TypeError where `module` is not an `nn.Conv2d`, or one whose parameters do not exist yet.
         """
-        if not isinstance(module, nn.Conv2d):
+        if not isinstance(module, nn.Conv2d) or nn.parameter.is_lazy(module.weight):
             raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
         with torch.device("meta"):
             masked = cls(

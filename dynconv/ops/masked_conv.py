@@ -49,10 +49,12 @@ def _rows(tensor: Tensor) -> Tensor:
 def _forward_into(
     out, input, weight, bias, mask, index, count, neighbours, gate, stride, padding, dilation, backend
 ) -> None:
-    """The in-place op: both others are made of it."""
+    """What the functional and the in-place forward share."""
     input = _rows(input)
     if backend == "cpu":
-        _module(backend).forward(input, weight, bias, index, count, neighbours, gate, out)
+        _module(backend).forward(
+            input, weight, bias, mask, index, count, neighbours, gate, out, stride, padding, dilation
+        )
     else:
         _module(backend).forward(
             input, weight, bias, index, count, gate, out,
@@ -91,11 +93,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad, input = _rows(grad), _rows(input)
     if backend == "cpu":
-        overlap = max(
-            -(-(d * (k - 1) + 1) // s) - 1 for d, k, s in zip(dilation, weight.shape[2:], stride, strict=True)
-        )
         grads = _module(backend).backward(
-            grad, input, weight, bias, mask, index, count, neighbours, gate, wanted, max(1, overlap)
+            grad, input, weight, bias, mask, index, count, neighbours, gate, wanted, stride, padding, dilation
         )
     else:
         grads = _triton_backward(
@@ -125,13 +124,14 @@ def _triton_backward(grad, input, weight, bias, mask, index, count, gate, wanted
 
 def _allow_tf32() -> bool:
     """The switch that F.conv2d obeys for float32 on CUDA."""
-    return torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _in_place(out, input, *rest) -> None:
     if torch._C._is_alias_of(out, input):
         raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
     _forward_into(out, input, *rest)
+    torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice
 
 
 for _key in ("CPU", "CUDA"):
@@ -188,14 +188,14 @@ class _MaskedConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        mask = ctx.saved_tensors[3]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[1], needs[2], needs[7]]
         grads = [None] * 4
         if any(wanted):
-            results = torch.ops.dynconv.masked_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+            results = torch.ops.dynconv.masked_conv2d_backward(grad, *saved, *ctx.geometry, wanted)
             grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
-        inactive = grad.masked_fill(mask, 0) if needs[8] else None
+        inactive = grad.masked_fill(saved[3], 0) if needs[8] else None
         return (*grads[:3], None, None, None, None, grads[3], inactive, None, None, None, None)
 
 
@@ -228,13 +228,13 @@ def _in_place_flops(out, input, weight, bias, mask, index, count, *rest, **unuse
 
 @register_flop_formula(torch.ops.dynconv.masked_conv2d_backward, get_raw=True)
 def _backward_flops(grad, input, weight, bias, mask, index, count, *rest, **unused) -> int:
-    input_wanted, weight_wanted = rest[-1][:2]
-    return (input_wanted + weight_wanted) * _product_flops(weight, index, count)
+    input_wanted, weight_wanted, _, gate_wanted = rest[-1]
+    return (weight_wanted + (input_wanted or gate_wanted)) * _product_flops(weight, index, count)
 
 
 def _product_flops(weight: Tensor, index: Tensor, count: Tensor) -> int:
     """2 * active sites * Cout * Cin * kH * kW; every site counts where the mask is not known (fake tensors)."""
-    sites = index.numel() if is_fake(count) else int(count)
+    sites = index.numel() if count.is_meta or is_fake(count) else int(count)
     return 2 * sites * weight.numel()
 
 
@@ -290,11 +290,14 @@ def masked_conv2d(
     _check_result("inactive", inactive, shape, input)
     _check_result("out", out, shape, input)
     sites = _sites(mask, input, shape)
+    if sites is not None:
+        sites._check(tuple(input.shape[2:]), geometry)
     if out is not None:
         _check_out(out, inactive, input, weight, bias, sites)
     backend = backend_for(input.device)
     if groups > 1 and sites is not None and backend != "reference":
-        warn_once("masked_conv2d: groups > 1 computes every site; the mask saves no time there")
+        if not torch.compiler.is_compiling():
+            warn_once("masked_conv2d: groups > 1 computes every site; the mask saves no time there")
         return _grouped(input, weight, bias, stride, padding, dilation, groups, sites, inactive, out)
     if backend == "reference":
         return reference.masked_conv2d(
@@ -303,12 +306,16 @@ def masked_conv2d(
     if sites is None:
         result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         result = result.contiguous(memory_format=torch.channels_last)
+        if inactive is not None:  # nothing is inactive; its gradient is zero, not None
+            result = torch.where(torch.ones((), dtype=torch.bool, device=input.device), result, inactive)
         return result if out is None else out.copy_(result)
     gate = sites.gate
     if gate is not None:
         gate = gate.to(torch.promote_types(input.dtype, torch.float32)).contiguous()
-    # The CPU kernels read addresses from the table; the Triton kernels compute them in registers.
-    neighbours = sites._neighbours(tuple(input.shape[2:]), geometry) if backend == "cpu" else None
+    # The CPU kernels read addresses from a table, their own unless layers share the sites; the Triton kernels compute
+    # them in registers.
+    is_shared = backend == "cpu" and sites is mask
+    neighbours = sites._neighbours(tuple(input.shape[2:]), geometry) if is_shared else None
     operands = (input, weight, bias, sites.mask, sites.index, sites.count, neighbours, gate)
     where = (geometry.stride, geometry.padding, geometry.dilation, backend)
     if out is None:
@@ -340,8 +347,8 @@ def _check_operands(input, weight, bias, stride, padding, dilation, groups) -> t
             raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {tensor.device}")
     if input.dim() != 4:
         raise ValueError(f"input: expected shape [N, Cin, H, W], got {list(input.shape)}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight: expected shape [Cout, Cin / groups, kH, kW], got {list(weight.shape)}")
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(f"weight: expected a shape [Cout, Cin / groups, kH, kW] of no zeros, got {list(weight.shape)}")
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups: expected an int, got {groups!r}")
     if groups < 1 or weight.shape[0] % groups or input.shape[1] % groups:
@@ -356,15 +363,13 @@ def _check_operands(input, weight, bias, stride, padding, dilation, groups) -> t
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
-    if input.shape[0] * input.shape[2] * input.shape[3] >= 2**31:
-        raise ValueError(f"input: expected fewer than 2^31 pixels, got shape {list(input.shape)}")
     return geometry, geometry.output_size(input.shape[2], input.shape[3])
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does for F.conv2d: everything but float64 in its lower precision."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
