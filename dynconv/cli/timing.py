@@ -67,7 +67,7 @@ def take_turns(
         for _ in range(3):
             once = measure(calls[name], sets, sets)
         if device == "cpu":
-            rounds[name] = sets * max(1, min(MOST_CALLS, round(CPU_SAMPLE / (once * sets))))
+            rounds[name] = sets * max(1, min(MOST_CALLS, round(CPU_SAMPLE / max(once * sets, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for turn in range(repeats):
