@@ -1,10 +1,10 @@
 """`python -m dynconv`: what is right passes, what is wrong fails, and the numbers are what they say."""
 
 import json
-import time
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,15 +133,15 @@ def test_calls_take_turns():
     taken = timing.take_turns(calls, "cpu", repeats=8, seconds=0)
     warm_up, samples = "aaabbb", "".join(name * timing.MOST_CALLS for name in "abbaabbaab")
     assert "".join(order) == warm_up + samples
+    assert taken["a"].samples == timing.LEAST_SAMPLES
+    with pytest.raises(ValueError, match="repeats"):
+        timing.take_turns(calls, "cpu", repeats=0)
 
 
 def test_a_slow_call_is_a_sample_of_its_own():
     calls = []
     timing.take_turns({"slow": lambda _: calls.append(time.sleep(timing.CPU_SAMPLE * 1e-3))}, "cpu", 8, seconds=0)
     assert len(calls) == 3 + timing.LEAST_SAMPLES
-    assert taken["a"].samples == timing.LEAST_SAMPLES
-    with pytest.raises(ValueError, match="repeats"):
-        timing.take_turns(calls, "cpu", repeats=0)
 
 
 def test_crossover_of_a_line():
