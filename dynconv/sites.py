@@ -123,7 +123,7 @@ def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
 
 
 class ActiveSites:
-    """The output sites that a mask keeps, made once and shared by every layer that uses them.
+    """The output sites that a mask keeps, made once and shared by every layer and backward pass that uses them.
 
     Args:
         mask: bool or floating, broadcastable to [N, 1, Ho, Wo]. A floating mask is a gate: active where it is
@@ -222,7 +222,9 @@ class ActiveSites:
 
         What the layer before has to provide, and where the input's gradient is not zero.
         """
-        geometry = Geometry.of(kernel_size, stride, padding, dilation)
+        return self._touched_by(input_size, Geometry.of(kernel_size, stride, padding, dilation))
+
+    def _touched_by(self, input_size: tuple[int, int], geometry: Geometry) -> ActiveSites:
         self._check(input_size, geometry)
         touched = _find(self._touched, input_size, geometry)
         if touched is None:
@@ -240,7 +242,6 @@ class ActiveSites:
                 f"mask: expected {list(geometry.output_size(*input_size))} sites for that convolution over an input "
                 f"of {list(input_size)}, got {list(self.shape[1:])}"
             )
-
         if self.shape[0] * input_size[0] * input_size[1] >= 2**31:
             raise ValueError(f"input: expected fewer than 2^31 pixels, got {self.shape[0]} x {list(input_size)}")
 

@@ -381,6 +381,21 @@ def test_more_than_2_to_the_31_elements(target, wide):
     assert torch.equal(out[..., -1:, -1:].double(), expected) and expected.any()
 
 
+def test_gradients_through_shared_sites(target):
+    """Layers and their backward passes read the same tables; they are made once."""
+    operands, grad, geometry, mask = case(cin=4, cout=4)
+    with target.use():
+        sites = ActiveSites(mask.to(target.device))
+        results = []
+        for chosen in (sites, mask.to(target.device)):
+            input, weight = (t.to(target.device).requires_grad_() for t in operands[:2])
+            hidden = masked_conv2d(input, weight, None, *geometry, mask=chosen)
+            masked_conv2d(hidden, weight, None, *geometry, mask=chosen).backward(grad.to(target.device))
+            results.append((input.grad, weight.grad))
+    assert all(torch.equal(shared, own) for shared, own in zip(*results, strict=True))
+    assert len(sites._tables if target.backend == "cpu" else sites._touched) == 1
+
+
 def test_sites_do_not_follow_the_mask_they_were_made_from(target):
     mask = random_mask(2, 6, 5).to(target.device)
     with target.use():
@@ -571,18 +586,21 @@ def test_groups_keep_nan_of_skipped_sites_out_of_gradients():
 
 
 class TestRegistration:
-    def arguments(self, target, dtype=torch.float32):
-        operands, grad, _, mask = case(n=1, cin=3, cout=4, size=(4, 4), dtype=dtype)
+    def arguments(self, target, share=False):
+        operands, grad, _, mask = case(n=1, cin=3, cout=4, size=(4, 4))
         input, weight, bias, gate, inactive = (t.to(target.device) for t in operands)
         mask = mask.to(target.device)
         with target.use():
             sites = ActiveSites(mask)
-            table = sites.neighbours((4, 4), 3, 1, 1) if target.backend == "cpu" else None
-        site_operands = (sites.mask, sites.index, sites.count, table, gate)
+            touched = sites.touched((4, 4), 3, 1, 1)
+            triton_shares = [sites.inverse, touched.index, touched.count]
+            shared = [sites.neighbours((4, 4), 3, 1, 1)] if target.backend == "cpu" else triton_shares
+        site_operands = (sites.mask, sites.index, sites.count, shared if share else [], gate)
         return (input, weight, bias), site_operands, inactive, ((1, 1), (1, 1), (1, 1), target.backend), grad
 
-    def test_opcheck_forward(self, target):
-        operands, sites, inactive, where, _ = self.arguments(target)
+    @pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
+    def test_opcheck_forward(self, target, share):
+        operands, sites, inactive, where, _ = self.arguments(target, share)
         for t in (*operands, sites[-1], inactive):
             t.requires_grad_()
         torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, (*operands, *sites, inactive, *where))

@@ -19,8 +19,7 @@ from ..sites import ActiveSites
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str backend"
 _OPERANDS = (
-    "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor? neighbours, "
-    "Tensor? gate"
+    "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[] shared, Tensor? gate"
 )
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define(f"masked_conv2d({_OPERANDS}, Tensor? inactive, {_GEOMETRY}) -> Tensor")
@@ -47,11 +46,12 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _forward_into(
-    out, input, weight, bias, mask, index, count, neighbours, gate, stride, padding, dilation, backend
+    out, input, weight, bias, mask, index, count, shared, gate, stride, padding, dilation, backend
 ) -> None:
     """What the functional and the in-place forward share."""
     input = _rows(input)
     if backend == "cpu":
+        neighbours = shared[0] if shared else None
         _module(backend).forward(
             input, weight, bias, mask, index, count, neighbours, gate, out, stride, padding, dilation
         )
@@ -63,7 +63,7 @@ def _forward_into(
 
 
 def _forward(
-    input, weight, bias, mask, index, count, neighbours, gate, inactive, stride, padding, dilation, backend
+    input, weight, bias, mask, index, count, shared, gate, inactive, stride, padding, dilation, backend
 ) -> Tensor:
     shape = (input.shape[0], weight.shape[0], mask.shape[2], mask.shape[3])
     out = _channels_last(shape, input)
@@ -71,7 +71,7 @@ def _forward(
         out.zero_()
     else:
         out.copy_(inactive)
-    _forward_into(out, input, weight, bias, mask, index, count, neighbours, gate, stride, padding, dilation, backend)
+    _forward_into(out, input, weight, bias, mask, index, count, shared, gate, stride, padding, dilation, backend)
     return out
 
 
@@ -83,7 +83,7 @@ def _backward(
     mask,
     index,
     count,
-    neighbours,
+    shared,
     gate,
     stride,
     padding,
@@ -93,26 +93,28 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad, input = _rows(grad), _rows(input)
     if backend == "cpu":
+        neighbours = shared[0] if shared else None
         grads = _module(backend).backward(
             grad, input, weight, bias, mask, index, count, neighbours, gate, wanted, stride, padding, dilation
         )
     else:
         grads = _triton_backward(
-            grad, input, weight, bias, mask, index, count, gate, wanted,
+            grad, input, weight, bias, mask, index, count, shared, gate, wanted,
             stride=stride, padding=padding, dilation=dilation, allow_tf32=_allow_tf32(),
         )  # fmt: skip
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
-def _triton_backward(grad, input, weight, bias, mask, index, count, gate, wanted, **geometry):
+def _triton_backward(grad, input, weight, bias, mask, index, count, shared, gate, wanted, **geometry):
     kernels, compaction = _module("triton"), importlib.import_module("dynconv.kernels.compaction")
     grad_input = grad_weight = grad_bias = grad_gate = None
     if wanted[0]:
         grad_input = _channels_last(input.shape, input).zero_()
-        where = (geometry["stride"], geometry["padding"], geometry["dilation"])
-        touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
-        inverse = compaction.inverse_map(index, count, index.numel())
-        kernels.input_grad(grad, weight, inverse, *compaction.compact(touched), gate, grad_input, **geometry)
+        if not shared:
+            where = (geometry["stride"], geometry["padding"], geometry["dilation"])
+            touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
+            shared = [compaction.inverse_map(index, count, index.numel()), *compaction.compact(touched)]
+        kernels.input_grad(grad, weight, *shared, gate, grad_input, **geometry)
     if wanted[1]:
         grad_weight = kernels.weight_grad(input, grad, index, count, gate, weight, **geometry)
     if wanted[2]:
@@ -141,12 +143,12 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("dynconv::masked_conv2d", lib=_library)
-def _(input, weight, bias, mask, index, count, neighbours, gate, inactive, stride, padding, dilation, backend):
+def _(input, weight, bias, mask, index, count, shared, gate, inactive, stride, padding, dilation, backend):
     return _channels_last((input.shape[0], weight.shape[0], mask.shape[2], mask.shape[3]), input)
 
 
 @torch.library.register_fake("dynconv::masked_conv2d_", lib=_library)
-def _(out, input, weight, bias, mask, index, count, neighbours, gate, stride, padding, dilation, backend):
+def _(out, input, weight, bias, mask, index, count, shared, gate, stride, padding, dilation, backend):
     return None
 
 
@@ -159,7 +161,7 @@ def _(
     mask,
     index,
     count,
-    neighbours,
+    shared,
     gate,
     stride,
     padding,
@@ -177,25 +179,28 @@ def _(
 
 class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, mask, index, count, neighbours, gate, inactive, *geometry):
+    def forward(ctx, input, weight, bias, mask, index, count, shared, gate, inactive, *geometry):
         with torch._C._AutoDispatchBelowAutograd():
             out = torch.ops.dynconv.masked_conv2d(
-                input, weight, bias, mask, index, count, neighbours, gate, inactive, *geometry
+                input, weight, bias, mask, index, count, shared, gate, inactive, *geometry
             )
-        ctx.save_for_backward(input, weight, bias, mask, index, count, neighbours, gate)
+        ctx.save_for_backward(input, weight, bias, mask, index, count, gate, *shared)
         ctx.geometry = geometry
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+        # Once: checkpointing recomputes what it unpacks.
+        input, weight, bias, mask, index, count, gate, *shared = ctx.saved_tensors
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[1], needs[2], needs[7]]
         grads = [None] * 4
         if any(wanted):
-            results = torch.ops.dynconv.masked_conv2d_backward(grad, *saved, *ctx.geometry, wanted)
+            results = torch.ops.dynconv.masked_conv2d_backward(
+                grad, input, weight, bias, mask, index, count, shared, gate, *ctx.geometry, wanted
+            )
             grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
-        inactive = grad.masked_fill(saved[3], 0) if needs[8] else None
+        inactive = grad.masked_fill(mask, 0) if needs[8] else None
         return (*grads[:3], None, None, None, None, grads[3], inactive, None, None, None, None)
 
 
@@ -312,16 +317,28 @@ def masked_conv2d(
     gate = sites.gate
     if gate is not None:
         gate = gate.to(torch.promote_types(input.dtype, torch.float32)).contiguous()
-    # The CPU kernels read addresses from a table, their own unless layers share the sites; the Triton kernels compute
-    # them in registers.
-    is_shared = backend == "cpu" and sites is mask
-    neighbours = sites._neighbours(tuple(input.shape[2:]), geometry) if is_shared else None
-    operands = (input, weight, bias, sites.mask, sites.index, sites.count, neighbours, gate)
+    shared = _shared(sites, input, geometry, backend) if sites is mask else []
+    operands = (input, weight, bias, sites.mask, sites.index, sites.count, shared, gate)
     where = (geometry.stride, geometry.padding, geometry.dilation, backend)
     if out is None:
         return torch.ops.dynconv.masked_conv2d(*operands, inactive, *where)
     torch.ops.dynconv.masked_conv2d_(out, *operands, *where)
     return out
+
+
+def _shared(sites: ActiveSites, input: Tensor, geometry: Geometry, backend: str) -> list[Tensor]:
+    """What layers with the same sites share; a call with a mask of its own makes it inside the op.
+
+    The CPU kernels read addresses from the neighbour table. The Triton kernels compute them in registers, and need the
+    inverse map and the pixels that the sites read for the input's gradient.
+    """
+    size = (input.shape[2], input.shape[3])
+    if backend == "cpu":
+        return [sites._neighbours(size, geometry)]
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return []
+    touched = sites._touched_by(size, geometry)
+    return [sites.inverse, touched.index, touched.count]
 
 
 def _grouped(input, weight, bias, stride, padding, dilation, groups, sites, inactive, out) -> Tensor:
