@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,3 +46,12 @@ def backend_for(device: torch.device) -> str:
     if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend: 'triton' takes CPU tensors under TRITON_INTERPRET=1 only")
     return name
+
+
+@functools.cache
+def module(name: str):
+    """A module of this package by its relative name, imported at its first use.
+
+    Importing dynconv needs neither Numba nor Triton, and compiles nothing.
+    """
+    return importlib.import_module(name, __package__)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-
 import torch
 from torch import Tensor
 
-from ._backend import backend_for
+from ._backend import backend_for, module
 from ._geometry import Geometry, IntPair, Padding
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -24,28 +21,22 @@ _library.define(
 )
 
 
-@functools.cache
-def _module(name: str):
-    """A backend's module, imported at its first use: importing dynconv needs neither Numba nor Triton."""
-    return importlib.import_module(name, __package__)
-
-
 def _compact(mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "cpu":
-        return _module(".cpu.sites").compact(mask)
-    return _module(".kernels.compaction").compact(mask)
+        return module(".cpu.sites").compact(mask)
+    return module(".kernels.compaction").compact(mask)
 
 
 def _inverse_map(index: Tensor, count: Tensor, backend: str) -> Tensor:
     if backend == "cpu":
-        return _module(".cpu.sites").inverse(index, count)
-    return _module(".kernels.compaction").inverse_map(index, count, index.numel())
+        return module(".cpu.sites").inverse(index, count)
+    return module(".kernels.compaction").inverse_map(index, count, index.numel())
 
 
 def _neighbours(index, count, output_size, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
     if backend == "cpu":
         geometry = (*output_size, *input_size, *kernel_size, *stride, *padding, *dilation)
-        return _module(".cpu.sites").neighbours(index, count, geometry)
+        return module(".cpu.sites").neighbours(index, count, geometry)
     # The Triton kernels compute addresses in registers; this is for those who read the table.
     (height, width), site = input_size, index.long()
     y = site // output_size[1] % output_size[0] * stride[0] - padding[0]
@@ -60,29 +51,11 @@ def _neighbours(index, count, output_size, input_size, kernel_size, stride, padd
 
 
 def _touched(mask, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
-    if backend != "cpu":
-        return _module(".kernels.compaction").touched(
-            mask, tuple(mask.shape[2:]), input_size, kernel_size, stride, padding, dilation
-        )
-    height, width = input_size
-    touched = mask.new_zeros(mask.shape[0], 1, height, width)
-    for ky in range(kernel_size[0]):
-        for kx in range(kernel_size[1]):
-            rows = _span(mask.shape[2], height, ky * dilation[0] - padding[0], stride[0])
-            columns = _span(mask.shape[3], width, kx * dilation[1] - padding[1], stride[1])
-            if rows is not None and columns is not None:
-                touched[:, :, rows[1], columns[1]] |= mask[:, :, rows[0], columns[0]]
-    return touched
-
-
-def _span(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice] | None:
-    """The outputs o for which o * stride + offset is an input, and those inputs."""
-    first = max(0, -(offset // stride))
-    last = min(outputs - 1, (inputs - 1 - offset) // stride)
-    if first > last:
-        return None
-    start = first * stride + offset
-    return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)
+    if backend == "cpu":
+        return module(".cpu.sites").touched(mask, input_size, kernel_size, stride, padding, dilation)
+    return module(".kernels.compaction").touched(
+        mask, tuple(mask.shape[2:]), input_size, kernel_size, stride, padding, dilation
+    )
 
 
 for _name, _implementation in (
@@ -197,10 +170,11 @@ class ActiveSites:
         -1 in the padding; only the first `count` rows are specified. Made once for each geometry and kept.
         Raises ValueError where a convolution of that geometry over `input_size` = (H, W) has other sites.
         """
-        return self._neighbours(input_size, Geometry.of(kernel_size, stride, padding, dilation))
+        geometry = Geometry.of(kernel_size, stride, padding, dilation)
+        self._check(input_size, geometry)
+        return self._neighbours(input_size, geometry)
 
     def _neighbours(self, input_size: tuple[int, int], geometry: Geometry) -> Tensor:
-        self._check(input_size, geometry)
         table = _find(self._tables, input_size, geometry)
         if table is None:
             table = torch.ops.dynconv.neighbours(
@@ -222,10 +196,11 @@ class ActiveSites:
 
         What the layer before has to provide, and where the input's gradient is not zero.
         """
-        return self._touched_by(input_size, Geometry.of(kernel_size, stride, padding, dilation))
+        geometry = Geometry.of(kernel_size, stride, padding, dilation)
+        self._check(input_size, geometry)
+        return self._touched_by(input_size, geometry)
 
     def _touched_by(self, input_size: tuple[int, int], geometry: Geometry) -> ActiveSites:
-        self._check(input_size, geometry)
         touched = _find(self._touched, input_size, geometry)
         if touched is None:
             mask = torch.ops.dynconv.touched(

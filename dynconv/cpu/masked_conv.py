@@ -66,6 +66,16 @@ def _clear(target, at, count, compute):
 
 
 @njit
+def _add(source, at, count, scale, target, to, lanes, compute):
+    """target += scale * source over `count` contiguous elements, both in the compute type."""
+    whole = count - count % lanes
+    for c in range(0, whole, lanes):
+        add_vector(source, at + c, scale, target, to + c)
+    for c in range(whole, count):
+        store(target, to + c, load(target, to + c, compute) + scale * load(source, at + c, compute))
+
+
+@njit
 def _lower_bound(index, count, value):
     low, high = 0, count
     while low < high:
@@ -235,11 +245,7 @@ def _bias_grad_kernel(arguments, storage, compute):
         _clear(grad_bias, channel, valid, compute)
         for row in range(sites):
             scale = gate[np.int64(index[row])] if has_gate else compute(1)
-            if valid == lanes:
-                add_vector(grad, row * channels + channel, scale, grad_bias, channel)
-            else:
-                for c in range(channel, channel + valid):
-                    store(grad_bias, c, load(grad_bias, c, compute) + scale * load(grad, row * channels + c, compute))
+            _add(grad, row * channels + channel, valid, scale, grad_bias, channel, lanes, compute)
 
 
 @njit
@@ -289,12 +295,7 @@ def _input_grad_kernel(arguments, storage, compute):
                         gate_grad[group * sites + first + r] += total
                     if has_grad_input:
                         scale = gate[np.int64(index[first + r])] if has_gate else compute(1)
-                        whole = valid - valid % lanes
-                        for c in range(0, whole, lanes):
-                            add_vector(scratch, product + c, scale, grad_input, at + c)
-                        for c in range(whole, valid):
-                            value = scale * load(scratch, product + c, compute)
-                            store(grad_input, at + c, load(grad_input, at + c, compute) + value)
+                        _add(scratch, product, valid, scale, grad_input, at, lanes, compute)
 
 
 @njit

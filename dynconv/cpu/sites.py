@@ -1,6 +1,8 @@
-"""The active set on the CPU: compaction, its inverse and the neighbour table."""
+"""The active set on the CPU: compaction, its inverse, the neighbour table and the pixels that are read."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -116,3 +118,33 @@ def neighbours(index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ..
         torch.float32, workers(n * taps // _SERIAL), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry
     )
     return table
+
+
+def touched(
+    mask: torch.Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> torch.Tensor:
+    """bool [N, 1, H, W]: the input pixels that any active site of `mask` [N, 1, Ho, Wo] reads."""
+    height, width = input_size
+    touched = mask.new_zeros(mask.shape[0], 1, height, width)
+    for ky in range(kernel_size[0]):
+        for kx in range(kernel_size[1]):
+            rows = _span(mask.shape[2], height, ky * dilation[0] - padding[0], stride[0])
+            columns = _span(mask.shape[3], width, kx * dilation[1] - padding[1], stride[1])
+            if rows is not None and columns is not None:
+                touched[:, :, rows[1], columns[1]] |= mask[:, :, rows[0], columns[0]]
+    return touched
+
+
+def _span(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice] | None:
+    """The outputs o for which o * stride + offset is an input, and those inputs."""
+    first = max(0, -(offset // stride))
+    last = min(outputs - 1, (inputs - 1 - offset) // stride)
+    if first > last:
+        return None
+    start = first * stride + offset
+    return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)

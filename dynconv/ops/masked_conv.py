@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 
 import torch
@@ -13,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from .._backend import backend_for
+from .._backend import backend_for, module
 from .._geometry import Geometry, IntPair, Padding
 from ..sites import ActiveSites
 
@@ -32,11 +31,6 @@ _library.define(
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-@functools.cache
-def _module(backend: str):
-    return importlib.import_module(f"dynconv.{'cpu' if backend == 'cpu' else 'kernels'}.masked_conv")
-
-
 def _channels_last(shape, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -52,11 +46,11 @@ def _forward_into(
     input = _rows(input)
     if backend == "cpu":
         neighbours = shared[0] if shared else None
-        _module(backend).forward(
+        module(".cpu.masked_conv").forward(
             input, weight, bias, mask, index, count, neighbours, gate, out, stride, padding, dilation
         )
     else:
-        _module(backend).forward(
+        module(".kernels.masked_conv").forward(
             input, weight, bias, index, count, gate, out,
             stride=stride, padding=padding, dilation=dilation, allow_tf32=_allow_tf32(),
         )  # fmt: skip
@@ -94,7 +88,7 @@ def _backward(
     grad, input = _rows(grad), _rows(input)
     if backend == "cpu":
         neighbours = shared[0] if shared else None
-        grads = _module(backend).backward(
+        grads = module(".cpu.masked_conv").backward(
             grad, input, weight, bias, mask, index, count, neighbours, gate, wanted, stride, padding, dilation
         )
     else:
@@ -106,7 +100,7 @@ def _backward(
 
 
 def _triton_backward(grad, input, weight, bias, mask, index, count, shared, gate, wanted, **geometry):
-    kernels, compaction = _module("triton"), importlib.import_module("dynconv.kernels.compaction")
+    kernels, compaction = module(".kernels.masked_conv"), module(".kernels.compaction")
     grad_input = grad_weight = grad_bias = grad_gate = None
     if wanted[0]:
         grad_input = _channels_last(input.shape, input).zero_()
@@ -294,9 +288,7 @@ def masked_conv2d(
     shape = (input.shape[0], weight.shape[0], *size)
     _check_result("inactive", inactive, shape, input)
     _check_result("out", out, shape, input)
-    sites = _sites(mask, input, shape)
-    if sites is not None:
-        sites._check(tuple(input.shape[2:]), geometry)
+    sites = _sites(mask, input, shape, geometry)
     if out is not None:
         _check_out(out, inactive, input, weight, bias, sites)
     backend = backend_for(input.device)
@@ -411,7 +403,9 @@ def _check_result(name: str, tensor: Tensor | None, shape: tuple[int, ...], inpu
         raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {tensor.device}")
 
 
-def _sites(mask: Tensor | ActiveSites | None, input: Tensor, shape: tuple[int, ...]) -> ActiveSites | None:
+def _sites(
+    mask: Tensor | ActiveSites | None, input: Tensor, shape: tuple[int, ...], geometry: Geometry
+) -> ActiveSites | None:
     if mask is None:
         return None
     size = (shape[0], shape[2], shape[3])
@@ -420,6 +414,7 @@ def _sites(mask: Tensor | ActiveSites | None, input: Tensor, shape: tuple[int, .
         raise ValueError(f"mask: expected sites of {list(size)} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
         raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
+    sites._check((input.shape[2], input.shape[3]), geometry)
     return sites
 
 
