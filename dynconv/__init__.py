@@ -5,6 +5,7 @@ from . import nn, reference
 from ._backend import backend
 from ._version import __version__
 from .ops.masked_conv import masked_conv2d
+from .packed import PackedFeatures, pack
 from .sites import ActiveSites
 
-__all__ = ["ActiveSites", "__version__", "backend", "masked_conv2d", "nn", "reference"]
+__all__ = ["ActiveSites", "PackedFeatures", "__version__", "backend", "masked_conv2d", "nn", "pack", "reference"]

@@ -7,11 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._geometry import Geometry, IntPair, Padding
+from .packed import PackedFeatures
 from .sites import ActiveSites
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+}
 
 
 def masked_conv2d(
-    input: Tensor,
+    input: Tensor | PackedFeatures,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
@@ -20,16 +30,19 @@ def masked_conv2d(
     groups: int = 1,
     *,
     mask: Tensor | ActiveSites | None = None,
+    activation: str | None = None,
+    residual: Tensor | PackedFeatures | None = None,
     inactive: Tensor | None = None,
     out: Tensor | None = None,
-) -> Tensor:
-    """where(mask, gate * conv2d(input), inactive); see `dynconv.masked_conv2d`."""
+    packed: bool = False,
+) -> Tensor | PackedFeatures:
+    """where(mask, activation(gate * conv2d(input) + residual), inactive); see `dynconv.masked_conv2d`."""
+    input = _dense(input)
     geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
     size = geometry.output_size(*input.shape[2:])
-    if mask is None:
-        active, gate = input.new_ones((), dtype=torch.bool), None
-        read = active
-    else:
+    sites = gate = None
+    active = read = input.new_ones((), dtype=torch.bool)
+    if mask is not None:
         sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *size))
         active, gate = sites.mask, sites.gate
         # A skipped pixel may hold anything, and 0 * NaN is NaN in the weight's gradient.
@@ -37,9 +50,72 @@ def masked_conv2d(
     (top, left), (bottom, right) = geometry.padding, geometry.padding_end
     padded = F.pad(torch.where(read, input, 0), (left, right, top, bottom))
     result = F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, groups)
+    return _finish(result, active, gate, activation, residual, inactive, out, sites if packed else None)
+
+
+def epilogue(
+    features: PackedFeatures,
+    *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | PackedFeatures | None = None,
+    inactive: Tensor | None = None,
+    out: Tensor | None = None,
+    packed: bool = False,
+) -> Tensor | PackedFeatures:
+    """where(active, activation(gate * ((features - mean) * scale + shift) + residual), inactive)."""
+    result, sites = _dense(features), features.sites
+    wide = torch.promote_types(result.dtype, torch.float32)
+    vectors = [default if v is None else v.view(1, -1, 1, 1) for v, default in zip((mean, scale, shift), (0, 1, 0))]
+    result = ((result.to(wide) - vectors[0]) * vectors[1] + vectors[2]).to(result.dtype)
+    return _finish(result, sites.mask, sites.gate, activation, residual, inactive, out, sites if packed else None)
+
+
+def moments(features: PackedFeatures) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) over the active sites, each [C] in float32 (float64 for float64); zeros for none."""
+    rows, active = features.rows, features.sites.mask.flatten()
+    wide = _dense(features).permute(0, 2, 3, 1).flatten(0, 2).to(torch.promote_types(rows.dtype, torch.float32))
+    count = active.sum().clamp(min=1)
+    mean = wide.sum(0) / count
+    variance = torch.where(active[:, None], (wide - mean) ** 2, 0).sum(0) / count
+    return mean, variance
+
+
+def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
+    """The rows at the active sites, in the order of `sites.index`; zeros past them."""
+    rows = input.permute(0, 2, 3, 1).flatten(0, 2)
+    place = torch.arange(rows.shape[0], device=input.device)
+    listed = place < sites.count
+    index = torch.where(listed, sites.index.long(), 0)
+    return PackedFeatures(torch.where(listed[:, None], rows[index], 0), sites)
+
+
+def _dense(features: Tensor | PackedFeatures | None) -> Tensor | None:
+    """Packed features spread out among zeros; anything else as it is."""
+    if not isinstance(features, PackedFeatures):
+        return features
+    rows, sites = features
+    n, channels, height, width = features.shape
+    active = sites.mask.flatten()
+    place = torch.where(active, active.cumsum(0) - 1, 0)
+    if rows.shape[0] == 0:
+        return rows.new_zeros(n, channels, height, width)
+    dense = torch.where(active[:, None], rows[place], 0)
+    return dense.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _finish(result, active, gate, activation, residual, inactive, out, packed_for) -> Tensor | PackedFeatures:
     if gate is not None:
         # Half types compute in float32, and so does the gate's product.
         result = (result * torch.where(active, gate, 0)).to(result.dtype)
+    if residual is not None:
+        # Whatever a skipped residual holds, it must not reach the activation's gradient.
+        result = result + torch.where(active, _dense(residual), 0)
+    result = ACTIVATIONS[activation](result)
+    if packed_for is not None:
+        return pack(torch.where(active, result, 0), packed_for)
     if out is not None:
         return out.copy_(torch.where(active, result, out))
     result = torch.where(active, result, 0 if inactive is None else inactive)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,11 @@ _library.define("compact(Tensor mask, str backend) -> (Tensor index, Tensor coun
 _library.define("inverse_map(Tensor index, Tensor count, str backend) -> Tensor")
 _library.define(
     "neighbours(Tensor index, Tensor count, SymInt[2] output_size, SymInt[2] input_size, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor"
+    "int[2] stride, int[2] padding, int[2] dilation, Tensor? lookup, str backend) -> Tensor"
+)
+_library.define(
+    "readers(Tensor pixels, Tensor count, SymInt[2] output_size, SymInt[2] input_size, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, Tensor inverse) -> Tensor"
 )
 _library.define(
     "touched(Tensor mask, SymInt[2] input_size, int[2] kernel_size, int[2] stride, int[2] padding, "
@@ -33,10 +39,12 @@ def _inverse_map(index: Tensor, count: Tensor, backend: str) -> Tensor:
     return module(".kernels.compaction").inverse_map(index, count, index.numel())
 
 
-def _neighbours(index, count, output_size, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
+def _neighbours(
+    index, count, output_size, input_size, kernel_size, stride, padding, dilation, lookup, backend
+) -> Tensor:
     if backend == "cpu":
         geometry = (*output_size, *input_size, *kernel_size, *stride, *padding, *dilation)
-        return module(".cpu.sites").neighbours(index, count, geometry)
+        return module(".cpu.sites").neighbours(index, count, geometry, lookup)
     # The Triton kernels compute addresses in registers; this is for those who read the table.
     (height, width), site = input_size, index.long()
     y = site // output_size[1] % output_size[0] * stride[0] - padding[0]
@@ -46,8 +54,19 @@ def _neighbours(index, count, output_size, input_size, kernel_size, stride, padd
     y, x = y[:, :, None], x[:, None, :]
     sample = (site // (output_size[0] * output_size[1]))[:, None, None]
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    pixel = torch.where(inside, (sample * height + y) * width + x, -1)
-    return pixel.flatten(1).int()
+    pixel = (sample * height + y) * width + x
+    if lookup is not None:
+        pixel = lookup.view(-1)[torch.where(inside, pixel, 0).clamp(0, lookup.numel() - 1)]
+    return torch.where(inside, pixel, -1).flatten(1).int()
+
+
+def _readers(pixels, count, output_size, input_size, kernel_size, stride, padding, dilation, inverse) -> Tensor:
+    """On the CPU alone: the Triton kernels compute it in registers."""
+    geometry = (*output_size, *input_size, *kernel_size, *stride, *padding, *dilation)
+    return module(".cpu.sites").readers(pixels, count, geometry, inverse)
+
+
+_library.impl("readers", _readers, "CPU")
 
 
 def _touched(mask, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
@@ -79,13 +98,21 @@ def _(index, count, backend):
 
 
 @torch.library.register_fake("dynconv::neighbours", lib=_library)
-def _(index, count, output_size, input_size, kernel_size, stride, padding, dilation, backend):
+def _(index, count, output_size, input_size, kernel_size, stride, padding, dilation, lookup, backend):
     return index.new_empty(index.shape[0], kernel_size[0] * kernel_size[1])
+
+
+@torch.library.register_fake("dynconv::readers", lib=_library)
+def _(pixels, count, output_size, input_size, kernel_size, stride, padding, dilation, inverse):
+    return pixels.new_empty(pixels.shape[0], kernel_size[0] * kernel_size[1])
 
 
 @torch.library.register_fake("dynconv::touched", lib=_library)
 def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
     return mask.new_empty(mask.shape[0], 1, *input_size)
+
+
+_POINTWISE = Geometry.of(1, 1, 0, 1)
 
 
 def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
@@ -132,18 +159,40 @@ class ActiveSites:
             raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}")
         if size[0] * size[1] * size[2] >= 2**31:
             raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
-        active = mask if mask.dtype == torch.bool else mask.detach() != 0
-        # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
-        self.mask = active.expand(full).clone(memory_format=torch.contiguous_format)
-        self.gate = mask.expand(full) if mask.is_floating_point() else None
+        if mask.dtype == torch.bool:
+            # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
+            self._make(mask.expand(full).clone(memory_format=torch.contiguous_format), None)
+        else:
+            self._make((mask.detach() != 0).expand(full).contiguous(), mask.expand(full))
+
+    @classmethod
+    def _of(cls, mask: Tensor) -> ActiveSites:
+        """Of a contiguous bool mask [N, 1, Ho, Wo] that nobody else holds."""
+        sites = cls.__new__(cls)
+        sites._make(mask, None)
+        return sites
+
+    def _make(self, mask: Tensor, gate: Tensor | None) -> None:
+        self.mask, self.gate = mask, gate
         self._backend = backend_for(mask.device)
         if self._backend == "reference":
             self._backend = "cpu" if mask.device.type == "cpu" else "triton"
         self.index, self.count = torch.ops.dynconv.compact(self.mask, self._backend)
-        self._inverse: Tensor | None = None
+        self._inverse: list[Tensor] = []
         # Lists, not dicts: hashing a symbolic size would tie a compiled graph to that size.
         self._tables: list[tuple] = []
+        self._packed_tables: list[tuple] = []
+        self._reader_tables: list[tuple] = []
         self._touched: list[tuple] = []
+
+    @property
+    def ungated(self) -> ActiveSites:
+        """The same sites, sharing all that was derived from them, without the gate."""
+        if self.gate is None:
+            return self
+        sites = copy.copy(self)
+        sites.gate = None
+        return sites
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -151,11 +200,16 @@ class ActiveSites:
         return self.mask.shape[0], self.mask.shape[2], self.mask.shape[3]
 
     @property
+    def capacity(self) -> int:
+        """The most sites there can be: what is packed for them has that many rows."""
+        return self.index.shape[0]
+
+    @property
     def inverse(self) -> Tensor:
         """int32 [N * Ho * Wo]: each site's position in `index`, or -1 where it is not active."""
-        if self._inverse is None:
-            self._inverse = torch.ops.dynconv.inverse_map(self.index, self.count, self._backend)
-        return self._inverse
+        if not self._inverse:
+            self._inverse.append(torch.ops.dynconv.inverse_map(self.index, self.count, self._backend))
+        return self._inverse[0]
 
     def neighbours(
         self,
@@ -175,13 +229,41 @@ class ActiveSites:
         return self._neighbours(input_size, geometry)
 
     def _neighbours(self, input_size: tuple[int, int], geometry: Geometry) -> Tensor:
+        if geometry == _POINTWISE:
+            return self.index.view(-1, 1)
         table = _find(self._tables, input_size, geometry)
         if table is None:
             table = torch.ops.dynconv.neighbours(
                 self.index, self.count, self.shape[1:], input_size,
-                geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self._backend,
+                geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, None, self._backend,
             )  # fmt: skip
             self._tables.append((tuple(input_size), geometry, table))
+        return table
+
+    def _packed_neighbours(self, source: ActiveSites, geometry: Geometry) -> Tensor:
+        """The same in rows packed for `source`: -1 for pixels that are not in it, too. Empty: row m of row m."""
+        if geometry == _POINTWISE and source.index is self.index:
+            return self.index[:0]
+        for of, by, table in self._packed_tables:
+            if of is source.index and by == geometry:
+                return table
+        table = torch.ops.dynconv.neighbours(
+            self.index, self.count, self.shape[1:], source.shape[1:],
+            geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, source.inverse, self._backend,
+        )  # fmt: skip
+        self._packed_tables.append((source.index, geometry, table))
+        return table
+
+    def _readers(self, pixels: ActiveSites, geometry: Geometry) -> Tensor:
+        """int32 [capacity of pixels, kH * kW]: the position in `index` of the site that reads a pixel by each tap."""
+        for of, by, table in self._reader_tables:
+            if of is pixels.index and by == geometry:
+                return table
+        table = torch.ops.dynconv.readers(
+            pixels.index, pixels.count, self.shape[1:], pixels.shape[1:],
+            geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self.inverse,
+        )  # fmt: skip
+        self._reader_tables.append((pixels.index, geometry, table))
         return table
 
     def touched(
@@ -207,7 +289,7 @@ class ActiveSites:
                 self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
                 self._backend,
             )  # fmt: skip
-            touched = ActiveSites(mask)
+            touched = ActiveSites._of(mask)
             self._touched.append((tuple(input_size), geometry, touched))
         return touched
 

@@ -31,9 +31,22 @@ def architecture_of(backend, arch):
     return "gfx942" if str(arch).startswith("gfx942") else "default"
 
 
+def warps(threads):
+    """num_warps of that many threads on the current device: AMD's data-centre GPUs have 64 to a warp."""
+    try:
+        return threads // triton.runtime.driver.active.get_current_target().warp_size
+    except RuntimeError:  # no GPU: Triton's interpreter
+        return threads // 32
+
+
 def accumulator(dtype):
     """Sums run in fp32 for fp16, bf16 and fp32, and in fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def partial_dtype(dtype):
+    """What accumulator() names, as torch calls it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def arithmetic(dtype, allow_tf32):
@@ -70,6 +83,16 @@ def unit(channels):
     Triton itself looks no finer than divisibility by 16, which 24, 40 or 72 channels do not have.
     """
     return math.gcd(channels, 8)
+
+
+def is_packed(features):
+    """Features are [N, C, H, W] (dense) or [capacity, C] (packed)."""
+    return features.dim() == 2
+
+
+def rows_capacity(index, features):
+    """How many rows a grid has to cover: packed features have room for count rows, but maybe not for every site."""
+    return min(index.numel(), features.shape[0]) if is_packed(features) else index.numel()
 
 
 @functools.cache
@@ -115,3 +138,72 @@ def undo_stride(y, x, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
     else:
         exact = (y % STRIDE_H == 0) & (x % STRIDE_W == 0)
     return y // STRIDE_H, x // STRIDE_W, exact
+
+
+@triton.jit
+def split_rows(split, splits, rows, BLOCK: tl.constexpr):
+    """(begin, end) of the split-th equal share of `rows`, in whole blocks: it depends on rows and splits alone."""
+    share = tl.cdiv(tl.cdiv(rows, splits), BLOCK) * BLOCK
+    begin = tl.minimum(split.to(tl.int64) * share, rows).to(tl.int32)
+    end = tl.minimum(split.to(tl.int64) * share + share, rows).to(tl.int32)
+    return begin, end
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) with an exponential that cannot overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) / (1 + small)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """torch.nn.functional's function of that name, of x in the accumulator's type. NaN stays NaN, as it does there."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "relu6":
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif ACTIVATION == "silu":
+        x = x * sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "hardswish":
+        x = x * tl.where(x < -3, 0.0, tl.where(x > 3, 6.0, x + 3)) / 6
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+    return x
+
+
+@triton.jit
+def activation_slope(x, ACTIVATION: tl.constexpr):
+    """Derivative of `activate` at x; PyTorch's choice of side where it jumps."""
+    if ACTIVATION == "relu":
+        slope = tl.where(x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "relu6":
+        slope = tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        share = sigmoid(x)
+        slope = share * (1 + x * (1 - share))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "hardswish":
+        slope = tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+        slope = tl.full(x.shape, 1.0, x.dtype)
+    return slope.to(x.dtype)
+
+
+@triton.jit
+def store_rows(total, gate, residual, out, site, offset, listed, inside, ACTIVATION: tl.constexpr):
+    """out[offset] = activation(gate[site] * total + residual[offset]): the end of every forward.
+
+    total [M, N] in the accumulator's type, site and listed [M], offset and inside [M, N]; gate and residual or None.
+    residual may be out itself: every element is read and written by the same program, the write depending on the read.
+    """
+    if gate is not None:
+        total *= tl.load(gate + site, mask=listed, other=0.0).to(total.dtype)[:, None]
+    if residual is not None:
+        total += tl.load(residual + offset, mask=inside, other=0.0).to(total.dtype)
+    tl.store(out + offset, activate(total, ACTIVATION).to(out.dtype.element_ty), mask=inside)

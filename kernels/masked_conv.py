@@ -1,15 +1,23 @@
-"""Masked convolution (groups == 1) as an implicit GEMM over the active output sites.
+"""Masked convolution as an implicit GEMM over the active output sites, one product for each group.
 
 Sites and pixels are flat: s = (n*Ho + oy)*Wo + ox, p = (n*H + iy)*W + ix, with iy = oy*stride - pad + kh*dilation.
-Features are NHWC: row s (or p) of a [rows, channels] matrix, whose address is computed from the row number and
-never from the tensor's strides. `index[:count]` lists the active sites in ascending order; what lies past count
-is never used. Everything stays on the device: grids cover the capacity, and programs past count return at once.
+`index[:count]` lists the active sites in ascending order; what lies past count is never used. Everything stays on the
+device: grids cover the capacity, and programs past count return at once.
+
+Features are dense or packed, told apart by their number of dimensions, and their addresses are computed from row
+numbers, never from the tensor's strides:
+  dense   [N, C, H, W] in channels_last: row s (or p) of a [rows, C] matrix;
+  packed  [capacity, C]: row m belongs to the m-th listed site (or pixel). Rows past count are neither read nor written.
+          A convolution finds the pixels of a packed source through `lookup`, int32 [N*H*W]: the row of each pixel, or
+          -1 where it has none and counts as zero.
+One channel a group (depthwise) is no matrix product: depthwise.py has it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import depthwise
 from ._common import (
     accumulator,
     architecture,
@@ -17,8 +25,13 @@ from ._common import (
     bucket,
     divisor,
     is_inside,
+    is_packed,
     on_device,
+    partial_dtype,
+    rows_capacity,
+    split_rows,
     split_site,
+    store_rows,
     undo_stride,
     unit,
 )
@@ -113,23 +126,38 @@ PRECISION = {"half": "ieee", "tf32": "tf32", "ieee": "ieee", "double": "ieee"}
 _VARIES = ["source_height", "source_width", "site_height", "height_multiplier", "height_shift"]
 _VARIES += ["site_width", "width_multiplier", "width_shift", "pad_top", "pad_left"]
 _VARIES += ["dilation_h", "dilation_w", "splits", "sites", "channel_units", "filter_units"]
+# `groups` stays specialised: where it is 1 it is a constant, and the kernel is the ungrouped one.
 
 
-def config(kind, channels, filters, arch):
-    """Tile of the implicit GEMM for `channels` summed per tap and `filters` columns.
+def config(kind, channels, filters, arch, *, packed=False, finished=False):
+    """Tile of the implicit GEMM for `channels` summed per tap and `filters` columns, both of one group.
 
-    kind is the class of arithmetic ("half", "tf32", "ieee", "double"), arch a row of CONV_TILES.
+    kind is the class of arithmetic ("half", "tf32", "ieee", "double"), arch a row of CONV_TILES. packed says that the
+    source is, finished that a residual or an activation follows the product.
     """
     tile = _tile(CONV_TILES[arch], kind, filters, _is_aligned(kind, channels))
     # Channels past those of the tap are multiplied by zero: a tap of 16 takes steps of 16.
     tile["BLOCK_K"] = min(tile["BLOCK_K"], bucket(channels, (16, 32, 64)))
+    if packed:
+        # Triton shares the stages out along a chain of loads: with the lookup ahead of it, a row gets as many buffers
+        # as before from twice the stages.
+        tile["num_stages"] = (tile["num_stages"] - 1) * 2 + 1
+    if finished:
+        # A residual, or what an activation computes, needs registers next to the accumulators: 64 of those a thread.
+        tile["num_warps"] = max(tile["num_warps"], tile["BLOCK_M"] * tile["BLOCK_N"] // (64 * 32))
     return tile
 
 
-def weight_grad_config(kind, channels, filters, arch):
+def weight_grad_config(kind, channels, filters, arch, *, packed=False):
     """Tile of wgrad: BLOCK_M of Cout (`filters`) by BLOCK_N of Cin (`channels`), BLOCK_K active rows a step."""
     is_aligned = _is_aligned(kind, channels) and _is_aligned(kind, filters)
-    return _tile(WEIGHT_GRAD_TILES[arch], kind, min(channels, filters), is_aligned)
+    tile = _tile(WEIGHT_GRAD_TILES[arch], kind, min(channels, filters), is_aligned)
+    if packed:
+        # The lookup makes a chain of two loads one of three; see config.
+        tile["num_stages"] = max(tile["num_stages"], (tile["num_stages"] - 1) // 2 * 3 + 1)
+        if arch == "sm_100" and kind == "tf32" and tile["BLOCK_M"] == 64:
+            tile["num_warps"] = 8  # with four it spills
+    return tile
 
 
 def _is_aligned(kind, channels):
@@ -153,9 +181,10 @@ def _masked_conv_kernel(
     weight,
     bias,
     gate,
+    residual,
+    lookup,
     index,
     count,
-    inverse,
     grad,
     out,
     source_height,
@@ -167,6 +196,7 @@ def _masked_conv_kernel(
     width_multiplier,
     width_shift,
     sites,
+    groups,
     channel_units,
     filter_units,
     pad_top,
@@ -180,23 +210,29 @@ def _masked_conv_kernel(
     CHANNEL_UNIT: tl.constexpr,
     FILTER_UNIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PACKED_SOURCE: tl.constexpr,
+    PACKED_SITES: tl.constexpr,
     WEIGHT_K_CONTIGUOUS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Implicit GEMM over the rows listed in index[:count]: M = sites, K = taps x channels, N = filters.
+    """Implicit GEMM over the rows listed in index[:count]: M = sites, K = taps x channels, N = filters of a group.
 
-    forward     out[s, n] = gate[s] * (sum over tap, k of source[p(s, tap), k] * weight[tap, k, n] + bias[n])
-    TRANSPOSED  out[p, n] = sum over tap, k of gate[s] * source[s, k] * weight[tap, k, n], s = s(p, tap) active
-    grad given  out[tile, s] = sum over n in the tile of grad[s, n] * (the forward's sum + bias[n])
+    conv        = sum over tap, k of source[p(s, tap), k] * weight[n, tap, k] + bias[n]
+    forward     out[s, n] = activation(gate[s] * conv + residual[s, n])
+    grad given  out[tile, s] = sum over n in the tile of grad[s, n] * conv
+    TRANSPOSED  out[p, n] = sum over tap, k of gate[s] * source[s, k] * weight[k, tap, n], s = s(p, tap) active
 
-    source [source rows, channels], out [site rows, filters] (or [tiles of N, sites]),
-    weight [filters, taps, channels] if WEIGHT_K_CONTIGUOUS, else [channels, taps, filters], inverse int32 [source rows]
-    (TRANSPOSED only), gate [rows of the convolution's output].
-    Skips sites not listed, taps that fall outside the source and, if TRANSPOSED, sources that are not active.
+    channels and filters are those of a group, its columns lie side by side: source [source rows, groups * channels],
+    out, residual and grad [site rows, groups * filters], out for a grad [groups * tiles of N, sites],
+    weight [groups * filters, taps, channels] if WEIGHT_K_CONTIGUOUS, else [groups * channels, taps, filters],
+    gate [rows of the convolution's output]. lookup int32 [source rows] names the row of a PACKED_SOURCE, and the active
+    sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad.
+    Skips sites not listed, taps that fall outside the source, and sources that lookup does not have.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     # A product with a constant shows the compiler what divides the row length, hence how wide a load may be.
@@ -204,8 +240,9 @@ def _masked_conv_kernel(
     filters = filter_units * FILTER_UNIT
     # The tiles of N of the same sites are neighbours in launch order: they share the gathered rows in L2.
     tiles_n = tl.cdiv(filters, BLOCK_N)
-    tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
+    group = tl.program_id(0) // tiles_n % groups
+    tile_m = tl.program_id(0) // tiles_n // groups
     rows = tl.load(count)
     start = tile_m.to(tl.int64) * BLOCK_M
     if start >= rows:
@@ -227,20 +264,23 @@ def _masked_conv_kernel(
     LINEAR: tl.constexpr = not TRANSPOSED or (STRIDE_H == 1 and STRIDE_W == 1)
     sample_row = sample * source_height
     first_row = (sample_row + y) * source_width + x
-    first_pointer = source + first_row.to(tl.int64) * channels
+    source_columns = channels * groups
+    source += group * channels
+    first_pointer = source + first_row.to(tl.int64) * source_columns
 
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     if WEIGHT_K_CONTIGUOUS:
-        weight_pointer = weight + n.to(tl.int64)[None, :] * (TAPS * channels) + k[:, None]
+        weight_pointer = weight + (group * filters + n).to(tl.int64)[None, :] * (TAPS * channels) + k[:, None]
     else:
-        weight_pointer = weight + k.to(tl.int64)[:, None] * (TAPS * filters) + n[None, :]
+        weight_pointer = weight + (group * channels + k).to(tl.int64)[:, None] * (TAPS * filters) + n[None, :]
     n_inside = n[None, :] < filters
 
     total = tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR)
     for first_tap in range(0, TAPS, TAP_GROUP):
         # Which taps a row has is the same for every block of channels, so it is found once, ahead of the
-        # pipelined loop: a bit per tap. In dgrad this also keeps a dependent load out of that loop.
+        # pipelined loop: a bit per tap. In dgrad this also keeps a dependent load out of that loop. The rows of a
+        # packed source are looked up inside it, because nothing but registers could carry them there.
         has_tap = tl.zeros([BLOCK_M], tl.int32)
         for bit in tl.static_range(TAPS if TAPS < TAP_GROUP else TAP_GROUP):
             tap = first_tap + bit
@@ -249,8 +289,9 @@ def _masked_conv_kernel(
             if TRANSPOSED:
                 source_y, source_x, valid = undo_stride(y - tap_y, x - tap_x, STRIDE_H, STRIDE_W)
                 valid &= is_inside(source_y, source_x, source_height, source_width) & listed & (tap < TAPS)
-                source_row = (sample_row + source_y) * source_width + source_x
-                valid = tl.load(inverse + source_row, mask=valid, other=-1) >= 0
+                if not PACKED_SOURCE:
+                    source_row = (sample_row + source_y) * source_width + source_x
+                    valid = tl.load(lookup + source_row, mask=valid, other=-1) >= 0
             else:
                 valid = is_inside(y + tap_y, x + tap_x, source_height, source_width) & listed & (tap < TAPS)
             has_tap |= valid.to(tl.int32) << bit
@@ -268,14 +309,19 @@ def _masked_conv_kernel(
                 shift = tap_y * source_width + tap_x
                 if TRANSPOSED:
                     shift = -shift
-                a_pointer = first_pointer + (shift.to(tl.int64) * channels + channel)
+                source_row = first_row + shift
             else:
                 source_row = (sample_row + (y - tap_y) // STRIDE_H) * source_width + (x - tap_x) // STRIDE_W
-                a_pointer = source + source_row.to(tl.int64) * channels + channel
+            if PACKED_SOURCE:
+                packed_row = tl.load(lookup + source_row, mask=valid, other=-1)
+                valid = packed_row >= 0
+                a_pointer = source + (packed_row.to(tl.int64) * source_columns + channel)
+            elif LINEAR:
+                a_pointer = first_pointer + (shift.to(tl.int64) * source_columns + channel)
+            else:
+                a_pointer = source + source_row.to(tl.int64) * source_columns + channel
             a = tl.load(a_pointer[:, None] + k[None, :], mask=valid[:, None] & k_inside[None, :], other=0.0)
             if TRANSPOSED and gate is not None:
-                if LINEAR:
-                    source_row = first_row + shift
                 scale = tl.load(gate + source_row, mask=valid, other=0.0).to(ACCUMULATOR)
                 a = (a.to(ACCUMULATOR) * scale[:, None]).to(source.dtype.element_ty)
             if WEIGHT_K_CONTIGUOUS:
@@ -288,19 +334,24 @@ def _masked_conv_kernel(
             bit += (channel >= channels).to(tl.int32)
             channel = tl.where(channel >= channels, 0, channel)
 
+    column = group * filters + n
     if bias is not None:
-        total += tl.load(bias + n, mask=n < filters, other=0.0).to(ACCUMULATOR)[None, :]
-    out_mask = listed[:, None] & n_inside
-    out_offset = site.to(tl.int64)[:, None] * filters + n[None, :]
+        total += tl.load(bias + column, mask=n < filters, other=0.0).to(ACCUMULATOR)[None, :]
+    if PACKED_SITES:
+        out_row = row
+    else:
+        out_row = site.to(tl.int64)
+    inside = listed[:, None] & n_inside
+    offset = out_row[:, None] * (filters * groups) + column[None, :]
     if grad is not None:
-        dual = tl.load(grad + out_offset, mask=out_mask, other=0.0).to(ACCUMULATOR)
+        dual = tl.load(grad + offset, mask=inside, other=0.0).to(ACCUMULATOR)
         # Columns past `filters` are an input times zero, which is not zero where the input is infinite.
         share = tl.sum(tl.where(n_inside, total * dual, 0.0), axis=1)
-        tl.store(out + tile_n.to(tl.int64) * sites + site, share, mask=listed)
+        tl.store(out + (group * tiles_n + tile_n).to(tl.int64) * sites + site, share, mask=listed)
+    elif TRANSPOSED:
+        tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
     else:
-        if gate is not None and not TRANSPOSED:
-            total *= tl.load(gate + site, mask=listed, other=0.0).to(ACCUMULATOR)[:, None]
-        tl.store(out + out_offset, total.to(out.dtype.element_ty), mask=out_mask)
+        store_rows(total, gate, residual, out, site, offset, listed, inside, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -308,6 +359,7 @@ def _weight_grad_kernel(
     source,
     grad,
     gate,
+    lookup,
     index,
     count,
     partial,
@@ -319,6 +371,7 @@ def _weight_grad_kernel(
     site_width,
     width_multiplier,
     width_shift,
+    groups,
     channel_units,
     filter_units,
     splits,
@@ -332,6 +385,7 @@ def _weight_grad_kernel(
     STRIDE_W: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
     FILTER_UNIT: tl.constexpr,
+    PACKED_SITES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -340,9 +394,11 @@ def _weight_grad_kernel(
 ):
     """partial[split, m, tap, n] = sum over s in the split of gate[s] * grad[s, m] * source[p(s, tap), n].
 
-    source [N*H*W, channels], grad [N*Ho*Wo, filters], partial [splits, filters, taps, channels].
+    source [source rows, groups * channels], grad [site rows, groups * filters], and m and n of the same group:
+    partial [splits, groups * filters, taps, channels]. lookup, if given, names the rows of a packed source; with
+    PACKED_SITES the m-th listed site is row m of grad.
     Split i takes the i-th equal share of index[:count]: which rows meet in a sum depends on count alone.
-    Skips inactive sites; taps outside the source contribute zeros.
+    Skips inactive sites; taps outside the source, and sources that lookup does not have, contribute zeros.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     channels = channel_units * CHANNEL_UNIT
@@ -356,17 +412,16 @@ def _weight_grad_kernel(
     tap = tile % TAPS
     tile = tile // TAPS
     m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tile // tiles_m
-
-    rows = tl.load(count)
-    share = tl.cdiv(tl.cdiv(rows, splits), BLOCK_K) * BLOCK_K
-    begin = tl.minimum(split.to(tl.int64) * share, rows).to(tl.int32)
-    end = tl.minimum(split.to(tl.int64) * share + share, rows).to(tl.int32)
+    tile = tile // tiles_m
+    group = tile % groups
+    begin, end = split_rows(tile // groups, splits, tl.load(count), BLOCK_K)
 
     tap_y = tap // KERNEL_WIDTH * dilation_h - pad_top
     tap_x = tap % KERNEL_WIDTH * dilation_w - pad_left
     m_inside = m[None, :] < filters
     n_inside = n[None, :] < channels
+    source += group * channels
+    grad += group * filters
     total = tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR)
     for start in range(begin, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
@@ -379,16 +434,24 @@ def _weight_grad_kernel(
         x = x * STRIDE_W + tap_x
         valid = listed & is_inside(y, x, source_height, source_width)
         source_row = (sample * source_height + y) * source_width + x
-        a_offset = site.to(tl.int64)[:, None] * filters + m[None, :]
+        if lookup is not None:
+            source_row = tl.load(lookup + source_row, mask=valid, other=-1)
+            valid = source_row >= 0
+        if PACKED_SITES:
+            grad_row = row
+        else:
+            grad_row = site
+        a_offset = grad_row.to(tl.int64)[:, None] * (filters * groups) + m[None, :]
         a = tl.load(grad + a_offset, mask=listed[:, None] & m_inside, other=0.0)
         if gate is not None:
             scale = tl.load(gate + site, mask=listed, other=0.0).to(ACCUMULATOR)
             a = (a.to(ACCUMULATOR) * scale[:, None]).to(grad.dtype.element_ty)
-        b_offset = source_row.to(tl.int64)[:, None] * channels + n[None, :]
+        b_offset = source_row.to(tl.int64)[:, None] * (channels * groups) + n[None, :]
         b = tl.load(source + b_offset, mask=valid[:, None] & n_inside, other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
 
-    first = ((split.to(tl.int64) * filters + m) * TAPS + tap) * channels
+    # tile is split * groups + group, so this counts the filters of all groups.
+    first = ((tile.to(tl.int64) * filters + m) * TAPS + tap) * channels
     tl.store(partial + first[:, None] + n[None, :], total, mask=(m[:, None] < filters) & n_inside)
 
 
@@ -437,50 +500,82 @@ def _bias_grad_kernel(
     filter_units,
     splits,
     FILTER_UNIT: tl.constexpr,
+    PACKED_SITES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """partial[split, n] = sum over s in the split of gate[s] * grad[s, n], with the splits of wgrad."""
+    """partial[split, n] = sum over s in the split of gate[s] * grad[s, n], with the splits and rows of wgrad."""
     filters = filter_units * FILTER_UNIT
     tiles_n = tl.cdiv(filters, BLOCK_N)
     n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = (tl.program_id(0) // tiles_n).to(tl.int64)
-    rows = tl.load(count)
-    share = tl.cdiv(tl.cdiv(rows, splits), BLOCK_K) * BLOCK_K
-    begin = tl.minimum(split * share, rows).to(tl.int32)
-    end = tl.minimum(split * share + share, rows).to(tl.int32)
+    split = tl.program_id(0) // tiles_n
+    begin, end = split_rows(split, splits, tl.load(count), BLOCK_K)
     total = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
     for start in range(begin, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         listed = row < end
         site = tl.load(index + row, mask=listed, other=0)
-        offset = site.to(tl.int64)[:, None] * filters + n[None, :]
+        if PACKED_SITES:
+            grad_row = row
+        else:
+            grad_row = site
+        offset = grad_row.to(tl.int64)[:, None] * filters + n[None, :]
         tile = tl.load(grad + offset, mask=listed[:, None] & (n[None, :] < filters), other=0.0).to(ACCUMULATOR)
         if gate is not None:
             tile *= tl.load(gate + site, mask=listed, other=0.0).to(ACCUMULATOR)[:, None]
         total += tile
-    tl.store(partial + split * filters + n, tl.sum(total, axis=0), mask=n < filters)
+    tl.store(partial + split.to(tl.int64) * filters + n, tl.sum(total, axis=0), mask=n < filters)
 
 
-def forward(input, weight, bias, index, count, gate, out, *, stride, padding, dilation, allow_tf32):
-    """out[s] = gate[s] * (conv2d(input, weight)[s] + bias) at the active sites; the rest of out is left alone.
+def forward(
+    input,
+    weight,
+    bias,
+    index,
+    count,
+    gate,
+    residual,
+    lookup,
+    out,
+    *,
+    input_size,
+    site_size,
+    activation,
+    stride,
+    padding,
+    dilation,
+    groups,
+    allow_tf32,
+):
+    """out[s] = activation(gate[s] * (conv2d(input, weight)[s] + bias) + residual[s]) at the active sites alone.
 
-    input [N, Cin, H, W] and out [N, Cout, Ho, Wo] are channels_last-contiguous. weight [Cout, Cin, kH, kW] is read in
-    place if it is channels_last, and copied into that layout if not. padding is (top, left).
+    The rest of out is left alone. input, and out with residual, are dense or packed each; a packed input comes with its
+    lookup. residual may be out itself. gate is [N*Ho*Wo] in every case. weight [Cout, Cin/groups, kH, kW] is read in
+    place if it is channels_last, and copied into that layout if not. input_size is (H, W), site_size (Ho, Wo), padding
+    (top, left), activation a name that `_common.activate` knows. bias, gate, residual and lookup may be None.
     """
+    geometry = dict(input_size=input_size, site_size=site_size, stride=stride, padding=padding, dilation=dilation)
+    if _is_depthwise(weight, groups):
+        depthwise.forward(
+            input, weight, bias, index, count, gate, residual, lookup, out, activation=activation, **geometry
+        )
+        return
     _launch_conv(
         input,
         _channels_last_rows(weight),
         bias,
         gate,
+        residual,
+        lookup,
         index,
         count,
         out,
         shape=weight.shape,
-        site_size=out.shape[2:],
-        geometry=(stride, padding, dilation),
+        groups=groups,
+        activation=activation,
         allow_tf32=allow_tf32,
+        **geometry,
     )
 
 
@@ -488,98 +583,160 @@ def input_grad(
     grad,
     weight,
     inverse,
-    touched_index,
-    touched_count,
+    pixel_index,
+    pixel_count,
     gate,
     grad_input,
     *,
+    input_size,
+    site_size,
     stride,
     padding,
     dilation,
+    groups,
     allow_tf32,
 ):
     """grad_input[p] = sum of gate[s] * grad[s] @ weight[tap] over the active sites s that read p.
 
-    inverse is the inverse map of the active output sites; touched_index[:touched_count] lists the pixels to compute,
-    and the rest of grad_input is left alone: it comes filled with zeros.
+    inverse is the inverse map of the active output sites, hence the lookup of a packed grad.
+    pixel_index[:pixel_count] lists the pixels to compute: row m of a packed grad_input is the m-th of them. The rest of
+    grad_input is left alone: a dense one comes filled with zeros.
     """
-    filters, channels, kernel_height, kernel_width = weight.shape
-    # 16-bit tensor cores take B contiguous along N as well: the forward's layout, [Cout, taps, Cin], serves.
-    # wgmma takes TF32 operands contiguous along K only: the weight becomes [Cin, taps, Cout].
+    # The product runs the other way: over the sites as its source, onto the pixels.
+    geometry = dict(input_size=site_size, site_size=input_size, stride=stride, padding=padding, dilation=dilation)
+    if _is_depthwise(weight, groups):
+        depthwise.input_grad(grad, weight, inverse, pixel_index, pixel_count, gate, grad_input, **geometry)
+        return
+    total_filters, channels, kernel_height, kernel_width = weight.shape
+    filters = total_filters // groups
+    # 16-bit tensor cores take B contiguous along N as well: the forward's layout, [Cout, taps, Cin/groups], serves.
+    # wgmma takes TF32 operands contiguous along K only: the weight becomes [Cin, taps, Cout/groups].
     k_contiguous = weight.dtype not in (torch.float16, torch.bfloat16) or not _is_aligned("half", channels)
+    if k_contiguous:
+        by_group = weight.reshape(groups, filters, channels, kernel_height, kernel_width)
+        rows = by_group.permute(0, 2, 3, 4, 1).contiguous()
+    else:
+        rows = _channels_last_rows(weight)
     _launch_conv(
         grad,
-        weight.permute(1, 2, 3, 0).contiguous() if k_contiguous else _channels_last_rows(weight),
+        rows,
         None,
         gate,
-        touched_index,
-        touched_count,
+        None,
+        inverse,
+        pixel_index,
+        pixel_count,
         grad_input,
-        shape=(channels, filters, kernel_height, kernel_width),
-        site_size=grad_input.shape[2:],
-        geometry=(stride, padding, dilation),
-        allow_tf32=allow_tf32,
-        inverse=inverse,
+        shape=(groups * channels, filters, kernel_height, kernel_width),
+        groups=groups,
+        transposed=True,
         k_contiguous=k_contiguous,
+        allow_tf32=allow_tf32,
+        **geometry,
     )
 
 
-def gate_grad(input, weight, bias, grad, index, count, *, stride, padding, dilation, allow_tf32):
-    """[N*Ho*Wo], fp32 (fp64 for fp64): sum over channels of grad * (conv2d + bias) at active sites, 0 elsewhere."""
-    filters = weight.shape[0]
-    sites = grad.shape[0] * grad.shape[2] * grad.shape[3]
+def gate_grad(
+    input,
+    weight,
+    bias,
+    grad,
+    index,
+    count,
+    lookup,
+    *,
+    input_size,
+    site_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    allow_tf32,
+):
+    """[N*Ho*Wo], fp32 (fp64 for fp64): sum over channels of grad * (conv2d + bias) at active sites, 0 elsewhere.
+
+    index has an entry for each of the N*Ho*Wo sites. input and grad are dense or packed each, as in forward.
+    """
+    geometry = dict(input_size=input_size, site_size=site_size, stride=stride, padding=padding, dilation=dilation)
+    if _is_depthwise(weight, groups):
+        return depthwise.gate_grad(input, weight, bias, grad, index, count, lookup, **geometry)
+    filters = weight.shape[0] // groups
     with on_device(input):
         block_n = config(arithmetic(input.dtype, allow_tf32), weight.shape[1], filters, architecture())["BLOCK_N"]
-    tiles = max(1, triton.cdiv(filters, block_n))
-    partial = torch.zeros((tiles, sites), dtype=_partial_dtype(input), device=input.device)
+    tiles = max(1, groups * triton.cdiv(filters, block_n))
+    partial = torch.zeros((tiles, index.numel()), dtype=partial_dtype(input.dtype), device=input.device)
     _launch_conv(
         input,
         _channels_last_rows(weight),
         bias,
         None,
+        None,
+        lookup,
         index,
         count,
         partial,
         shape=weight.shape,
-        site_size=grad.shape[2:],
-        geometry=(stride, padding, dilation),
-        allow_tf32=allow_tf32,
+        groups=groups,
         grad=grad,
+        allow_tf32=allow_tf32,
+        **geometry,
     )
     return partial[0] if tiles == 1 else partial.sum(0)
 
 
-def weight_grad(input, grad, index, count, gate, weight, *, stride, padding, dilation, allow_tf32):
+def weight_grad(
+    input,
+    grad,
+    index,
+    count,
+    gate,
+    lookup,
+    weight,
+    *,
+    input_size,
+    site_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    allow_tf32,
+):
     """Like weight (only its shape and layout are used): sum over active s of gate[s] * grad[s] x input[p(s, tap)].
 
-    The active rows are split between programs; how many splits depends on the shapes alone. Partial sums are fp32
-    (fp64 for fp64) and are added in a fixed order.
+    input and grad are dense or packed each, as in forward. The active rows are split between programs; how many splits
+    depends on the shapes alone. Partial sums are fp32 (fp64 for fp64) and are added in a fixed order.
     """
-    filters, channels, kernel_height, kernel_width = weight.shape
-    capacity = index.numel()
+    if _is_depthwise(weight, groups):
+        geometry = dict(input_size=input_size, site_size=site_size, stride=stride, padding=padding, dilation=dilation)
+        return depthwise.weight_grad(input, grad, index, count, gate, lookup, weight, **geometry)
+    total_filters, channels, kernel_height, kernel_width = weight.shape
+    filters = total_filters // groups
+    capacity = rows_capacity(index, grad)
     grad_weight = torch.empty_like(weight)
     size = grad_weight.numel()
     if capacity == 0 or size == 0:
         return grad_weight.zero_()
     with on_device(input):
         kind = arithmetic(input.dtype, allow_tf32)
-        tile = weight_grad_config(kind, channels, filters, architecture())
+        tile = weight_grad_config(kind, channels, filters, architecture(), packed=is_packed(input))
         tiles = triton.cdiv(filters, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_N"])
-        tiles *= kernel_height * kernel_width
+        tiles *= kernel_height * kernel_width * groups
         splits = min(
             triton.cdiv(WEIGHT_GRAD_PROGRAMS, tiles), triton.cdiv(capacity, tile["BLOCK_K"] * WEIGHT_GRAD_STEPS)
         )
-        partial = torch.empty((splits, size), dtype=_partial_dtype(input), device=grad.device)
+        partial = torch.empty((splits, size), dtype=partial_dtype(input.dtype), device=grad.device)
         _weight_grad_kernel[(tiles * splits,)](
             input,
             grad,
             gate,
+            lookup if is_packed(input) else None,
             index,
             count,
             partial,
-            *input.shape[2:],
-            *divisor(grad.shape[2]),
-            *divisor(grad.shape[3]),
+            *input_size,
+            *divisor(site_size[0]),
+            *divisor(site_size[1]),
+            groups,
             channels // unit(channels),
             filters // unit(filters),
             splits,
@@ -591,6 +748,7 @@ def weight_grad(input, grad, index, count, gate, weight, *, stride, padding, dil
             STRIDE_W=stride[1],
             CHANNEL_UNIT=unit(channels),
             FILTER_UNIT=unit(filters),
+            PACKED_SITES=is_packed(grad),
             ACCUMULATOR=accumulator(input.dtype),
             PRECISION=PRECISION[kind],
             **tile,
@@ -610,15 +768,15 @@ def weight_grad(input, grad, index, count, gate, weight, *, stride, padding, dil
 
 
 def bias_grad(grad, index, count, gate):
-    """[Cout] of grad's dtype: sum over active s of gate[s] * grad[s], added in a fixed order."""
+    """[Cout] of grad's dtype: sum over active s of gate[s] * grad[s], added in a fixed order; grad dense or packed."""
     filters = grad.shape[1]
-    capacity = index.numel()
+    capacity = rows_capacity(index, grad)
     if capacity == 0 or filters == 0:
         return torch.zeros(filters, dtype=grad.dtype, device=grad.device)
     block_n = bucket(filters, (16, 64))
     block_k = BIAS_GRAD_TILE // block_n
     splits = min(BIAS_GRAD_SPLITS, triton.cdiv(capacity, block_k))
-    partial = torch.empty((splits, filters), dtype=_partial_dtype(grad), device=grad.device)
+    partial = torch.empty((splits, filters), dtype=partial_dtype(grad.dtype), device=grad.device)
     with on_device(grad):
         _bias_grad_kernel[(splits * triton.cdiv(filters, block_n),)](
             grad,
@@ -629,6 +787,7 @@ def bias_grad(grad, index, count, gate):
             filters // unit(filters),
             splits,
             FILTER_UNIT=unit(filters),
+            PACKED_SITES=is_packed(grad),
             ACCUMULATOR=accumulator(grad.dtype),
             BLOCK_K=block_k,
             BLOCK_N=block_n,
@@ -641,64 +800,80 @@ def _launch_conv(
     weight,
     bias,
     gate,
+    residual,
+    lookup,
     index,
     count,
     out,
     *,
     shape,
+    groups,
+    input_size,
     site_size,
-    geometry,
+    stride,
+    padding,
+    dilation,
     allow_tf32,
-    inverse=None,
+    activation="none",
     grad=None,
+    transposed=False,
     k_contiguous=True,
 ):
-    """Launches the implicit GEMM. shape is (N, K of a tap, kH, kW) as the GEMM sees them; inverse makes it dgrad."""
-    filters, channels, kernel_height, kernel_width = shape
-    capacity = index.numel()
+    """Launches the implicit GEMM. shape is (N of all groups, K of a tap, kH, kW), and input_size and site_size those
+    of source and out, as the GEMM sees them.
+    """
+    total_filters, channels, kernel_height, kernel_width = shape
+    filters = total_filters // groups
+    result = out if grad is None else grad
+    capacity = rows_capacity(index, result)
     if capacity == 0 or filters == 0:
         return
-    (stride_h, stride_w), padding, dilation = geometry
     with on_device(source):
         kind = arithmetic(source.dtype, allow_tf32)
-        tile = config(kind, channels, filters, architecture())
-        programs = triton.cdiv(capacity, tile["BLOCK_M"]) * triton.cdiv(filters, tile["BLOCK_N"])
+        finished = residual is not None or activation != "none" or (grad is not None and is_packed(source))
+        tile = config(kind, channels, filters, architecture(), packed=is_packed(source), finished=finished)
+        programs = triton.cdiv(capacity, tile["BLOCK_M"]) * triton.cdiv(filters, tile["BLOCK_N"]) * groups
         _masked_conv_kernel[(programs,)](
             source,
             weight,
             bias,
             gate,
+            residual,
+            lookup if transposed or is_packed(source) else None,
             index,
             count,
-            inverse,
             grad,
             out,
-            *source.shape[2:],
+            *input_size,
             *divisor(site_size[0]),
             *divisor(site_size[1]),
-            capacity,
+            index.numel(),
+            groups,
             channels // unit(channels),
             filters // unit(filters),
             *padding,
             *dilation,
             KERNEL_HEIGHT=kernel_height,
             KERNEL_WIDTH=kernel_width,
-            STRIDE_H=stride_h,
-            STRIDE_W=stride_w,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
             CHANNEL_UNIT=unit(channels),
             FILTER_UNIT=unit(filters),
-            TRANSPOSED=inverse is not None,
+            TRANSPOSED=transposed,
+            PACKED_SOURCE=is_packed(source),
+            PACKED_SITES=is_packed(result),
             WEIGHT_K_CONTIGUOUS=k_contiguous,
+            ACTIVATION=activation,
             ACCUMULATOR=accumulator(source.dtype),
             PRECISION=PRECISION[kind],
             **tile,
         )
 
 
+def _is_depthwise(weight, groups):
+    return 1 < groups == weight.shape[0] and weight.shape[1] == 1
+
+
 def _channels_last_rows(weight):
-    """[Cout, kH, kW, Cin] contiguous: 16-byte loads along Cin. A view if the weight is channels_last already."""
+    """[Cout, kH, kW, Cin/groups] contiguous: 16-byte loads along Cin. A view if the weight is channels_last already."""
     return weight.permute(0, 2, 3, 1).contiguous()
-
-
-def _partial_dtype(tensor):
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

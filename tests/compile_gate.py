@@ -45,9 +45,18 @@ PATTERNS = {
     "mfma": r"\bv_mfma",
     "cp_async_16": r"cp\.async\.cg\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], 0x10",
     "cp_async": r"\bcp\.async\.c[ag]\.shared",
+    # Loads of 16 bytes or more into registers.
+    "vector_16": r"\bld\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64|v8\.b32|v4\.b64)|\b(?:global|buffer)_load_dwordx4",
 }
 
 
+ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
+# The options that a case's variant, "a+b+c", may name besides an activation:
+#   gate, bias, residual   that operand is given
+#   packed                 source and result are packed
+#   grouped, depthwise     2 groups of that many channels and filters; as many groups as channels
+#   stride2, 1x1, 7x7      another geometry than 3 x 3
+#   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true
 CASE = ("target", "kernel", "dtype", "allow_tf32", "channels", "filters", "variant")
 DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float32",), "double": ("float64",)}
 
@@ -55,11 +64,13 @@ DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float
 def cases():
     """Everything that has to compile, as tuples of CASE: each row of the config tables in each of its dtypes.
 
-    channels and filters are the K of a tap and the N of the GEMM.
+    channels and filters are the K of a tap and the N of the GEMM, of one group.
     """
     from dynconv.kernels import masked_conv
 
     for target in TARGETS:
+        yield from depthwise_cases(target)
+        yield from epilogue_cases(target)
         row = TABLE_ROW.get(target, target)
         table = masked_conv.CONV_TILES[row]
         for (kind, width), (_, _, depth, _, _) in table.items():
@@ -82,6 +93,21 @@ def cases():
                 yield target, "input_grad", dtype, tf32, depth, width, "stride2+gate"
                 yield target, "gate_grad", dtype, tf32, depth, width, ""
                 yield target, "bias_grad", dtype, False, depth, width, "gate"
+                # The most that a forward holds at once.
+                yield target, "forward", dtype, tf32, depth, width, "packed+gate+bias+residual+gelu"
+                if kind in ("half", "tf32"):
+                    yield target, "input_grad", dtype, tf32, depth, width, "packed"
+                if kind == "half":
+                    yield target, "forward", dtype, tf32, depth - 1, width, "packed+residual+silu+unaligned"
+                    yield target, "input_grad", dtype, tf32, depth, width, "packed+stride2+gate"
+                    yield target, "gate_grad", dtype, tf32, depth, width, "packed+bias"
+                    yield target, "bias_grad", dtype, tf32, depth, width, "packed+gate"
+            if width == 16 and kind in ("half", "tf32"):
+                yield target, "forward", dtype, tf32, 16, 16, "grouped"
+                yield target, "input_grad", dtype, tf32, 16, 16, "grouped"
+                if kind == "half":
+                    yield target, "forward", dtype, tf32, 3, 3, "grouped+unaligned"
+                    yield target, "forward", dtype, tf32, 16, 16, "grouped+packed+residual+relu"
         table = masked_conv.WEIGHT_GRAD_TILES[row]
         for kind, width in table:
             for dtype in DTYPES[kind]:
@@ -89,7 +115,37 @@ def cases():
             if width == max(size for name, size in table if name == kind):
                 yield target, "weight_grad", DTYPES[kind][0], kind == "tf32", width, width, "gate"
                 yield target, "weight_grad", DTYPES[kind][0], kind == "tf32", width - 1, width - 1, "unaligned"
+                if kind in ("half", "tf32"):
+                    yield target, "weight_grad", DTYPES[kind][0], kind == "tf32", width, width, "packed"
+                    yield target, "weight_grad", DTYPES[kind][0], kind == "tf32", 16, 16, "grouped+gate"
         yield target, "compaction", "bool", False, 1, 1, ""
+
+
+def depthwise_cases(target):
+    """The stencil with 128 bytes of each row, and with an odd number of channels."""
+    for dtype, width in (("float16", 64), ("bfloat16", 64), ("float32", 32), ("float64", 16)):
+        for kernel in ("forward", "input_grad", "weight_grad"):
+            yield target, kernel, dtype, False, width, width, "depthwise"
+            if dtype != "bfloat16":
+                yield target, kernel, dtype, False, width - 1, width - 1, "depthwise+unaligned"
+    yield target, "forward", "float16", False, 64, 64, "depthwise+packed+gate+bias+residual+gelu"
+    yield target, "forward", "float16", False, 64, 64, "depthwise+7x7"
+    yield target, "forward", "float16", False, 24, 24, "depthwise+residual+relu6"
+    yield target, "input_grad", "float16", False, 64, 64, "depthwise+packed+stride2+gate"
+    yield target, "gate_grad", "float16", False, 64, 64, "depthwise+bias"
+    yield target, "weight_grad", "float16", False, 64, 64, "depthwise+packed+gate"
+
+
+def epilogue_cases(target):
+    everything = "gate+residual"
+    for dtype, width in (("float16", 64), ("float32", 32), ("float64", 16)):
+        yield target, "epilogue", dtype, False, width, width, f"{everything}+gelu"
+        yield target, "epilogue_backward", dtype, False, width, width, f"{everything}+gelu"
+        yield target, "moments", dtype, False, width, width, ""
+    yield target, "epilogue_backward", "bfloat16", False, 64, 64, f"packed+{everything}+silu"
+    for kernel in ("epilogue", "epilogue_backward"):
+        yield target, kernel, "float16", False, 63, 63, f"{everything}+silu+unaligned"
+    yield target, "gather", "float16", False, 64, 64, ""
 
 
 class TargetDriver:
@@ -115,7 +171,7 @@ def launch(case):
     """Calls the launcher of one case on small CPU tensors."""
     import torch
 
-    from dynconv.kernels import compaction, masked_conv
+    from dynconv.kernels import compaction, epilogue, masked_conv
 
     _, kernel, dtype, allow_tf32, channels, filters, variant = case
     if kernel == "compaction":
@@ -125,35 +181,59 @@ def launch(case):
         compaction.touched(mask, (8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
         return
     dtype = getattr(torch, dtype)
-    step = 2 if "stride2" in variant else 1
-    size = 8 // step
-    source = torch.zeros(2, channels, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    grad = torch.zeros(2, filters, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    taps = {"1x1": 1, "7x7": 7}.get(variant, 3)
-    weight = torch.zeros(filters, channels, taps, taps, dtype=dtype)
+    flags = variant.split("+")
+    groups = channels if "depthwise" in flags else 2 if "grouped" in flags else 1
+    # channels and filters are those of a group, except where a group has one of each.
+    channels, filters = (1, 1) if "depthwise" in flags else (channels, filters)
+    step = 2 if "stride2" in flags else 1
+    taps = 1 if "1x1" in flags else 7 if "7x7" in flags else 3
+    packed = "packed" in flags
     index = torch.arange(128, dtype=torch.int32)
-    inverse = index[: 2 * size * size]
     count = torch.full((1,), 128, dtype=torch.int32)
-    gate = torch.ones(2 * size * size, dtype=dtype) if "gate" in variant else None
-    bias = torch.zeros(filters, dtype=dtype) if "bias" in variant else None
-    geometry = dict(stride=(step, step), padding=(taps // 2, taps // 2), dilation=(1, 1), allow_tf32=allow_tf32)
+
+    def features(columns, size):
+        if packed:
+            return torch.zeros(2 * size * size, columns, dtype=dtype)
+        return torch.zeros(2, columns, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    source, grad = features(groups * channels, 8), features(groups * filters, 8 // step)
+    lookup = index if packed else None
+    weight = torch.zeros(groups * filters, channels, taps, taps, dtype=dtype)
+    gate = torch.ones(128 // step**2, dtype=dtype) if "gate" in flags else None
+    bias = torch.zeros(groups * filters, dtype=dtype) if "bias" in flags else None
+    residual = grad.clone() if "residual" in flags else None
+    activation = next((name for name in flags if name in ACTIVATIONS), "none")
+    geometry = dict(stride=(step, step), padding=(taps // 2, taps // 2), dilation=(1, 1))
+    geometry |= dict(input_size=(8, 8), site_size=(8 // step, 8 // step), groups=groups, allow_tf32=allow_tf32)
     if kernel == "forward":
-        masked_conv.forward(source, weight, bias, index, count, gate, grad, **geometry)
+        masked_conv.forward(
+            source, weight, bias, index, count, gate, residual, lookup, grad, activation=activation, **geometry
+        )
     elif kernel == "input_grad":
         # The GEMM of dgrad sums over Cout and has Cin columns.
-        weight = torch.zeros(channels, filters, 3, 3, dtype=dtype)
-        grad, source = (
-            source[:, :, ::step, ::step],
-            grad.repeat_interleave(step, 2).repeat_interleave(step, 3),
-        )
-        grad, source = (t.contiguous(memory_format=torch.channels_last) for t in (grad, source))
+        weight = torch.zeros(groups * channels, filters, taps, taps, dtype=dtype)
+        grad, source = features(groups * channels, 8 // step), features(groups * filters, 8)
+        inverse = index[: 128 // step**2]
         masked_conv.input_grad(grad, weight, inverse, index, count, gate, source, **geometry)
     elif kernel == "gate_grad":
-        masked_conv.gate_grad(source, weight, bias, grad, index, count, **geometry)
+        masked_conv.gate_grad(source, weight, bias, grad, index, count, lookup, **geometry)
     elif kernel == "weight_grad":
-        masked_conv.weight_grad(source, grad, index, count, gate, weight, **geometry)
+        masked_conv.weight_grad(source, grad, index, count, gate, lookup, weight, **geometry)
     elif kernel == "bias_grad":
         masked_conv.bias_grad(grad, index, count, gate)
+    else:
+        rows = torch.zeros(128, channels, dtype=dtype)
+        vector = torch.zeros(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        operands = (rows, index, count, vector, vector, vector, gate, residual)
+        if kernel == "epilogue":
+            epilogue.forward(*operands, grad, activation=activation)
+        elif kernel == "epilogue_backward":
+            grad_rows, grad_residual = torch.zeros_like(rows), torch.zeros_like(grad)
+            epilogue.backward(grad, *operands, grad_rows, grad_residual, activation=activation, wanted=(True, True))
+        elif kernel == "moments":
+            epilogue.moments(rows, count)
+        elif kernel == "gather":
+            epilogue.gather(source, index, count, rows)
 
 
 def compile_case(case):
@@ -186,7 +266,7 @@ def compile_case(case):
 
 def describe(case, name, options, binary):
     target, kernel, dtype, _, channels, filters, variant = case
-    tile = "x".join(str(options[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in options)
+    tile = "x".join(str(options[key]) for key in TILE if key in options)
     row = dict(
         target=target,
         kernel=kernel,
@@ -208,7 +288,9 @@ def describe(case, name, options, binary):
     else:
         assembly = binary.asm["amdgcn"]
         row |= amd_resources(assembly)
-    return row | {name: len(re.findall(pattern, assembly)) for name, pattern in PATTERNS.items()}
+    return (
+        row | {name: len(re.findall(pattern, assembly)) for name, pattern in PATTERNS.items()} | {"hash": binary.hash}
+    )
 
 
 def nvidia_resources(cubin):
@@ -222,6 +304,7 @@ def nvidia_resources(cubin):
     return dict(
         registers=int(found["REG"]),
         spills=int(found["STACK"]) + int(found["LOCAL"]),
+        scalar_spills=0,
         instructions=len(instructions),
     )
 
@@ -233,7 +316,9 @@ def amd_resources(assembly):
     instructions = re.findall(r"^\t[a-z]\w+", assembly, re.MULTILINE)
     return dict(
         registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size"),
+        spills=field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        # Into lanes of vector registers: what reaches memory is in private_segment_fixed_size.
+        scalar_spills=field("sgpr_spill_count"),
         instructions=len(instructions),
     )
 
@@ -250,17 +335,22 @@ def _tool(name, *arguments):
 
 
 def compile_all(selected, processes=2):
-    """Rows of all selected cases, compiled in a pool of processes with a cache of their own."""
+    """Rows of all selected cases, compiled in a pool of processes with a cache of their own.
+
+    A kernel that several launchers share, or that an option leaves as it was, has one row: that of the first case.
+    """
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with concurrent.futures.ProcessPoolExecutor(processes) as pool:
-            return [row for rows in pool.map(compile_case, selected, chunksize=4) for row in rows]
+            rows = [row for rows in pool.map(compile_case, selected, chunksize=4) for row in rows]
+    first = {row.pop("hash", number): row for number, row in reversed(list(enumerate(rows)))}
+    return list(reversed(first.values()))
 
 
-COLUMNS = (
-    "target kernel function channels filters dtype precision variant tile num_warps num_stages registers spills shared"
-)
-COLUMNS = (COLUMNS + " wgmma tcgen05 mma mfma cp_async_16 cp_async instructions seconds error").split()
+TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C")
+COLUMNS = "target kernel function channels filters dtype precision variant tile num_warps num_stages registers spills"
+COLUMNS += " scalar_spills shared wgmma tcgen05 mma mfma cp_async_16 cp_async vector_16 instructions seconds error"
+COLUMNS = COLUMNS.split()
 
 
 def main():

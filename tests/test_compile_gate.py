@@ -28,6 +28,16 @@ TENSOR_CORE = {
     "sm_100": ("tcgen05", "mma"),
     "gfx942": ("mfma",),
 }
+# Kernels that read rows into registers, and the fewest 16-byte loads: of a depthwise kernel row's three taps the source
+# and the weight; of wgrad the source and grad; rows, grad and residual; one load elsewhere.
+STREAMING = {
+    "depthwise_conv_kernel": 6,
+    "depthwise_weight_grad_kernel": 2,
+    "epilogue_kernel": 2,
+    "epilogue_backward_kernel": 3,
+    "moments_kernel": 2,
+    "gather_kernel": 1,
+}
 
 
 @functools.cache
@@ -84,6 +94,12 @@ def test_every_config_is_compiled(target, rows):
 def test_no_spills(rows):
     spilling = [row for row in rows if row["spills"] > 0]
     assert not spilling, describe(spilling)
+    # The constants of fp64's erf and exp together outnumber the scalar registers of gfx942; a few wait in lanes of
+    # vector registers.
+    spilling = [
+        row for row in rows if row["scalar_spills"] > 0 and not ("gelu" in row["variant"] and row["dtype"] == "float64")
+    ]
+    assert not spilling, describe(spilling)
 
 
 def test_shared_memory_fits(target, rows):
@@ -104,7 +120,7 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
     if target == "gfx942":
         pytest.skip("gfx942 has no cp.async: its loads go through registers")
     for row in filter(is_gemm, rows):
-        if row["variant"] == "unaligned":
+        if "unaligned" in row["variant"]:
             continue
         if row["function"] == "weight_grad_kernel" and row["precision"] == "tf32" and target in ("sm_90", "sm_100"):
             # Both operands of wgrad lie across K (K is the site), and wgmma takes TF32 along K only: they are
@@ -112,3 +128,14 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
             assert row["cp_async"] > 0, describe([row])
             continue
         assert row["cp_async_16"] > 0, describe([row])
+
+
+def test_aligned_rows_of_stencils_are_loaded_16_bytes_at_a_time(target, rows):
+    """What streams through registers: by the thread, and for all taps of the kernel row that is unrolled."""
+    found = {row["function"] for row in rows}
+    for function, least in STREAMING.items():
+        assert function in found
+        for row in rows:
+            if row["function"] != function or "unaligned" in row["variant"]:
+                continue
+            assert row["vector_16"] >= least, describe([row])

@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytest
@@ -34,17 +33,19 @@ def random_mask(n, height, width, density=0.5, seed=0):
     return torch.rand(n, 1, height, width, generator=torch.Generator().manual_seed(seed)) < density
 
 
-def case(n=2, cin=5, cout=7, size=(6, 5), kernel=(3, 3), stride=1, padding=1, dilation=1, dtype=torch.float32):
+def case(
+    n=2, cin=5, cout=7, size=(6, 5), kernel=(3, 3), stride=1, padding=1, dilation=1, groups=1, dtype=torch.float32
+):  # fmt: skip
     """Integer-valued operands, a gate among them, of one geometry."""
     input = integers(n, cin, *size, dtype=dtype)
-    weight = integers(cout, cin, *kernel, dtype=dtype, seed=1)
+    weight = integers(cout, cin // groups, *kernel, dtype=dtype, seed=1)
     bias = integers(cout, dtype=dtype, seed=2)
-    shape = F.conv2d(input.float(), weight.float(), None, stride, padding, dilation).shape
+    shape = F.conv2d(input.float(), weight.float(), None, stride, padding, dilation, groups).shape
     mask = random_mask(n, *shape[2:])
     gate = torch.where(mask, integers(n, 1, *shape[2:], low=1, seed=3), 0).to(dtype)
     inactive = integers(*shape, dtype=dtype, seed=4)
     grad = integers(*shape, dtype=dtype, seed=5)
-    return (input, weight, bias, gate, inactive), grad, (stride, padding, dilation), mask
+    return (input, weight, bias, gate, inactive), grad, (stride, padding, dilation, groups), mask
 
 
 def run(function, operands, grad, geometry, mask):
@@ -94,6 +95,23 @@ GEOMETRIES = {
     "17-to-33-channels": {"cin": 17, "cout": 33, "size": (3, 4)},
     "no-sample": {"n": 0},
     "stride-over-kernel": {"kernel": (1, 2), "stride": 3, "padding": 0},
+    "groups": {"cin": 6, "cout": 8, "groups": 2},
+    "groups-of-16": {"cin": 48, "cout": 48, "groups": 3, "size": (4, 5), "stride": 2},
+    "groups-of-1-to-3": {"cin": 4, "cout": 12, "groups": 4},
+    "groups-1x1": {"cin": 8, "cout": 4, "groups": 2, "kernel": (1, 1), "padding": 0},
+    "depthwise": {"cin": 7, "cout": 7, "groups": 7},
+    "depthwise-wide": {"cin": 52, "cout": 52, "groups": 52, "size": (5, 4)},
+    "depthwise-5x5-stride-2": {"cin": 18, "cout": 18, "groups": 18, "kernel": (5, 5), "stride": 2, "padding": 2},
+    "depthwise-uneven": {
+        "cin": 3,
+        "cout": 3,
+        "groups": 3,
+        "kernel": (2, 4),
+        "stride": (1, 2),
+        "padding": (0, 3),
+        "dilation": (2, 1),
+    },
+    "depthwise-1x1": {"cin": 5, "cout": 5, "groups": 5, "kernel": (1, 1), "padding": 0},
 }
 
 
@@ -111,8 +129,11 @@ def geometries(draw):
     padding = pair(0, 3)
     if any(s + 2 * p < d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
         padding = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    groups, cin, cout = draw(st.integers(1, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    if groups > 1:
+        cin, cout = draw(st.sampled_from([1, 1, 3, 16])) * groups, draw(st.sampled_from([1, 1, 2, 17])) * groups
     return {
-        "n": draw(st.integers(1, 3)), "cin": draw(st.integers(1, 20)), "cout": draw(st.integers(1, 20)),
+        "n": draw(st.integers(1, 3)), "cin": cin, "cout": cout, "groups": groups,
         "size": size, "kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation,
     }  # fmt: skip
 
@@ -163,6 +184,10 @@ LARGE = {
     "channel-groups": {"n": 1, "cin": 130, "cout": 100, "size": (9, 9)},
     "depth-blocks": {"n": 1, "cin": 400, "cout": 20, "size": (6, 7)},
     "packed-in-place": {"n": 1, "cin": 40, "cout": 300, "size": (5, 5)},
+    "groups-share-chunks": {"n": 1, "cin": 640, "cout": 640, "groups": 40, "size": (7, 7)},
+    "few-rows-many-groups": {"n": 1, "cin": 96, "cout": 192, "groups": 6, "size": (3, 3)},
+    "depthwise-channels": {"n": 1, "cin": 700, "cout": 700, "groups": 700, "size": (9, 9)},
+    "depthwise-blocks": {"n": 1, "cin": 20, "cout": 20, "groups": 20, "size": (30, 30)},
     "bands": {"n": 2, "cin": 3, "cout": 4, "size": (40, 12), "kernel": (5, 3), "padding": (2, 1)},
     "bands-stride": {
         "n": 1,
@@ -517,8 +542,8 @@ def bad(change, error, match):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        bad({"input": [[1.0]]}, TypeError, "input: expected a tensor, got list"),
-        bad({"input": torch.zeros(2, 5, 6, 5).int()}, TypeError, "input: expected a float32.*got torch.int32"),
+        bad({"input": [[1.0]]}, TypeError, "input: expected a tensor or PackedFeatures, got list"),
+        bad({"input": torch.zeros(2, 5, 6, 5).int()}, TypeError, "input: expected float32.*got torch.int32"),
         bad({"input": torch.zeros(5, 6, 5)}, ValueError, r"input: expected shape \[N, Cin, H, W\], got \[5, 6, 5\]"),
         bad({"input": torch.zeros(2, 5, 1, 1), "padding": 0}, ValueError, "input: expected a padded height"),
         bad({"weight": torch.zeros(7, 5, 3)}, ValueError, "weight: expected a shape"),
@@ -561,27 +586,17 @@ def test_sites_of_another_shape_are_refused():
         masked_conv2d(*operands[:2], padding=1, mask=ActiveSites(random_mask(2, 4, 4)))
 
 
-def test_groups_take_the_dense_path_and_say_so_once():
-    ops.warn_once.cache_clear()
-    input, weight = integers(2, 4, 5, 5), integers(6, 2, 3, 3)
-    mask = random_mask(2, 5, 5)
-    with pytest.warns(UserWarning, match="groups > 1 computes every site"):
-        output = masked_conv2d(input, weight, padding=1, groups=2, mask=mask)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        masked_conv2d(input, weight, padding=1, groups=2, mask=mask)
-    assert torch.equal(output, torch.where(mask, F.conv2d(input, weight, padding=1, groups=2), 0))
-
-
-def test_groups_keep_nan_of_skipped_sites_out_of_gradients():
-    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+@pytest.mark.parametrize("groups", [1, 2, 8], ids=["dense", "groups", "depthwise"])
+def test_skipped_nan_stays_out_of_all_gradients(target, groups):
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool, device=target.device)
     mask[..., 0, 0] = True
-    input = integers(1, 4, 6, 6)
-    input[..., 4:, 4:] = float("nan")
-    weight = integers(4, 1, 3, 3).requires_grad_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        masked_conv2d(input, weight, padding=1, groups=4, mask=mask).sum().backward()
+    input = integers(1, 8, 6, 6)
+    input[..., 2:, 2:] = float("nan")
+    input, weight = input.to(target.device).requires_grad_(), integers(8, 8 // groups, 3, 3).to(target.device)
+    with target.use():
+        output = masked_conv2d(input, weight.requires_grad_(), padding=1, groups=groups, mask=mask)
+        output.sum().backward()
+    assert output.isfinite().all() and input.grad.isfinite().all()
     assert weight.grad.isfinite().all() and (weight.grad != 0).any()
 
 
@@ -595,15 +610,16 @@ class TestRegistration:
             touched = sites.touched((4, 4), 3, 1, 1)
             triton_shares = [sites.inverse, touched.index, touched.count]
             shared = [sites.neighbours((4, 4), 3, 1, 1)] if target.backend == "cpu" else triton_shares
-        site_operands = (sites.mask, sites.index, sites.count, shared if share else [], gate)
-        return (input, weight, bias), site_operands, inactive, ((1, 1), (1, 1), (1, 1), target.backend), grad
+        site_operands = (sites.mask, sites.index, sites.count, shared if share else [], [], gate)
+        return (input, weight, bias), site_operands, inactive, ((1, 1), (1, 1), (1, 1), 1, target.backend), grad
 
     @pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
     def test_opcheck_forward(self, target, share):
         operands, sites, inactive, where, _ = self.arguments(target, share)
         for t in (*operands, sites[-1], inactive):
             t.requires_grad_()
-        torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, (*operands, *sites, inactive, *where))
+        arguments = (*operands, *sites, None, inactive, "none", False, *where)
+        torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, arguments)
 
     def test_opcheck_backward(self, target):
         operands, sites, _, where, grad = self.arguments(target)
@@ -614,7 +630,9 @@ class TestRegistration:
     def test_opcheck_in_place(self, target):
         operands, sites, inactive, where, _ = self.arguments(target)
         out = inactive.contiguous(memory_format=torch.channels_last)
-        torch.library.opcheck(torch.ops.dynconv.masked_conv2d_.default, (out, *operands, *sites, *where))
+        for rest in ((None, False, "none"), (None, True, "relu"), (torch.zeros_like(out), False, "silu")):
+            arguments = (out, *operands, *sites, *rest, *where)
+            torch.library.opcheck(torch.ops.dynconv.masked_conv2d_.default, arguments)
 
     def test_opcheck_sites(self, target):
         full = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=target.device)  # no unspecified entries to compare
@@ -623,7 +641,9 @@ class TestRegistration:
         name, geometry = target.backend, ((4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1))
         torch.library.opcheck(torch.ops.dynconv.compact.default, (full, name))
         torch.library.opcheck(torch.ops.dynconv.inverse_map.default, (sites.index, sites.count, name))
-        torch.library.opcheck(torch.ops.dynconv.neighbours.default, (sites.index, sites.count, *geometry, name))
+        for lookup in (None, sites.inverse):
+            arguments = (sites.index, sites.count, *geometry, lookup, name)
+            torch.library.opcheck(torch.ops.dynconv.neighbours.default, arguments)
         torch.library.opcheck(torch.ops.dynconv.touched.default, (full, *geometry[1:], name))
 
     def test_fakes_have_the_real_strides(self, target):
@@ -631,10 +651,8 @@ class TestRegistration:
         operands, sites, _, where, _ = self.arguments(target)
         for change in LAYOUTS.values():
             input = change(operands[0])
-            torch.library.opcheck(
-                torch.ops.dynconv.masked_conv2d.default, (input, *operands[1:], *sites, None, *where),
-                test_utils=["test_faketensor"],
-            )  # fmt: skip
+            arguments = (input, *operands[1:], *sites, None, None, "none", False, *where)
+            torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, arguments, test_utils=["test_faketensor"])
 
 
 @pytest.fixture
@@ -675,14 +693,6 @@ def test_dynamic_sizes_compile_once(fresh_dynamo):
         input, mask = integers(2, 3, size, size + 1), random_mask(2, size, size + 1)
         assert torch.equal(compiled(input, mask), masked_conv2d(input, weight, padding=1, mask=mask))
     assert counter.frame_count == 1
-
-
-def test_compile_groups(fresh_dynamo):
-    input, weight, mask = integers(2, 4, 6, 5), integers(6, 2, 3, 3), random_mask(2, 6, 5)
-    call = lambda x: masked_conv2d(x, weight, padding=1, groups=2, mask=mask)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(input), call(input))
 
 
 def test_compile_in_place_and_shared_sites(target, fresh_dynamo):

@@ -1,6 +1,7 @@
 """The few operations that Numba has no words for, written as LLVM intrinsics.
 
-`multiply_tile` is the register-tiled inner product under every CPU kernel. It exists because the matrix
+`multiply_tile` is the register-tiled inner product under every matrix product here, `stencil_rows` its counterpart for
+depthwise filters, `finish_row` the epilogue behind both. It exists because the matrix
 product that ATen offers is not the fast one everywhere: on an AMD Zen 5 MKL's `mm` runs at 0.36-0.47 of the
 rate that oneDNN's convolution reaches on the same cores, this tile at 1.0-1.2 of it, and it reads gathered rows
 where they lie. LLVM lowers the vectors to whatever the host has (AVX-512, AVX2, NEON).
@@ -34,6 +35,15 @@ ROWS = 6
 _i64 = ir.IntType(64)
 
 
+def _like(element: ir.Type, value_type: ir.Type) -> ir.Type:
+    """`element`, in a vector as long as the type's if that is one."""
+    return ir.VectorType(element, value_type.count) if isinstance(value_type, ir.VectorType) else element
+
+
+def _constant(value_type: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(value_type, [value] * value_type.count if isinstance(value_type, ir.VectorType) else value)
+
+
 @intrinsic
 def pointer(typingctx, address, dtype):
     """The address as a pointer to `dtype` elements."""
@@ -57,16 +67,12 @@ def fetch_add(typingctx, array, value):
 
 def _widen(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
     """A loaded element, or a vector of them, in the type to compute in."""
-
-    def like(element: ir.Type) -> ir.Type:
-        return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
-
     if storage == types.uint16:  # bfloat16 is the upper half of a float32
-        wide = builder.zext(value, like(ir.IntType(32)))
-        sixteen = ir.IntType(32)(16) if wide.type == ir.IntType(32) else wide.type([16] * wide.type.count)
-        return builder.bitcast(builder.shl(wide, sixteen), like(ir.FloatType()))
+        wide = builder.zext(value, _like(ir.IntType(32), value.type))
+        return builder.bitcast(builder.shl(wide, _constant(wide.type, 16)), _like(ir.FloatType(), value.type))
     if storage == types.int16:
-        return builder.fpext(builder.bitcast(value, like(ir.HalfType())), like(ir.FloatType()))
+        half = builder.bitcast(value, _like(ir.HalfType(), value.type))
+        return builder.fpext(half, _like(ir.FloatType(), value.type))
     return value
 
 
@@ -161,25 +167,29 @@ def transpose_vectors(typingctx, source, source_at, source_row, target, target_a
     return types.void(source, i, i, target, i), codegen
 
 
+def _narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
+    """A computed element, or a vector of them, as the storage type: rounded to nearest even where that is a half."""
+    if storage == types.uint16:
+        i32 = _like(ir.IntType(32), value.type)
+        bits = builder.bitcast(value, i32)
+        odd = builder.and_(builder.lshr(bits, _constant(i32, 16)), _constant(i32, 1))
+        rounded = builder.lshr(builder.add(builder.add(bits, _constant(i32, 0x7FFF)), odd), _constant(i32, 16))
+        # The carry of the rounding would turn some NaNs into infinities.
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), _constant(i32, 0x7FC0), rounded)
+        return builder.trunc(rounded, _like(ir.IntType(16), value.type))
+    if storage == types.int16:
+        half = builder.fptrunc(value, _like(ir.HalfType(), value.type))
+        return builder.bitcast(half, _like(ir.IntType(16), value.type))
+    return value
+
+
 @intrinsic
 def store(typingctx, array, offset, value):
     """array[offset] = value, rounded to nearest even where the storage type is a half."""
-    storage = array.dtype
 
     def codegen(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        value = args[2]
-        if storage == types.uint16:
-            i32 = ir.IntType(32)
-            bits = builder.bitcast(value, i32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-            rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(i32, 0x7FFF)), odd), ir.Constant(i32, 16))
-            # The carry of the rounding would turn some NaNs into infinities.
-            rounded = builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(i32, 0x7FC0), rounded)
-            value = builder.trunc(rounded, ir.IntType(16))
-        elif storage == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        builder.store(value, builder.gep(data, [args[1]]))
+        builder.store(_narrow(builder, args[2], array.dtype), builder.gep(data, [args[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.int64, value), codegen
@@ -322,3 +332,625 @@ def multiply_transposed_tile(vectors, a, a_at, a_k, b, b_at, c, c_at, c_row, dep
         _transposed2(a, a_at, a_k, b, b_at, 0, c, c_at, c_row, depth, accumulate)
     else:
         _transposed1(a, a_at, a_k, b, b_at, 0, c, c_at, c_row, depth, accumulate)
+
+
+# Activations of the epilogue, by their numbers in the kernels.
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
+# Sites whose taps a stencil adds up at a time, and vectors of channels: 8 accumulators in all.
+STENCIL_ROWS, STENCIL_VECTORS = 4, 2
+STENCIL_TAPS, STENCIL_WEIGHT_VECTORS = 3, 2  # the same for the stencil's weight gradient
+
+# Polynomials fitted at Chebyshev nodes, from the constant term up: exp(r) for |r| <= log(2) / 2 (relative error
+# 1e-7), erf(z) / z in z^2 for |z| <= 1 and -log(erfc(z)) for 1 <= z <= 4 (absolute error of erf 1.5e-7).
+_EXP = (1.0, 1.0, 0.50000001, 0.16666415, 0.04166622, 0.00837514, 0.00139486)
+_ERF = (
+    1.12837917, -0.376126385, 0.112837826, -0.0268654383, 0.00522105342, -0.000848439662, 0.000112682544,
+    -0.00000967359205,
+)  # fmt: skip
+_LOG_ERFC = (
+    7.56968621e-04, 1.12592595, 6.39093319e-01, 1.03318980e-01, -2.26219859e-02, 3.43686760e-03, -3.17572035e-04,
+    1.33093904e-05,
+)  # fmt: skip
+
+
+def _call(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Value:
+    """An LLVM intrinsic over floats, overloaded on the type of its operands."""
+    kind = values[0].type
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    suffix = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
+    name = f"llvm.{name}.{suffix}{'f64' if isinstance(element, ir.DoubleType) else 'f32'}"
+    globals_ = builder.module.globals
+    function = globals_.get(name) or ir.Function(builder.module, ir.FunctionType(kind, [kind] * len(values)), name)
+    return builder.call(function, values)
+
+
+def _elementwise(builder: ir.IRBuilder, name: str, x: ir.Value) -> ir.Value:
+    """A function of libm on each element, for float64: exact rather than fast."""
+    double = ir.DoubleType()
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(double, [double]), name)
+    if not isinstance(x.type, ir.VectorType):
+        return builder.call(function, [x])
+    result = ir.Constant(x.type, ir.Undefined)
+    for i in range(x.type.count):
+        lane = ir.IntType(32)(i)
+        result = builder.insert_element(result, builder.call(function, [builder.extract_element(x, lane)]), lane)
+    return result
+
+
+def _polynomial(builder: ir.IRBuilder, coefficients: tuple[float, ...], x: ir.Value) -> ir.Value:
+    total = _constant(x.type, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = _call(builder, "fma", total, x, _constant(x.type, coefficient))
+    return total
+
+
+def _is_double(value_type: ir.Type) -> bool:
+    return isinstance(getattr(value_type, "element", value_type), ir.DoubleType)
+
+
+def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x), for float32 between exp(-87) and exp(88); NaN stays NaN."""
+    if _is_double(x.type):
+        return _elementwise(builder, "exp", x)
+    kind, integer = x.type, _like(ir.IntType(32), x.type)
+    # Ordered comparisons are false for NaN.
+    x = builder.select(builder.fcmp_ordered("<", x, _constant(kind, -87.0)), _constant(kind, -87.0), x)
+    x = builder.select(builder.fcmp_ordered(">", x, _constant(kind, 88.0)), _constant(kind, 88.0), x)
+    n = _call(builder, "rint", builder.fmul(x, _constant(kind, 1.4426950408889634)))
+    rest = _call(builder, "fma", n, _constant(kind, -0.693359375), x)  # log(2) in two parts, the first exact times n
+    rest = _call(builder, "fma", n, _constant(kind, 2.12194440054690583e-4), rest)
+    exponent = builder.shl(builder.fptosi(n, integer), _constant(integer, 23))
+    bits = builder.bitcast(_polynomial(builder, _EXP, rest), integer)
+    power = builder.bitcast(builder.add(bits, exponent), kind)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, power)
+
+
+def _erf(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    if _is_double(x.type):
+        return _elementwise(builder, "erf", x)
+    kind = x.type
+    magnitude = _call(builder, "fabs", x)
+    square = builder.fmul(x, x)
+    near = builder.fmul(x, _polynomial(builder, _ERF, square))
+    four = _constant(kind, 4.0)  # where erf is 1 in float32
+    capped = builder.select(builder.fcmp_ordered(">", magnitude, four), four, magnitude)
+    tail = _exp(builder, builder.fneg(_polynomial(builder, _LOG_ERFC, capped)))
+    far = _call(builder, "copysign", builder.fsub(_constant(kind, 1.0), tail), x)
+    return builder.select(builder.fcmp_ordered("<=", magnitude, _constant(kind, 1.0)), near, far)
+
+
+def _between(builder: ir.IRBuilder, x: ir.Value, low: float, high: float | None) -> ir.Value:
+    """max(low, min(high, x)); NaN stays NaN."""
+    x = builder.select(builder.fcmp_ordered("<", x, _constant(x.type, low)), _constant(x.type, low), x)
+    if high is None:
+        return x
+    return builder.select(builder.fcmp_ordered(">", x, _constant(x.type, high)), _constant(x.type, high), x)
+
+
+def _sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    one = _constant(x.type, 1.0)
+    return builder.fdiv(one, builder.fadd(one, _exp(builder, builder.fneg(x))))
+
+
+def _normal(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The standard normal distribution function, (1 + erf(x / sqrt(2))) / 2."""
+    scaled = builder.fmul(x, _constant(x.type, 0.7071067811865476))
+    return builder.fmul(_constant(x.type, 0.5), builder.fadd(_constant(x.type, 1.0), _erf(builder, scaled)))
+
+
+def _activate(builder: ir.IRBuilder, activation: str, x: ir.Value) -> ir.Value:
+    if activation == "relu":
+        return _between(builder, x, 0.0, None)
+    if activation == "relu6":
+        return _between(builder, x, 0.0, 6.0)
+    if activation == "silu":
+        return builder.fmul(x, _sigmoid(builder, x))
+    if activation == "gelu":
+        return builder.fmul(x, _normal(builder, x))
+    if activation == "hardswish":
+        factor = _between(builder, builder.fadd(x, _constant(x.type, 3.0)), 0.0, 6.0)
+        return builder.fmul(x, builder.fmul(factor, _constant(x.type, 1 / 6)))
+    return x
+
+
+def _slope(builder: ir.IRBuilder, activation: str, x: ir.Value) -> ir.Value:
+    """The activation's derivative at x, at its kinks as PyTorch has it."""
+    zero, one = _constant(x.type, 0.0), _constant(x.type, 1.0)
+    if activation in ("relu", "relu6"):
+        passes = builder.fcmp_unordered(">", x, zero)
+        if activation == "relu6":
+            passes = builder.and_(passes, builder.fcmp_unordered("<", x, _constant(x.type, 6.0)))
+        return builder.select(passes, one, zero)
+    if activation == "silu":
+        s = _sigmoid(builder, x)
+        return builder.fmul(s, builder.fadd(one, builder.fmul(x, builder.fsub(one, s))))
+    if activation == "gelu":
+        square = builder.fmul(builder.fmul(x, x), _constant(x.type, -0.5))
+        density = builder.fmul(_exp(builder, square), _constant(x.type, 0.3989422804014327))
+        return builder.fadd(_normal(builder, x), builder.fmul(x, density))
+    if activation == "hardswish":
+        middle = builder.fadd(builder.fmul(x, _constant(x.type, 1 / 3)), _constant(x.type, 0.5))
+        slope = builder.select(builder.fcmp_ordered("<=", x, _constant(x.type, -3.0)), zero, middle)
+        return builder.select(builder.fcmp_ordered(">=", x, _constant(x.type, 3.0)), one, slope)
+    return one
+
+
+def _lanes(element: ir.Type) -> int:
+    return VECTOR_BYTES // (8 if isinstance(element, ir.DoubleType) else 4)
+
+
+def _read(builder: ir.IRBuilder, base: ir.Value, at: ir.Value, lanes: int, storage: types.Type) -> ir.Value:
+    """base[at : at + lanes] widened; one element, not a vector, where lanes is 1."""
+    address = builder.gep(base, [at])
+    if lanes == 1:
+        return _widen(builder, builder.load(address), storage)
+    return _load_vector(builder, address, storage)
+
+
+def _write(
+    builder: ir.IRBuilder, value: ir.Value, base: ir.Value, at: ir.Value, lanes: int, storage: types.Type
+) -> None:
+    value, address = _narrow(builder, value, storage), builder.gep(base, [at])
+    if lanes > 1:
+        address = builder.bitcast(address, value.type.as_pointer())
+    builder.store(value, address, align=storage.bitwidth // 8)
+
+
+def _for(builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body):
+    """for at in range(begin, end, step), carrying values: body(builder, at, values) -> their next ones.
+
+    Returns the values after the last round. Leaves the builder behind the loop.
+    """
+    before = builder.block
+    loop, work, done = (builder.append_basic_block() for _ in range(3))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    at = builder.phi(_i64)
+    values = [builder.phi(value.type) for value in carried]
+    builder.cbranch(builder.icmp_signed("<", at, end), work, done)
+    builder.position_at_end(work)
+    following = body(builder, at, values)
+    at.add_incoming(begin, before)
+    at.add_incoming(builder.add(at, _i64(step)), builder.block)
+    for value, first, next_value in zip(values, carried, following, strict=True):
+        value.add_incoming(first, before)
+        value.add_incoming(next_value, builder.block)
+    builder.branch(loop)
+    builder.position_at_end(done)
+    return values
+
+
+def _for_channels(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
+    """body(builder, at, lanes) for each whole vector of `count` channels, then body(builder, at, 1) for the others."""
+    whole = builder.and_(count, _i64(-lanes))
+
+    def of(width):
+        def round_(builder, at, values):
+            body(builder, at, width)
+            return []
+
+        return round_
+
+    _for(builder, _i64(0), whole, lanes, [], of(lanes))
+    _for(builder, whole, count, 1, [], of(1))
+
+
+def _function(module: ir.Module, name: str, arguments: list[ir.Type], build) -> ir.Function:
+    """The internal function of that name; build(builder, arguments) writes it where the module has none yet."""
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    build(builder, function.args)
+    builder.ret_void()
+    return function
+
+
+def _per_activation(builder: ir.IRBuilder, activation: ir.Value, build) -> None:
+    """build(builder, name) in a branch of its own for each activation."""
+    done = builder.append_basic_block()
+    switch = builder.switch(activation, done)
+    for number, name in enumerate(ACTIVATIONS):
+        block = builder.append_basic_block()
+        switch.add_case(_i64(number), block)
+        builder.position_at_end(block)
+        build(builder, name)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _data(context, builder, signature, args, which: int) -> ir.Value:
+    return context.make_array(signature.args[which])(context, builder, args[which]).data
+
+
+def _nullable(builder: ir.IRBuilder, base: ir.Value, at: ir.Value) -> ir.Value:
+    """&base[at], or null where base is."""
+    null = ir.Constant(base.type, None)
+    return builder.select(builder.icmp_unsigned("==", base, null), null, builder.gep(base, [at]))
+
+
+@intrinsic
+def finish_row(typingctx, values, at, shift, shift_at, scale, residual, residual_at, out, out_at, count, activation):
+    """out[c] = activation(scale * (values[c] + shift[c]) + residual[c]) for `count` channels c, from the offsets given.
+
+    `values` and `shift` are in the compute type; `residual` may be an array at address 0: none. `activation` is a
+    number, see ACTIVATIONS.
+    """
+    storage = out.dtype
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(values.dtype)
+        lanes = _lanes(element)
+        stored = _data(context, builder, signature, args, 7)
+
+        def build(builder, arguments):
+            values, shift, scale, residual, out, count, activation = arguments
+            has_residual = builder.icmp_unsigned("!=", residual, ir.Constant(residual.type, None))
+
+            def loop(builder, name):
+                def body(builder, at, width):
+                    compute = types.float64 if isinstance(element, ir.DoubleType) else types.float32
+                    value = builder.fadd(
+                        _read(builder, values, at, width, compute), _read(builder, shift, at, width, compute)
+                    )
+                    factor = _splat(builder, scale, value.type) if width > 1 else scale
+                    value = builder.fmul(value, factor)
+                    before = builder.block
+                    with builder.if_then(has_residual):
+                        sum_ = builder.fadd(value, _read(builder, residual, at, width, storage))
+                        inside = builder.block
+                    merged = builder.phi(value.type)
+                    merged.add_incoming(value, before)
+                    merged.add_incoming(sum_, inside)
+                    _write(builder, _activate(builder, name, merged), out, at, width, storage)
+
+                _for_channels(builder, count, lanes, body)
+
+            _per_activation(builder, activation, loop)
+
+        compute_pointer = element.as_pointer()
+        function = _function(
+            builder.module,
+            f"dynconv_finish_{storage}_{values.dtype}",
+            [compute_pointer, compute_pointer, element, stored.type, stored.type, _i64, _i64],
+            build,
+        )
+        builder.call(
+            function,
+            [
+                builder.gep(_data(context, builder, signature, args, 0), [args[1]]),
+                builder.gep(_data(context, builder, signature, args, 2), [args[3]]),
+                args[4],
+                _nullable(builder, _data(context, builder, signature, args, 5), args[6]),
+                builder.gep(stored, [args[8]]),
+                args[9],
+                args[10],
+            ],
+        )
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(values, i, shift, i, scale, residual, i, out, i, i, i), codegen
+
+
+@intrinsic
+def slope_row(typingctx, values, at, grad, grad_at, count, activation):
+    """values[c] = grad[c] * activation'(values[c]) for `count` channels; `grad` is in the storage type."""
+    storage = grad.dtype
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(values.dtype)
+        incoming = _data(context, builder, signature, args, 2)
+        compute = values.dtype
+
+        def build(builder, arguments):
+            values, grad, count, activation = arguments
+
+            def loop(builder, name):
+                def body(builder, at, width):
+                    slope = _slope(builder, name, _read(builder, values, at, width, compute))
+                    slope = builder.fmul(slope, _read(builder, grad, at, width, storage))
+                    _write(builder, slope, values, at, width, compute)
+
+                _for_channels(builder, count, _lanes(element), body)
+
+            _per_activation(builder, activation, loop)
+
+        function = _function(
+            builder.module,
+            f"dynconv_slope_{storage}_{values.dtype}",
+            [element.as_pointer(), incoming.type, _i64, _i64],
+            build,
+        )
+        builder.call(
+            function,
+            [
+                builder.gep(_data(context, builder, signature, args, 0), [args[1]]),
+                builder.gep(incoming, [args[3]]),
+                args[4],
+                args[5],
+            ],
+        )
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(values, i, grad, i, i, i), codegen
+
+
+def _at_address(builder: ir.IRBuilder, address: ir.Value, storage_type: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, storage_type.as_pointer())
+
+
+@intrinsic
+def stencil_rows(typingctx, pixels, source, weight, taps, channels, out, out_at):
+    """out[out_at + i * channels + c] = sum over taps of weight[tap * channels + c] * pixel(tap, i)[c].
+
+    For rows i < STENCIL_ROWS. pixels[tap * STENCIL_ROWS + i] is the address of a pixel's row, in the element type of
+    `source`; `weight` and `out` are in the compute type.
+    """
+    storage = source.dtype
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(out.dtype)
+        stored = _data(context, builder, signature, args, 1).type.pointee
+        lanes = _lanes(element)
+        compute = out.dtype
+
+        def build(builder, arguments):
+            pixels, weight, taps, channels, out = arguments
+
+            def sums(builder, at, vectors, lanes):
+                kind = element if lanes == 1 else ir.VectorType(element, lanes)
+                zero = _constant(kind, 0.0)
+
+                def tap_round(builder, tap, totals):
+                    base = builder.add(builder.mul(tap, channels), at)
+                    filters = [
+                        _read(builder, weight, builder.add(base, _i64(v * lanes)), lanes, compute)
+                        for v in range(vectors)
+                    ]
+                    first = builder.mul(tap, _i64(STENCIL_ROWS))
+                    following = []
+                    for i in range(STENCIL_ROWS):
+                        address = builder.load(builder.gep(pixels, [builder.add(first, _i64(i))]))
+                        row = _at_address(builder, address, stored)
+                        for v in range(vectors):
+                            value = _read(builder, row, builder.add(at, _i64(v * lanes)), lanes, storage)
+                            following.append(_call(builder, "fma", filters[v], value, totals[i * vectors + v]))
+                    return following
+
+                totals = _for(builder, _i64(0), taps, 1, [zero] * (STENCIL_ROWS * vectors), tap_round)
+                for i in range(STENCIL_ROWS):
+                    base = builder.add(builder.mul(channels, _i64(i)), at)
+                    for v in range(vectors):
+                        target = builder.add(base, _i64(v * lanes))
+                        _write(builder, totals[i * vectors + v], out, target, lanes, compute)
+
+            def strip(vectors, lanes):
+                def round_(builder, at, values):
+                    sums(builder, at, vectors, lanes)
+                    return []
+
+                return round_
+
+            begin = _i64(0)
+            for vectors, width in ((STENCIL_VECTORS, lanes), (1, lanes), (1, 1)):
+                end = builder.and_(channels, _i64(-vectors * width))
+                _for(builder, begin, end, vectors * width, [], strip(vectors, width))
+                begin = end
+
+        function = _function(
+            builder.module,
+            f"dynconv_stencil_{storage}_{out.dtype}",
+            [_i64.as_pointer(), element.as_pointer(), _i64, _i64, element.as_pointer()],
+            build,
+        )
+        builder.call(
+            function,
+            [
+                _data(context, builder, signature, args, 0),
+                _data(context, builder, signature, args, 2),
+                args[3],
+                args[4],
+                builder.gep(_data(context, builder, signature, args, 5), [args[6]]),
+            ],
+        )
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(pixels, source, weight, i, i, out, i), codegen
+
+
+def _stencil_weight(tap_count: int):
+    @intrinsic
+    def products(typingctx, table, entry, taps, source, channel, stride, zeros, grad, grad_at, rows, channels, out, at):
+        storage = source.dtype
+
+        def codegen(context, builder, signature, args):
+            element = context.get_value_type(out.dtype)
+            stored = _data(context, builder, signature, args, 3).type
+            lanes, compute = _lanes(element), out.dtype
+
+            def build(builder, arguments):
+                table, taps, source, stride, zeros, grad, rows, channels, out = arguments
+
+                def strip(vectors, lanes):
+                    def round_(builder, at, values):
+                        places = [
+                            builder.add(builder.add(at, builder.mul(channels, _i64(t))), _i64(v * lanes))
+                            for t in range(tap_count)
+                            for v in range(vectors)
+                        ]
+                        totals = [_read(builder, out, place, lanes, compute) for place in places]
+
+                        def site(builder, m, totals):
+                            row = builder.add(builder.mul(m, stride), at)
+                            grads = [
+                                _read(builder, grad, builder.add(row, _i64(v * lanes)), lanes, compute)
+                                for v in range(vectors)
+                            ]
+                            following = []
+                            for t in range(tap_count):
+                                entry = builder.add(builder.mul(m, taps), _i64(t))
+                                pixel = builder.sext(builder.load(builder.gep(table, [entry])), _i64)
+                                inside = builder.gep(source, [builder.mul(pixel, stride)])
+                                outside = builder.icmp_signed("<", pixel, _i64(0))
+                                pixels = builder.select(outside, zeros, inside)
+                                for v in range(vectors):
+                                    value = _read(builder, pixels, builder.add(at, _i64(v * lanes)), lanes, storage)
+                                    following.append(_call(builder, "fma", grads[v], value, totals[len(following)]))
+                            return following
+
+                        for place, total in zip(places, _for(builder, _i64(0), rows, 1, totals, site), strict=True):
+                            _write(builder, total, out, place, lanes, compute)
+                        return []
+
+                    return round_
+
+                begin = _i64(0)
+                for vectors, width in ((STENCIL_WEIGHT_VECTORS, lanes), (1, lanes), (1, 1)):
+                    end = builder.and_(channels, _i64(-vectors * width))
+                    _for(builder, begin, end, vectors * width, [], strip(vectors, width))
+                    begin = end
+
+            number = ir.IntType(32).as_pointer()
+            function = _function(
+                builder.module,
+                f"dynconv_stencil_weight_{tap_count}_{storage}_{out.dtype}",
+                [number, _i64, stored, _i64, stored, element.as_pointer(), _i64, _i64, element.as_pointer()],
+                build,
+            )
+            builder.call(
+                function,
+                [
+                    builder.gep(_data(context, builder, signature, args, 0), [args[1]]),
+                    args[2],
+                    builder.gep(_data(context, builder, signature, args, 3), [args[4]]),
+                    args[5],
+                    _data(context, builder, signature, args, 6),
+                    builder.gep(_data(context, builder, signature, args, 7), [args[8]]),
+                    args[9],
+                    args[10],
+                    builder.gep(_data(context, builder, signature, args, 11), [args[12]]),
+                ],
+            )
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(table, i, i, source, i, i, zeros, grad, i, i, i, out, i), codegen
+
+    return products
+
+
+_stencil_weight1, _stencil_weight3 = _stencil_weight(1), _stencil_weight(STENCIL_TAPS)
+
+
+@njit(inline="always")
+def stencil_weight(
+    tap_count, table, entry, taps, source, channel, stride, zeros, grad, grad_at, rows, channels, out, at
+):
+    """out[at + t * channels + c] += sum over m < rows of grad[m, c] * pixel(m, t)[c], for t < tap_count, 1 or 3.
+
+    pixel(m, t) is the row table[entry + m * taps + t] of `source` from its channel `channel` on, `zeros` where that
+    is -1; rows of `source` and `grad` are `stride` apart. `grad` and `out` are in the compute type.
+    """
+    if tap_count == 3:
+        _stencil_weight3(table, entry, taps, source, channel, stride, zeros, grad, grad_at, rows, channels, out, at)
+    else:
+        _stencil_weight1(table, entry, taps, source, channel, stride, zeros, grad, grad_at, rows, channels, out, at)
+
+
+@intrinsic
+def fill_elements(typingctx, source, out, begin, end, is_large):
+    """out[begin:end] = source[begin:end], or zeros where `source` is an array at address 0; whole vectors go around
+    the cache where `is_large`: what is written is then not read from memory first, and pushes nothing out."""
+
+    def codegen(context, builder, signature, args):
+        stored = _data(context, builder, signature, args, 1)
+
+        def build(builder, arguments):
+            source, out, begin, end, is_large = arguments
+            element = stored.type.pointee
+            size = out_size(element)
+            lanes = VECTOR_BYTES // size
+            vector = ir.VectorType(element, lanes)
+            has_source = builder.icmp_unsigned("!=", source, ir.Constant(source.type, None))
+
+            def fill(vectorised, nontemporal):
+                def round_(builder, at, values):
+                    kind = vector if vectorised else element
+                    before = builder.block
+                    zero = ir.Constant(kind, [0] * lanes if vectorised else 0)
+                    with builder.if_then(has_source):
+                        address = builder.bitcast(builder.gep(source, [at]), kind.as_pointer())
+                        loaded = builder.load(address, align=size)
+                        inside = builder.block
+                    value = builder.phi(kind)
+                    value.add_incoming(zero, before)
+                    value.add_incoming(loaded, inside)
+                    address = builder.bitcast(builder.gep(out, [at]), kind.as_pointer())
+                    written = builder.store(value, address, align=VECTOR_BYTES if nontemporal else size)
+                    if nontemporal:
+                        written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+                    return []
+
+                return round_
+
+            # The first element on a vector's boundary, and the last vector that fits.
+            offset = builder.sub(_i64(0), builder.ptrtoint(builder.gep(out, [begin]), _i64))
+            head = builder.udiv(builder.and_(offset, _i64(VECTOR_BYTES - 1)), _i64(size))
+            first = builder.add(begin, head)
+            first = builder.select(builder.icmp_signed("<", first, end), first, end)
+            whole = builder.and_(builder.sub(end, first), _i64(-lanes))
+            last = builder.add(first, whole)
+            _for(builder, begin, first, 1, [], fill(False, False))
+            with builder.if_else(is_large) as (around, through):
+                with around:
+                    _for(builder, first, last, lanes, [], fill(True, True))
+                with through:
+                    _for(builder, first, last, lanes, [], fill(True, False))
+            _for(builder, last, end, 1, [], fill(False, False))
+
+        def out_size(element):
+            return 2 if element == ir.IntType(16) else 8 if isinstance(element, ir.DoubleType) else 4
+
+        function = _function(
+            builder.module,
+            f"dynconv_fill_{out.dtype}",
+            [stored.type, stored.type, _i64, _i64, ir.IntType(1)],
+            build,
+        )
+        builder.call(function, [_data(context, builder, signature, args, 0), stored, args[2], args[3], args[4]])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(source, out, i, i, types.boolean), codegen
+
+
+@intrinsic
+def merge_bytes(typingctx, source, source_at, target, target_at, count):
+    """target[i] |= source[i] for `count` contiguous bytes, from the offsets given."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8)
+
+        def build(builder, arguments):
+            source, target, count = arguments
+
+            def body(builder, at, width):
+                kind = ir.VectorType(byte, width) if width > 1 else byte
+                one, other = (builder.bitcast(builder.gep(p, [at]), kind.as_pointer()) for p in (source, target))
+                merged = builder.or_(builder.load(one, align=1), builder.load(other, align=1))
+                builder.store(merged, other, align=1)
+
+            _for_channels(builder, count, 16, body)
+
+        pointer_type = byte.as_pointer()
+        function = _function(builder.module, "dynconv_merge_bytes", [pointer_type, pointer_type, _i64], build)
+        operands = [builder.gep(_data(context, builder, signature, args, which), [args[which + 1]]) for which in (0, 2)]
+        builder.call(function, [*operands, args[4]])
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64, types.int64), codegen

@@ -19,7 +19,7 @@ from types import FunctionType
 import torch
 from numba import cfunc, types
 
-from . import _llvm
+from . import _common, _llvm
 
 # Storage type of the elements -> (how Numba sees them, what it computes in).
 STORAGE = {
@@ -60,7 +60,7 @@ def _entry(key: str) -> Callable:
 @functools.cache
 def _source_stamp(*paths: str) -> int:
     """Changes with the kernels' source: Numba itself watches this file only."""
-    return zlib.crc32(b"".join(Path(path).read_bytes() for path in (*paths, _llvm.__file__)))
+    return zlib.crc32(b"".join(Path(path).read_bytes() for path in (*paths, _common.__file__, _llvm.__file__)))
 
 
 def kernel(body: Callable) -> Callable[..., None]:

@@ -1,15 +1,17 @@
 """Masked convolution on the CPU: three indexed matrix products over a neighbour table.
 
-All geometry is in the table `neighbours[site, tap]`: the input pixel that an active site reads through a tap, or
--1 in the padding. With X the pixels' rows [pixels, Cin], G the output gradient's rows at the active sites
-[sites, Cout] and W[tap] the filter's slices [Cin, Cout]:
+All geometry is in the table `table[site, tap]`: the row of the input (a pixel, or the place of a pixel among packed
+features) that an active site reads through a tap, or -1 in the padding; no table at all is the 1x1 convolution of
+features packed over the same sites. With X the input's rows [rows, Cin], G the output gradient's rows at the active
+sites [sites, Cout] and W[tap] the filter's slices [Cin, Cout], for each of the groups:
 
-    forward       out[index[m]] = gate[m] * (sum over taps of X[neighbours[m, tap]] @ W[tap]  +  bias)
-    input grad    dX[neighbours[m, tap]] += gate[m] * (G[m] @ W[tap]^T)
-    weight grad   dW[tap] = sum over sites of (gate[m] * X[neighbours[m, tap]])^T @ G[m]
+    forward       out[row(m)] = activation(gate[m] * (sum over taps of X[table[m, tap]] @ W[tap]  +  bias) + residual)
+    input grad    dX[table[m, tap]] += gate[m] * (G[m] @ W[tap]^T)
+    weight grad   dW[tap] = sum over sites of (gate[m] * X[table[m, tap]])^T @ G[m]
 
-Each does the FLOPs of the active sites and no others. Work is cut so that no two threads write the same element,
-and the order of every sum follows from the shapes and the mask alone: the same bits on any number of threads.
+row(m) is index[m] in a dense output and m in a packed one. Each does the FLOPs of the active sites and no others.
+Work is cut so that no two threads write the same element, and the order of every sum follows from the shapes and the
+mask alone: the same bits on any number of threads. Depthwise filters are a stencil instead, see `depthwise`.
 """
 
 from __future__ import annotations
@@ -21,18 +23,33 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from . import sites
+from . import depthwise
+from ._common import (
+    SERIAL,
+    add,
+    address,
+    array,
+    ceil,
+    clear,
+    copy,
+    fill_all,
+    fill_skipped,
+    filling,
+    gather_rows,
+    lower_bound,
+    multiply_rows,
+    vector_lanes,
+)
 from ._llvm import (
+    ACTIVATIONS,
     ROWS,
     TILE_VECTORS,
-    VECTOR_BYTES,
-    add_vector,
     copy_vector,
     fetch_add,
+    finish_row,
     load,
     multiply_tile,
     multiply_transposed_tile,
-    pointer,
     store,
     transpose_vectors,
 )
@@ -41,56 +58,14 @@ from ._threads import compute_type, kernel, workers
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
 GATHERED = 56 * 1024
 DEPTH = 1152
-_SERIAL = 1 << 15  # elements that a second thread has to save before it is worth waking
-
-
-@njit(inline="always")
-def _array(address, dtype):
-    return carray(pointer(address, dtype), (1 << 40,))  # no length: all offsets are computed
 
 
 @njit
-def _copy(source, at, count, target, to, lanes, compute):
-    """`count` contiguous elements, widened. Whole vectors explicitly: LLVM's own loop first checks for overlap."""
-    whole = count - count % lanes
-    for c in range(0, whole, lanes):
-        copy_vector(source, at + c, target, to + c)
-    for c in range(whole, count):
-        store(target, to + c, load(source, at + c, compute))
+def _pack_panel(weight, source, valid, depth, first, end, packed, at, lanes, compute):
+    """The columns k = first..end of `valid` rows of a weight [Cout, depth] as packed[at:] [k, lane], zero-padded.
 
-
-@njit
-def _clear(target, at, count, compute):
-    for c in range(count):
-        store(target, at + c, compute(0))
-
-
-@njit
-def _add(source, at, count, scale, target, to, lanes, compute):
-    """target += scale * source over `count` contiguous elements, both in the compute type."""
-    whole = count - count % lanes
-    for c in range(0, whole, lanes):
-        add_vector(source, at + c, scale, target, to + c)
-    for c in range(whole, count):
-        store(target, to + c, load(target, to + c, compute) + scale * load(source, at + c, compute))
-
-
-@njit
-def _lower_bound(index, count, value):
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) // 2
-        if index[middle] < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@njit
-def _pack_panel(weight, cout, depth, panel, first, end, packed, at, lanes, compute):
-    """The columns k = first..end of `lanes` rows of weight [cout, depth] as packed[at:] [k, lane], zero-padded."""
-    source, valid = panel * lanes * depth, min(lanes, cout - panel * lanes)
+    `source` is the offset of the first of these rows, no more than `lanes`.
+    """
     k = first
     if valid == lanes:
         while k + lanes <= end:
@@ -100,191 +75,206 @@ def _pack_panel(weight, cout, depth, panel, first, end, packed, at, lanes, compu
         target = at + (k - first) * lanes
         for j in range(valid):
             store(packed, target + j, load(weight, source + j * depth + k, compute))
-        _clear(packed, target + valid, lanes - valid, compute)
+        clear(packed, target + valid, lanes - valid, compute)
         k += 1
 
 
 @njit
 def _pack_by_output_kernel(arguments, storage, compute):
-    """weight [cout, depth] -> [panel of output channels, depth, lane]."""
+    """weight [group, Cout of a group, depth] -> [group, panel of output channels, depth, lane]."""
     a = carray(arguments, (16,))
-    weight, packed = _array(a[2], storage), _array(a[3], compute)
-    cout, depth, lanes, chunk, chunks = a[4], a[5], a[6], a[7], a[8]
-    panels = (cout + lanes - 1) // lanes
+    weight, packed = array(a[2], storage), array(a[3], compute)
+    groups, filters, depth, lanes, chunk, chunks = a[4], a[5], a[6], a[7], a[8], a[9]
+    panels = (filters + lanes - 1) // lanes
     while True:
         item = fetch_add(a, 1)
-        if item >= panels * chunks:
+        if item >= groups * panels * chunks:
             return
         panel, first = item // chunks, item % chunks * chunk
+        filter_ = panel % panels * lanes
+        source, valid = (panel // panels * filters + filter_) * depth, min(lanes, filters - filter_)
         at = (panel * depth + first) * lanes
-        _pack_panel(weight, cout, depth, panel, first, min(depth, first + chunk), packed, at, lanes, compute)
+        _pack_panel(weight, source, valid, depth, first, min(depth, first + chunk), packed, at, lanes, compute)
 
 
 @njit
 def _pack_by_input_kernel(arguments, storage, compute):
-    """weight [cout, tap, cin] -> [panel of input channels, tap, cout, lane], the channels zero-padded."""
+    """weight [group, Cout of a group, tap, Cin of a group] -> [group, panel of input channels, tap, Cout, lane]."""
     a = carray(arguments, (16,))
-    weight, packed = _array(a[2], storage), _array(a[3], compute)
-    cout, taps, cin, lanes = a[4], a[5], a[6], a[7]
-    panels = (cin + lanes - 1) // lanes
+    weight, packed = array(a[2], storage), array(a[3], compute)
+    groups, filters, taps, channels, lanes = a[4], a[5], a[6], a[7], a[8]
+    panels = (channels + lanes - 1) // lanes
     while True:
         item = fetch_add(a, 1)
-        if item >= panels * taps:
+        if item >= groups * panels * taps:
             return
-        channel, tap = item // taps * lanes, item % taps
-        valid = min(lanes, cin - channel)
-        for out in range(cout):
-            source, target = (out * taps + tap) * cin + channel, (item * cout + out) * lanes
+        panel, tap = item // taps, item % taps
+        channel, first = panel % panels * lanes, panel // panels * filters
+        valid = min(lanes, channels - channel)
+        for filter_ in range(filters):
+            source = ((first + filter_) * taps + tap) * channels + channel
+            target = (item * filters + filter_) * lanes
             if valid == lanes:
                 copy_vector(weight, source, packed, target)
             else:
-                _copy(weight, source, valid, packed, target, lanes, compute)
-                _clear(packed, target + valid, lanes - valid, compute)
+                copy(weight, source, valid, packed, target, lanes, compute)
+                clear(packed, target + valid, lanes - valid, compute)
 
 
 @njit
 def _forward_kernel(arguments, storage, compute):
-    a = carray(arguments, (32,))
-    source, out = _array(a[2], storage), _array(a[3], storage)
-    packed, bias, gate = _array(a[4], compute), _array(a[5], compute), _array(a[6], compute)
-    table, index = _array(a[7], np.int32), _array(a[8], np.int32)
-    is_packed, has_bias, has_gate = a[4] != 0, a[5] != 0, a[6] != 0
-    sites, taps, cin, cout, lanes = a[9], a[10], a[11], a[12], a[13]
-    chunk_rows, chunks, split_panels, splits, block_taps = a[14], a[15], a[16], a[17], a[18]
-    scratch, scratch_size, weight = _array(a[19], compute), a[20], _array(a[21], storage)
-    panels = (cout + lanes - 1) // lanes
+    a = carray(arguments, (40,))
+    source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
+    packed, bias, gate = array(a[5], compute), array(a[6], compute), array(a[7], compute)
+    table, index, weight = array(a[8], np.int32), array(a[9], np.int32), array(a[10], storage)
+    has_packed, has_gate, has_table, has_residual = a[5] != 0, a[7] != 0, a[8] != 0, a[4] != 0
+    sites, taps, cin, cout, groups, lanes = a[11], a[12], a[13], a[14], a[15], a[16]
+    chunk_rows, chunks, split_groups, split_panels, splits, block_taps = a[17], a[18], a[19], a[20], a[21], a[22]
+    is_direct, out_is_packed, activation = a[23] != 0, a[24] != 0, a[25]
+    scratch, scratch_size = array(a[26], compute), a[27]
+    fill, inactive, all_sites, is_large = a[28], array(a[29], storage), a[30], a[31] != 0
+    rows_in_place = array(a[2], compute)
+    channels, filters = cin // groups, cout // groups
+    panels = (filters + lanes - 1) // lanes
+    panel_splits = (panels + split_panels - 1) // split_panels
     gathered = fetch_add(a[1:], 1) * scratch_size
-    products = gathered + chunk_rows * block_taps * cin
-    columns = products + chunk_rows * split_panels * lanes
+    products = gathered + (0 if is_direct else chunk_rows * block_taps * split_groups * channels)
+    columns = products + chunk_rows * split_groups * split_panels * lanes
     while True:
         item = fetch_add(a, 1)
         if item >= chunks * splits:
             return
-        first = item // splits * chunk_rows
+        first, split = item // splits * chunk_rows, item % splits
         rows = min(chunk_rows, sites - first)
-        first_panel = item % splits * split_panels
-        item_panels = min(split_panels, panels - first_panel)
-        width = item_panels * lanes
+        first_group, first_panel = split // panel_splits * split_groups, split % panel_splits * split_panels
+        item_groups, item_panels = min(split_groups, groups - first_group), min(split_panels, panels - first_panel)
+        group_width = item_panels * lanes
+        width = item_groups * group_width
         for first_tap in range(0, taps, block_taps):
             tap_count = min(block_taps, taps - first_tap)
-            depth = tap_count * cin
-            for r in range(rows):
-                entry, at = (first + r) * taps + first_tap, gathered + r * depth
-                t = 0
-                while t < tap_count:
-                    pixel, run = np.int64(table[entry + t]), 1
-                    if pixel < 0:
-                        _clear(scratch, at + t * cin, cin, compute)
-                    else:
-                        # The taps of a kernel's row usually read neighbouring pixels: one copy.
-                        while t + run < tap_count and table[entry + t + run] == pixel + run:
-                            run += 1
-                        _copy(source, pixel * cin, run * cin, scratch, at + t * cin, lanes, compute)
-                    t += run
-            for panel in range(0, item_panels, TILE_VECTORS):
-                vectors = min(TILE_VECTORS, item_panels - panel)
-                start = first_tap * cin
-                if is_packed:
-                    weights, weight_at, stride = (
-                        packed,
-                        ((first_panel + panel) * taps * cin + start) * lanes,
-                        taps * cin * lanes,
-                    )
-                else:
-                    weights, weight_at, stride = scratch, columns, depth * lanes
+            depth = tap_count * channels
+            if not is_direct:
+                entry = first * taps + first_tap if has_table else first
+                gather_rows(
+                    source, cin, table, has_table, entry, taps, rows, tap_count, first_group * channels, channels,
+                    item_groups, scratch, gathered, lanes, compute,
+                )  # fmt: skip
+            start = first_tap * channels
+            if is_direct:
+                at = (first_group * panels + first_panel) * channels * lanes
+                multiply_rows(
+                    rows_in_place, first * cin + first_group * channels, cin, channels, rows, depth, False,
+                    packed, at, channels * lanes, panels * channels * lanes, item_panels, item_groups,
+                    scratch, products, width, lanes,
+                )  # fmt: skip
+            elif has_packed:
+                panel_stride = taps * channels * lanes
+                at = (first_group * panels + first_panel) * panel_stride + start * lanes
+                multiply_rows(
+                    scratch, gathered, depth, rows * depth, rows, depth, first_tap > 0,
+                    packed, at, panel_stride, panels * panel_stride, item_panels, item_groups,
+                    scratch, products, width, lanes,
+                )  # fmt: skip
+            else:
+                for panel in range(0, item_panels, TILE_VECTORS):
+                    vectors = min(TILE_VECTORS, item_panels - panel)
                     for v in range(vectors):
+                        filter_ = (first_panel + panel + v) * lanes
                         _pack_panel(
-                            weight, cout, taps * cin, first_panel + panel + v, start, start + depth,
-                            scratch, columns + v * stride, lanes, compute,
+                            weight, filter_ * taps * channels, min(lanes, filters - filter_), taps * channels, start,
+                            start + depth, scratch, columns + v * depth * lanes, lanes, compute,
                         )  # fmt: skip
-                for r in range(0, rows, ROWS):
-                    multiply_tile(
-                        vectors,
-                        scratch, gathered + r * depth, depth,
-                        weights, weight_at, stride,
-                        scratch, products + r * width + panel * lanes, width,
-                        depth, first_tap > 0,
+                    multiply_rows(
+                        scratch, gathered, depth, 0, rows, depth, first_tap > 0,
+                        scratch, columns, depth * lanes, 0, vectors, 1,
+                        scratch, products + panel * lanes, width, lanes,
                     )  # fmt: skip
-        channel = first_panel * lanes
+        if split == 0:
+            fill_skipped(fill, inactive, out, index, first, rows, sites, all_sites, cout, is_large)
         for r in range(rows):
             site = np.int64(index[first + r])
-            at = site * cout + channel
             scale = gate[site] if has_gate else compute(1)
-            for c in range(min(width, cout - channel)):
-                value = load(scratch, products + r * width + c, compute)
-                if has_bias:
-                    value += load(bias, channel + c, compute)
-                store(out, at + c, value * scale)
+            row = (first + r if out_is_packed else site) * cout
+            for g in range(item_groups):
+                channel = (first_group + g) * filters + first_panel * lanes
+                finish_row(
+                    scratch, products + r * width + g * group_width, bias, channel, scale,
+                    residual, row + channel if has_residual else 0, out, row + channel,
+                    min(group_width, filters - first_panel * lanes), activation,
+                )  # fmt: skip
 
 
 @njit
 def _gather_rows_kernel(arguments, storage, compute):
     a = carray(arguments, (16,))
-    source, target, index = _array(a[2], storage), _array(a[3], compute), _array(a[4], np.int32)
+    source, target, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
     sites, channels, chunk_rows, lanes = a[5], a[6], a[7], a[8]
     while True:
         first = fetch_add(a, 1) * chunk_rows
         if first >= sites:
             return
         for row in range(first, min(sites, first + chunk_rows)):
-            _copy(source, np.int64(index[row]) * channels, channels, target, row * channels, lanes, compute)
+            copy(source, np.int64(index[row]) * channels, channels, target, row * channels, lanes, compute)
 
 
 @njit
 def _bias_grad_kernel(arguments, storage, compute):
     """One panel of channels at a time, its sum in the order of the sites."""
     a = carray(arguments, (16,))
-    grad, gate, grad_bias = _array(a[2], compute), _array(a[3], compute), _array(a[4], compute)
-    index, has_gate = _array(a[5], np.int32), a[3] != 0
+    grad, gate, grad_bias = array(a[2], compute), array(a[3], compute), array(a[4], compute)
+    index, has_gate = array(a[5], np.int32), a[3] != 0
     sites, channels, lanes = a[6], a[7], a[8]
     while True:
         channel = fetch_add(a, 1) * lanes
         if channel >= channels:
             return
         valid = min(lanes, channels - channel)
-        _clear(grad_bias, channel, valid, compute)
+        clear(grad_bias, channel, valid, compute)
         for row in range(sites):
             scale = gate[np.int64(index[row])] if has_gate else compute(1)
-            _add(grad, row * channels + channel, valid, scale, grad_bias, channel, lanes, compute)
+            add(grad, row * channels + channel, valid, scale, grad_bias, channel, lanes, compute)
 
 
 @njit
 def _input_grad_kernel(arguments, storage, compute):
     a = carray(arguments, (32,))
-    grad, weights, grad_input = _array(a[2], compute), _array(a[3], compute), _array(a[4], compute)
-    gate, source, gate_grad = _array(a[5], compute), _array(a[6], storage), _array(a[7], compute)
-    table, index = _array(a[8], np.int32), _array(a[9], np.int32)
-    has_grad_input, has_gate, has_gate_grad = a[4] != 0, a[5] != 0, a[7] != 0
-    sites, taps, cin, cout, lanes = a[10], a[11], a[12], a[13], a[14]
-    band_sites, bands, colour, chunk_rows, groups = a[15], a[16], a[17], a[18], a[19]
-    scratch, scratch_size = _array(a[20], compute), a[21]
-    panels = (cin + lanes - 1) // lanes
+    grad, weights, grad_input = array(a[2], compute), array(a[3], compute), array(a[4], compute)
+    gate, source, gate_grad = array(a[5], compute), array(a[6], storage), array(a[7], compute)
+    table, index = array(a[8], np.int32), array(a[9], np.int32)
+    has_grad_input, has_gate, has_gate_grad, has_table = a[4] != 0, a[5] != 0, a[7] != 0, a[8] != 0
+    sites, taps, cin, cout, groups, lanes = a[10], a[11], a[12], a[13], a[14], a[15]
+    band_sites, bands, colour, chunk_rows = a[16], a[17], a[18], a[19]
+    scratch, scratch_size = array(a[20], compute), a[21]
+    channels, filters = cin // groups, cout // groups
+    panels = (channels + lanes - 1) // lanes
+    tiles = (panels + TILE_VECTORS - 1) // TILE_VECTORS
     products = fetch_add(a[1:], 1) * scratch_size
     while True:
         item = fetch_add(a, 1)
-        band, group = item // groups * 2 + colour, item % groups
+        band, strip = item // (groups * tiles) * 2 + colour, item % (groups * tiles)
         if band >= bands:
             return
-        vectors = min(TILE_VECTORS, panels - group * TILE_VECTORS)
+        group, tile = strip // tiles, strip % tiles
+        vectors = min(TILE_VECTORS, panels - tile * TILE_VECTORS)
         width = vectors * lanes
-        channel = group * TILE_VECTORS * lanes
-        valid = min(width, cin - channel)
-        begin = _lower_bound(index, sites, band * band_sites)
-        end = _lower_bound(index, sites, (band + 1) * band_sites)
+        channel = group * channels + tile * TILE_VECTORS * lanes
+        valid = min(width, channels - tile * TILE_VECTORS * lanes)
+        begin = lower_bound(index, sites, band * band_sites)
+        end = lower_bound(index, sites, (band + 1) * band_sites)
         for first in range(begin, end, chunk_rows):
             rows = min(chunk_rows, end - first)
             for tap in range(taps):
-                weight_at = (group * TILE_VECTORS * taps + tap) * cout * lanes
+                weight_at = ((group * panels + tile * TILE_VECTORS) * taps + tap) * filters * lanes
                 for r in range(0, rows, ROWS):
                     multiply_tile(
                         vectors,
-                        grad, (first + r) * cout, cout,
-                        weights, weight_at, taps * cout * lanes,
+                        grad, (first + r) * cout + group * filters, cout,
+                        weights, weight_at, taps * filters * lanes,
                         scratch, products + r * width, width,
-                        cout, False,
+                        filters, False,
                     )  # fmt: skip
                 for r in range(rows):
-                    pixel = np.int64(table[(first + r) * taps + tap])
+                    pixel = np.int64(table[(first + r) * taps + tap]) if has_table else first + r
                     if pixel < 0:
                         continue
                     at, product = pixel * cin + channel, products + r * width
@@ -292,43 +282,48 @@ def _input_grad_kernel(arguments, storage, compute):
                         total = compute(0)
                         for c in range(valid):
                             total += load(scratch, product + c, compute) * load(source, at + c, compute)
-                        gate_grad[group * sites + first + r] += total
+                        gate_grad[strip * sites + first + r] += total
                     if has_grad_input:
                         scale = gate[np.int64(index[first + r])] if has_gate else compute(1)
-                        _add(scratch, product, valid, scale, grad_input, at, lanes, compute)
+                        add(scratch, product, valid, scale, grad_input, at, lanes, compute)
 
 
 @njit
 def _weight_grad_kernel(arguments, storage, compute):
     a = carray(arguments, (32,))
-    source, grad_weight = _array(a[2], storage), _array(a[3], storage)
-    grad, gate = _array(a[4], compute), _array(a[5], compute)
-    table, index = _array(a[6], np.int32), _array(a[7], np.int32)
-    has_gate = a[5] != 0
-    sites, taps, kernel_width, cin, cout, lanes = a[8], a[9], a[10], a[11], a[12], a[13]
-    out_stride, in_stride, row_stride, tap_stride = a[14], a[15], a[16], a[17]
-    chunk_rows, group_vectors, groups, split_channels, splits = a[18], a[19], a[20], a[21], a[22]
-    scratch, scratch_size = _array(a[23], compute), a[24]
-    panels = (cin + lanes - 1) // lanes
+    source, grad_weight = array(a[2], storage), array(a[3], storage)
+    grad, gate = array(a[4], compute), array(a[5], compute)
+    table, index = array(a[6], np.int32), array(a[7], np.int32)
+    has_gate, has_table = a[5] != 0, a[6] != 0
+    sites, taps, kernel_width, cin, cout, groups, lanes = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    out_stride, in_stride, row_stride, tap_stride = a[15], a[16], a[17], a[18]
+    chunk_rows, tile_vectors, split_filters = a[19], a[20], a[21]
+    scratch, scratch_size = array(a[22], compute), a[23]
+    channels, filters = cin // groups, cout // groups
+    panels = (channels + lanes - 1) // lanes
+    tiles = (panels + tile_vectors - 1) // tile_vectors
+    splits = (filters + split_filters - 1) // split_filters
     gathered = fetch_add(a[1:], 1) * scratch_size
-    products = gathered + chunk_rows * group_vectors * lanes
+    products = gathered + chunk_rows * tile_vectors * lanes
     while True:
         item = fetch_add(a, 1)
-        if item >= taps * groups * splits:
+        if item >= groups * taps * tiles * splits:
             return
-        tap, group, split = item // (groups * splits), item // splits % groups, item % splits
-        vectors = min(group_vectors, panels - group * group_vectors)
+        split, tile = item % splits, item // splits % tiles
+        tap, group = item // (splits * tiles) % taps, item // (splits * tiles * taps)
+        vectors = min(tile_vectors, panels - tile * tile_vectors)
         width = vectors * lanes
-        channel = group * group_vectors * lanes
-        first_out, end_out = split * split_channels, min(cout, (split + 1) * split_channels)
+        channel = tile * tile_vectors * lanes
+        first_out = group * filters + split * split_filters
+        end_out = group * filters + min(filters, (split + 1) * split_filters)
         for first in range(0, sites, chunk_rows):
             rows = min(chunk_rows, sites - first)
             for r in range(rows):
-                pixel = np.int64(table[(first + r) * taps + tap])
+                pixel = np.int64(table[(first + r) * taps + tap]) if has_table else first + r
                 at = gathered + r * width
-                valid = min(width, cin - channel) if pixel >= 0 else 0
-                _copy(source, pixel * cin + channel, valid, scratch, at, lanes, compute)
-                _clear(scratch, at + valid, width - valid, compute)
+                valid = min(width, channels - channel) if pixel >= 0 else 0
+                copy(source, pixel * cin + group * channels + channel, valid, scratch, at, lanes, compute)
+                clear(scratch, at + valid, width - valid, compute)
                 if has_gate:
                     scale = gate[np.int64(index[first + r])]
                     for c in range(width):
@@ -343,7 +338,7 @@ def _weight_grad_kernel(arguments, storage, compute):
                 )  # fmt: skip
         target = tap // kernel_width * row_stride + tap % kernel_width * tap_stride + channel * in_stride
         for out in range(first_out, end_out):
-            for c in range(min(width, cin - channel)):
+            for c in range(min(width, channels - channel)):
                 value = load(scratch, products + (out - first_out) * width + c, compute)
                 store(grad_weight, target + out * out_stride + c * in_stride, value)
 
@@ -357,99 +352,101 @@ _run_input_grad = kernel(_input_grad_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _lanes(dtype: torch.dtype) -> int:
-    return VECTOR_BYTES // (8 if dtype == torch.float64 else 4)
-
-
-def _packed(weight: Tensor, by_output: bool) -> Tensor:
+def _packed(weight: Tensor, groups: int, by_output: bool) -> Tensor:
     """The weight's columns (output channels, or input channels) in panels of one vector, as the tiles read them."""
     weight = weight.contiguous(memory_format=torch.channels_last)
-    cout, cin = weight.shape[:2]
-    taps, lanes = weight.shape[2] * weight.shape[3], _lanes(weight.dtype)
-    panels = _ceil(cout if by_output else cin, lanes)
-    size = panels * lanes * taps * (cin if by_output else cout)
+    filters, channels = weight.shape[0] // groups, weight.shape[1]
+    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(weight.dtype)
+    panels = groups * ceil(filters if by_output else channels, lanes)
+    size = panels * lanes * taps * (channels if by_output else filters)
     packed = torch.empty(size, dtype=compute_type(weight.dtype))
+    addresses = (weight.data_ptr(), packed.data_ptr())
+    threads = workers(size // SERIAL)
     if by_output:
         chunk = 16 * lanes
-        chunks = _ceil(taps * cin, chunk)
-        threads = workers(size // _SERIAL)
-        shape = (cout, taps * cin, lanes, chunk, chunks)
-        _run_pack_by_output(weight.dtype, threads, weight.data_ptr(), packed.data_ptr(), *shape)
+        shape = (groups, filters, taps * channels, lanes, chunk, ceil(taps * channels, chunk))
+        _run_pack_by_output(weight.dtype, threads, *addresses, *shape)
     else:
-        threads = workers(size // _SERIAL)
-        _run_pack_by_input(weight.dtype, threads, weight.data_ptr(), packed.data_ptr(), cout, taps, cin, lanes)
+        _run_pack_by_input(weight.dtype, threads, *addresses, groups, filters, taps, channels, lanes)
     return packed
 
 
-def _table(neighbours: Tensor | None, input, weight, mask, index, count, stride, padding, dilation) -> Tensor:
-    """The neighbour table that layers share, or one for this call alone."""
-    if neighbours is not None:
-        return neighbours
-    geometry = (*mask.shape[2:], *input.shape[2:], *weight.shape[2:], *stride, *padding, *dilation)
-    return sites.neighbours(index, count, geometry)
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1
 
 
 def forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor,
+    table: Tensor | None,
     index: Tensor,
     count: Tensor,
-    neighbours: Tensor | None,
     gate: Tensor | None,
+    residual: Tensor | None,
     out: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    inactive: Tensor | None,
+    in_place: bool,
+    groups: int,
+    activation: str,
 ) -> None:
-    """Write gate * (conv + bias) into `out` at the first `count` sites of `index`, and nowhere else.
+    """Write activation(gate * (conv + bias) + residual) into `out` at the active sites.
 
-    `input` and `out` are channels_last; `gate` has one element for each site of `out`, in the compute type.
+    `input`, `residual` and `out` are channels_last, or packed rows [capacity, C]; `residual` may be `out` itself.
+    `gate` has one element for each site, in the compute type. The skipped sites of a dense `out` get zeros, or what
+    is `inactive` there; `in_place` leaves them alone.
     """
     active = int(count)
     if active == 0:
+        fill_all(out, inactive, in_place)
         return
-    table = _table(neighbours, input, weight, mask, index, count, stride, padding, dilation)
+    activation = ACTIVATIONS.index(activation)
+    if _is_depthwise(weight, groups):
+        depthwise.forward(
+            input, weight, bias, table, index, active, gate, residual, out, inactive, in_place, activation
+        )
+        return
     dtype, compute = input.dtype, compute_type(input.dtype)
-    bias = None if bias is None else bias.to(compute).contiguous()
+    cout, channels = weight.shape[:2]
+    filters, cin = cout // groups, channels * groups
+    bias = torch.zeros(cout, dtype=compute) if bias is None else bias.to(compute).contiguous()
     weight = weight.contiguous(memory_format=torch.channels_last)
-    cout, cin = weight.shape[:2]
-    taps, lanes = weight.shape[2] * weight.shape[3], _lanes(dtype)
-    blocks = _ceil(taps, max(1, DEPTH // cin))
-    block_taps = _ceil(taps, blocks)
-    depth = block_taps * cin
-    panels = _ceil(cout, lanes)
-    groups = _ceil(panels, TILE_VECTORS)
+    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(dtype)
+    block_taps = ceil(taps, ceil(taps, max(1, DEPTH // channels)))
+    depth = block_taps * channels
+    panels = ceil(filters, lanes)
+    strips = ceil(panels, TILE_VECTORS)
     threads = torch.get_num_threads()
-    most_rows = max(ROWS, min(96, GATHERED // depth) // ROWS * ROWS)
+    # Groups share a chunk as far as their gathered rows stay in the cache.
+    split_groups = max(1, min(groups, GATHERED // (4 * ROWS * depth)))
+    most_rows = max(ROWS, min(96, GATHERED // (split_groups * depth)) // ROWS * ROWS)
     # Few rows: each column of the weight is used in one chunk alone, which packs it where it stays in the cache.
     packed = None
     chunks = 1
-    if active > most_rows or groups < threads:
-        packed = _packed(weight, by_output=True)
-        chunks = max(_ceil(active, most_rows), min(4 * threads, _ceil(active, 4 * ROWS)))
-    chunk_rows = _ceil(_ceil(active, chunks), ROWS) * ROWS
-    chunks = _ceil(active, chunk_rows)
+    if groups > 1 or active > most_rows or strips < threads:
+        packed = _packed(weight, groups, by_output=True)
+        chunks = max(ceil(active, most_rows), min(4 * threads, ceil(active, 4 * ROWS)))
+    # The last tile of rows may read past the last site.
+    is_direct = table is None and packed is not None and dtype == compute and input.shape[0] >= active + ROWS
+    chunk_rows = ceil(ceil(active, chunks), ROWS) * ROWS
+    chunks = ceil(active, chunk_rows)
     # Too few rows to go round: threads share a chunk's columns, each gathering it for itself.
-    splits = min(groups, _ceil(4 * threads, chunks)) if threads > 1 else 1
-    split_panels = _ceil(groups, splits) * TILE_VECTORS
-    splits = _ceil(panels, split_panels)
+    split_panels = panels
+    if threads > 1 and 4 * threads > chunks:
+        if groups > 1:
+            split_groups = min(split_groups, ceil(groups, ceil(4 * threads, chunks)))
+        else:
+            split_panels = ceil(strips, min(strips, ceil(4 * threads, chunks))) * TILE_VECTORS
+    splits = ceil(groups, split_groups) * ceil(panels, split_panels)
     threads = workers(chunks * splits)
-    size = chunk_rows * (depth + split_panels * lanes) + (TILE_VECTORS * lanes * depth if packed is None else 0)
+    size = chunk_rows * split_groups * ((0 if is_direct else depth) + split_panels * lanes)
+    size += TILE_VECTORS * lanes * depth if packed is None else 0
     scratch = torch.empty(threads * size, dtype=compute)
     _run_forward(
-        dtype, threads, input.data_ptr(), out.data_ptr(), _address(packed), _address(bias), _address(gate),
-        table.data_ptr(), index.data_ptr(), active, taps, cin, cout, lanes,
-        chunk_rows, chunks, split_panels, splits, block_taps, scratch.data_ptr(), size, weight.data_ptr(),
+        dtype, threads, input.data_ptr(), out.data_ptr(), address(residual), address(packed), bias.data_ptr(),
+        address(gate), address(table), index.data_ptr(), weight.data_ptr(), active, taps, cin, cout, groups, lanes,
+        chunk_rows, chunks, split_groups, split_panels, splits, block_taps, is_direct, out.dim() == 2, activation,
+        scratch.data_ptr(), size, *filling(out, inactive, in_place),
     )  # fmt: skip
 
 
@@ -458,64 +455,82 @@ def backward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor,
+    table: Tensor | None,
+    readers: Tensor | None,
+    pixels: Sequence[Tensor],
     index: Tensor,
     count: Tensor,
-    neighbours: Tensor | None,
     gate: Tensor | None,
     wanted: Sequence[bool],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    overlap_sites: int,
+    groups: int,
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients of `input`, `weight`, `bias` and `gate`, None for the others.
 
-    `grad` and `input` are channels_last.
+    `grad` and `input` are channels_last, or packed rows. `overlap_sites`: sites that far apart, whole lines of them,
+    read no common row of the input. `pixels`: the index and count of packed features' sites, or of the pixels that
+    `readers` is for; `readers`, for depthwise filters alone, is the table of `cpu.sites.readers`.
     """
-    table = _table(neighbours, input, weight, mask, index, count, stride, padding, dilation)
     active = int(count)
     input_wanted, weight_wanted, bias_wanted, gate_wanted = wanted
     rows = _grad_rows(grad, index, active)
     compute = rows.dtype
-    grad_input = grad_weight = grad_bias = grad_gate = None
+    grad_input = grad_weight = grad_bias = products = None
     if input_wanted:
-        grad_input = torch.empty(input.shape, dtype=compute, memory_format=torch.channels_last).zero_()
-    if (input_wanted or gate_wanted) and active:
-        # Bands of so many output lines that those two apart read no common input line.
-        overlap = max(1, _ceil(dilation[0] * (weight.shape[2] - 1) + 1, stride[0]) - 1)
-        products = _input_grad(rows, weight, gate, input, table, mask, index, active, overlap, grad_input, gate_wanted)
-    if input_wanted:
-        grad_input = grad_input.to(input.dtype)
+        layout = torch.channels_last if input.dim() == 4 else torch.contiguous_format
+        grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout)
+        grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
+    if _is_depthwise(weight, groups):
+        if gate_wanted:
+            products = depthwise.gate_grad(rows, input, weight, bias, table, active)
+        scaled = rows if gate is None else depthwise.scale_rows(rows, gate, index, active)
+        if input_wanted:
+            depthwise.input_grad(scaled, weight, readers, pixels[0], int(pixels[1]), grad_input)
+        if weight_wanted:
+            grad_weight = depthwise.weight_grad(scaled, input, table, active, weight)
+    else:
+        if (input_wanted or gate_wanted) and active:
+            products = _input_grad(
+                rows, weight, gate, input, table, index, active, overlap_sites, grad_input, gate_wanted, groups
+            )
+            if gate_wanted and bias is not None:
+                products += (rows[:active] * bias.to(compute)).sum(1)
+        if weight_wanted:
+            grad_weight = torch.empty_like(weight)
+            _weight_grad(rows, input, gate, table, index, active, grad_weight, groups)
+    grad_gate = None
     if gate_wanted:
         grad_gate = torch.zeros(gate.shape, dtype=compute)
         if active:
-            if bias is not None:
-                products += (rows[:active] * bias.to(compute)).sum(1)
             grad_gate.view(-1)[index[:active]] = products
-    if weight_wanted:
-        grad_weight = torch.empty_like(weight)
-        _weight_grad(rows, input, gate, table, index, active, grad_weight)
+    if input_wanted:
+        grad_input = grad_input.to(input.dtype)
     if bias_wanted:
         grad_bias = torch.empty(weight.shape[0], dtype=compute)
-        lanes = _lanes(weight.dtype)
         _run_bias_grad(
-            compute, workers(rows.numel() // _SERIAL), rows.data_ptr(), _address(gate), grad_bias.data_ptr(),
-            index.data_ptr(), active, weight.shape[0], lanes,
+            compute, workers(rows.numel() // SERIAL), rows.data_ptr(), address(gate), grad_bias.data_ptr(),
+            index.data_ptr(), active, weight.shape[0], vector_lanes(weight.dtype),
         )  # fmt: skip
         grad_bias = grad_bias.to(weight.dtype)
     return grad_input, grad_weight, grad_bias, grad_gate
 
 
 def _grad_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:
-    """The rows of a channels_last gradient at the active sites, [count + ROWS, C] in the compute type.
+    """The rows of a gradient at the active sites, [count + ROWS or more, C] in the compute type.
 
     The rows past `count` are never used; tiles may read them.
     """
     channels = grad.shape[1]
+    is_packed = grad.dim() == 2
+    if is_packed and grad.dtype == compute_type(grad.dtype) and grad.shape[0] >= count + ROWS:
+        return grad
     rows = torch.empty(count + ROWS, channels, dtype=compute_type(grad.dtype))
     rows[count:] = 0
-    chunk, threads = 64, workers(count * channels // _SERIAL)
-    sizes = (count, channels, chunk, _lanes(grad.dtype))
+    if is_packed:
+        rows[:count] = grad[:count]
+        return rows
+    chunk, threads = 64, workers(count * channels // SERIAL)
+    sizes = (count, channels, chunk, vector_lanes(grad.dtype))
     _run_gather_rows(grad.dtype, threads, grad.data_ptr(), rows.data_ptr(), index.data_ptr(), *sizes)
     return rows
 
@@ -525,39 +540,37 @@ def _input_grad(
     weight: Tensor,
     gate: Tensor | None,
     input: Tensor,
-    table: Tensor,
-    mask: Tensor,
+    table: Tensor | None,
     index: Tensor,
     count: int,
-    overlap_lines: int,
+    overlap_sites: int,
     grad_input: Tensor | None,
     gate_grad_wanted: bool,
+    groups: int,
 ) -> Tensor | None:
     """Scatter-add the active sites' gradients into `grad_input` (zero-filled, compute type), if given.
 
     Returns the gate's gradient [count] without the bias's share, where wanted. Sites are cut into bands of at least
-    `overlap_lines` output lines, so that bands two apart share no input line: the even ones run together, then the
-    odd ones.
+    `overlap_sites`, so that bands two apart share no row of the input: the even ones run together, then the odd ones.
     """
     dtype, compute = weight.dtype, rows.dtype
-    cout, cin = weight.shape[:2]
-    taps, lanes = weight.shape[2] * weight.shape[3], _lanes(dtype)
-    packed = _packed(weight, by_output=False)
-    groups = _ceil(_ceil(cin, lanes), TILE_VECTORS)
-    gate_grad = torch.zeros(groups, count, dtype=compute) if gate_grad_wanted else None
-    lines, line_sites = mask.shape[0] * mask.shape[2], mask.shape[3]
+    cout, channels = weight.shape[:2]
+    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(dtype)
+    packed = _packed(weight, groups, by_output=False)
+    strips = groups * ceil(ceil(channels, lanes), TILE_VECTORS)
+    gate_grad = torch.zeros(strips, count, dtype=compute) if gate_grad_wanted else None
     bands = max(1, min(64, count // 48))
-    band_lines = max(overlap_lines, _ceil(lines, bands))
-    bands = _ceil(lines, band_lines)
+    band_sites = ceil(ceil(index.numel(), bands), overlap_sites) * overlap_sites
+    bands = ceil(index.numel(), band_sites)
     chunk_rows = 8 * ROWS
-    threads = workers(_ceil(bands, 2) * groups)
+    threads = workers(ceil(bands, 2) * strips)
     size = chunk_rows * TILE_VECTORS * lanes
     scratch = torch.empty(threads * size, dtype=compute)
     for colour in range(min(2, bands)):
         _run_input_grad(
-            dtype, threads, rows.data_ptr(), packed.data_ptr(), _address(grad_input), _address(gate),
-            input.data_ptr(), _address(gate_grad), table.data_ptr(), index.data_ptr(),
-            count, taps, cin, cout, lanes, band_lines * line_sites, bands, colour, chunk_rows, groups,
+            dtype, threads, rows.data_ptr(), packed.data_ptr(), address(grad_input), address(gate),
+            input.data_ptr(), address(gate_grad), address(table), index.data_ptr(),
+            count, taps, channels * groups, cout, groups, lanes, band_sites, bands, colour, chunk_rows,
             scratch.data_ptr(), size,
         )  # fmt: skip
     return None if gate_grad is None else gate_grad.sum(0)
@@ -567,33 +580,35 @@ def _weight_grad(
     rows: Tensor,
     input: Tensor,
     gate: Tensor | None,
-    table: Tensor,
+    table: Tensor | None,
     index: Tensor,
     count: int,
     grad_weight: Tensor,
+    groups: int,
 ) -> None:
-    """Write the weight's gradient into `grad_weight` [Cout, Cin, kH, kW], any strides, the input's type."""
+    """Write the weight's gradient into `grad_weight` [Cout, Cin / groups, kH, kW], any strides, the input's type."""
     if count == 0:
         grad_weight.zero_()
         return
     dtype, compute = input.dtype, rows.dtype
-    cout, cin, _, kernel_width = grad_weight.shape
-    taps, lanes = grad_weight.shape[2] * kernel_width, _lanes(dtype)
-    panels = _ceil(cin, lanes)
+    cout, channels, _, kernel_width = grad_weight.shape
+    filters = cout // groups
+    taps, lanes = grad_weight.shape[2] * kernel_width, vector_lanes(dtype)
+    panels = ceil(channels, lanes)
     threads = torch.get_num_threads()
-    group_vectors = TILE_VECTORS
-    while group_vectors > 2 and taps * _ceil(panels, group_vectors) < 6 * threads:
-        group_vectors -= 2
-    groups = _ceil(panels, group_vectors)
-    splits = min(_ceil(cout, 8 * ROWS), _ceil(6 * threads, taps * groups))
-    split_channels = _ceil(_ceil(cout, splits), ROWS) * ROWS
-    splits = _ceil(cout, split_channels)
+    tile_vectors = TILE_VECTORS
+    while tile_vectors > 2 and groups * taps * ceil(panels, tile_vectors) < 6 * threads:
+        tile_vectors -= 2
+    tiles = groups * taps * ceil(panels, tile_vectors)
+    splits = min(ceil(filters, 8 * ROWS), ceil(6 * threads, tiles))
+    split_filters = ceil(ceil(filters, splits), ROWS) * ROWS
+    splits = ceil(filters, split_filters)
     chunk_rows = 128
-    threads = workers(taps * groups * splits)
-    size = (chunk_rows + split_channels) * group_vectors * lanes
+    threads = workers(tiles * splits)
+    size = (chunk_rows + split_filters) * tile_vectors * lanes
     scratch = torch.empty(threads * size, dtype=compute)
     _run_weight_grad(
-        dtype, threads, input.data_ptr(), grad_weight.data_ptr(), rows.data_ptr(), _address(gate),
-        table.data_ptr(), index.data_ptr(), count, taps, kernel_width, cin, cout, lanes,
-        *grad_weight.stride(), chunk_rows, group_vectors, groups, split_channels, splits, scratch.data_ptr(), size,
+        dtype, threads, input.data_ptr(), grad_weight.data_ptr(), rows.data_ptr(), address(gate),
+        address(table), index.data_ptr(), count, taps, kernel_width, channels * groups, cout, groups, lanes,
+        *grad_weight.stride(), chunk_rows, tile_vectors, split_filters, scratch.data_ptr(), size,
     )  # fmt: skip

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from ._llvm import fetch_add, pointer
+from ._common import address
+from ._llvm import fetch_add, merge_bytes, pointer
 from ._threads import kernel, workers
 
 
@@ -55,7 +56,8 @@ def _inverse(arguments, storage, compute):
 @njit
 def _neighbours(arguments, storage, compute):
     a = carray(arguments, (24,))
-    index, table = _entries(a[2]), _entries(a[3])
+    index, table, lookup = _entries(a[2]), _entries(a[3]), _entries(a[18])
+    is_packed = a[18] != 0
     count, chunk = a[4], a[5]
     out_height, out_width, height, width = a[6], a[7], a[8], a[9]
     kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
@@ -76,20 +78,86 @@ def _neighbours(arguments, storage, compute):
             sample, oy = line // out_height, line % out_height
             y, x = oy * stride_y - pad_y, ox * stride_x - pad_x
             corner = (sample * height + y) * width + x
-            if 0 <= y < last_y and 0 <= x < last_x:  # no tap in the padding, as nearly everywhere
+            entry = m * taps
+            if not (0 <= y < last_y and 0 <= x < last_x):
                 for tap in range(taps):
-                    table[m * taps + tap] = corner + offsets[tap]
-                continue
+                    tap_y, tap_x = y + tap // kernel_width * dilation_y, x + tap % kernel_width * dilation_x
+                    if 0 <= tap_y < height and 0 <= tap_x < width:
+                        pixel = corner + offsets[tap]
+                        table[entry + tap] = lookup[pixel] if is_packed else pixel
+                    else:
+                        table[entry + tap] = -1
+            elif is_packed:  # no tap in the padding, as nearly everywhere
+                for tap in range(taps):
+                    table[entry + tap] = lookup[corner + offsets[tap]]
+            else:
+                for tap in range(taps):
+                    table[entry + tap] = corner + offsets[tap]
+
+
+@njit
+def _readers(arguments, storage, compute):
+    a = carray(arguments, (24,))
+    pixels, inverse, table = _entries(a[2]), _entries(a[18]), _entries(a[3])
+    count, chunk = a[4], a[5]
+    out_height, out_width, height, width = a[6], a[7], a[8], a[9]
+    kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
+    pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
+    taps = kernel_height * kernel_width
+    while True:
+        first = fetch_add(a, 1) * chunk
+        if first >= count:
+            return
+        for m in range(first, min(count, first + chunk)):
+            pixel = np.int64(pixels[m])
+            line, x = pixel // width, pixel % width
+            sample, y = line // height, line % height
             for tap in range(taps):
-                tap_y, tap_x = y + tap // kernel_width * dilation_y, x + tap % kernel_width * dilation_x
-                inside = 0 <= tap_y < height and 0 <= tap_x < width
-                table[m * taps + tap] = corner + offsets[tap] if inside else -1
+                tap_y, tap_x = y + pad_y - tap // kernel_width * dilation_y, x + pad_x - tap % kernel_width * dilation_x
+                out_y, out_x = tap_y // stride_y, tap_x // stride_x
+                inside = 0 <= out_y < out_height and 0 <= out_x < out_width
+                reads = inside and out_y * stride_y == tap_y and out_x * stride_x == tap_x
+                table[m * taps + tap] = inverse[(sample * out_height + out_y) * out_width + out_x] if reads else -1
+
+
+@njit
+def _touched(arguments, storage, compute):
+    a = carray(arguments, (24,))
+    mask, touched = carray(pointer(a[2], np.uint8), (1 << 40,)), carray(pointer(a[3], np.uint8), (1 << 40,))
+    lines, chunk = a[4], a[5]
+    out_height, out_width, height, width = a[6], a[7], a[8], a[9]
+    kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
+    pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
+    while True:
+        first = fetch_add(a, 1) * chunk
+        if first >= lines:
+            return
+        for line in range(first, min(lines, first + chunk)):
+            sample, y, target = line // height, line % height, line * width
+            for ky in range(kernel_height):
+                tap_y = y + pad_y - ky * dilation_y
+                out_y = tap_y // stride_y
+                if out_y * stride_y != tap_y or not 0 <= out_y < out_height:
+                    continue
+                source = (sample * out_height + out_y) * out_width
+                for kx in range(kernel_width):
+                    # The sites whose tap lies inside the line: contiguous on both sides for stride 1.
+                    offset = kx * dilation_x - pad_x
+                    begin = max(0, -(offset // stride_x))
+                    end = min(out_width, (width - 1 - offset) // stride_x + 1)
+                    if stride_x == 1:
+                        merge_bytes(mask, source + begin, touched, target + offset + begin, end - begin)
+                    else:
+                        for x in range(begin, end):
+                            touched[target + offset + x * stride_x] |= mask[source + x]
 
 
 _run_compact = kernel(_compact)
 _run_inverse = kernel(_inverse)
 _run_neighbours = kernel(_neighbours)
-_CHUNK = 512
+_run_readers = kernel(_readers)
+_run_touched = kernel(_touched)
+_CHUNK, _LINES = 512, 16
 _SERIAL = 1 << 13  # entries that a second thread has to save before it is worth waking
 
 
@@ -109,14 +177,26 @@ def inverse(index: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def neighbours(index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ...]) -> torch.Tensor:
-    """[capacity, taps]; see `dynconv.sites.ActiveSites.neighbours`."""
+def neighbours(
+    index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ...], lookup: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[capacity, taps]: the pixel, or what `lookup` has for it; see `dynconv.sites.ActiveSites.neighbours`."""
+    return _table(_run_neighbours, index, count, geometry, lookup)
+
+
+def readers(
+    pixels: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ...], inverse: torch.Tensor
+) -> torch.Tensor:
+    """[capacity, taps]: the position of the active site that reads each listed input pixel through each tap, or -1."""
+    return _table(_run_readers, pixels, count, geometry, inverse)
+
+
+def _table(run, index, count, geometry, lookup) -> torch.Tensor:
     taps = geometry[4] * geometry[5]
     table = torch.empty(index.numel(), taps, dtype=torch.int32)
     n = int(count)
-    _run_neighbours(
-        torch.float32, workers(n * taps // _SERIAL), index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry
-    )
+    arguments = (index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry, address(lookup))
+    run(torch.float32, workers(n * taps // _SERIAL), *arguments)
     return table
 
 
@@ -128,23 +208,10 @@ def touched(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> torch.Tensor:
-    """bool [N, 1, H, W]: the input pixels that any active site of `mask` [N, 1, Ho, Wo] reads."""
-    height, width = input_size
-    touched = mask.new_zeros(mask.shape[0], 1, height, width)
-    for ky in range(kernel_size[0]):
-        for kx in range(kernel_size[1]):
-            rows = _span(mask.shape[2], height, ky * dilation[0] - padding[0], stride[0])
-            columns = _span(mask.shape[3], width, kx * dilation[1] - padding[1], stride[1])
-            if rows is not None and columns is not None:
-                touched[:, :, rows[1], columns[1]] |= mask[:, :, rows[0], columns[0]]
+    """bool [N, 1, H, W]: the input pixels that any active site of the contiguous `mask` [N, 1, Ho, Wo] reads."""
+    touched = mask.new_zeros(mask.shape[0], 1, *input_size)
+    lines = mask.shape[0] * input_size[0]
+    geometry = (*mask.shape[2:], *input_size, *kernel_size, *stride, *padding, *dilation)
+    threads = workers(touched.numel() * kernel_size[0] * kernel_size[1] // (64 * _SERIAL))
+    _run_touched(torch.float32, threads, mask.data_ptr(), touched.data_ptr(), lines, _LINES, *geometry)
     return touched
-
-
-def _span(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice] | None:
-    """The outputs o for which o * stride + offset is an input, and those inputs."""
-    first = max(0, -(offset // stride))
-    last = min(outputs - 1, (inputs - 1 - offset) // stride)
-    if first > last:
-        return None
-    start = first * stride + offset
-    return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)

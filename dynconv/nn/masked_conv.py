@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.masked_conv import masked_conv2d
+from ..packed import PackedFeatures
 from ..sites import ActiveSites
 
 
@@ -18,20 +19,25 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | PackedFeatures,
         mask: Tensor | ActiveSites | None = None,
         *,
+        activation: str | None = None,
+        residual: Tensor | PackedFeatures | None = None,
         inactive: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]; the keywords and errors of `dynconv.masked_conv2d`."""
+        packed: bool = False,
+    ) -> Tensor | PackedFeatures:
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo], either of them packed; the keywords and errors of `masked_conv2d`."""
         padding = self.padding
         if self.padding_mode != "zeros":
+            if isinstance(input, PackedFeatures):
+                raise ValueError(f"input: expected a dense tensor for padding_mode {self.padding_mode!r}, got packed")
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return masked_conv2d(
             input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
-            mask=mask, inactive=inactive, out=out,
+            mask=mask, activation=activation, residual=residual, inactive=inactive, out=out, packed=packed,
         )  # fmt: skip
 
     @classmethod

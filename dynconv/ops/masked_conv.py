@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,107 +11,148 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import reference
 from .._backend import backend_for, module
 from .._geometry import Geometry, IntPair, Padding
+from ..packed import PackedFeatures
 from ..sites import ActiveSites
+from ._common import (
+    FLOATING,
+    autocast,
+    channels_last,
+    check_activation,
+    check_features,
+    check_out,
+    check_residual,
+    check_result,
+    fill,
+    gate_of,
+    in_rows,
+)
+from .epilogue import epilogue
 
-_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str backend"
+# A packed input brings `source`: the packed row of each pixel [N, 1, H, W] (-1: none), its sites' index and count.
+# `shared` is what layers with the same sites share, or nothing: what `_shared` returns.
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend"
 _OPERANDS = (
-    "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[] shared, Tensor? gate"
+    "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[] shared, "
+    "Tensor[] source, Tensor? gate"
 )
 _library = torch.library.Library("dynconv", "FRAGMENT")
-_library.define(f"masked_conv2d({_OPERANDS}, Tensor? inactive, {_GEOMETRY}) -> Tensor")
-_library.define(f"masked_conv2d_(Tensor(a!) out, {_OPERANDS}, {_GEOMETRY}) -> ()")
+_library.define(
+    f"masked_conv2d({_OPERANDS}, Tensor? residual, Tensor? inactive, str activation, bool packed, {_GEOMETRY}) "
+    "-> Tensor"
+)
+_library.define(
+    f"masked_conv2d_(Tensor(a!) out, {_OPERANDS}, Tensor? residual, bool accumulate, str activation, {_GEOMETRY}) -> ()"
+)
 _library.define(
     f"masked_conv2d_backward(Tensor grad, {_OPERANDS}, {_GEOMETRY}, bool[4] wanted) -> "
     "(Tensor input, Tensor weight, Tensor bias, Tensor gate)"
 )
 
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+def _input_size(input: Tensor, source: list[Tensor]) -> tuple[int, int]:
+    return tuple((source[0] if source else input).shape[2:])
 
 
-def _channels_last(shape, like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+def _table(input, weight, mask, index, count, shared, source, stride, padding, dilation) -> Tensor | None:
+    """The neighbour table that layers share, or one for this call alone; none where row m reads row m."""
+    if shared:
+        return shared[0] if shared[0].dim() == 2 else None
+    geometry = (*mask.shape[2:], *_input_size(input, source), *weight.shape[2:], *stride, *padding, *dilation)
+    return module(".cpu.sites").neighbours(index, count, geometry, source[0] if source else None)
 
 
 def _forward_into(
-    out, input, weight, bias, mask, index, count, shared, gate, stride, padding, dilation, backend
-) -> None:
+    out, input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, in_place, activation,
+    stride, padding, dilation, groups, backend,
+) -> None:  # fmt: skip
     """What the functional and the in-place forward share."""
-    input = _rows(input)
+    input, residual = in_rows(input), in_rows(residual)
     if backend == "cpu":
-        neighbours = shared[0] if shared else None
+        table = _table(input, weight, mask, index, count, shared, source, stride, padding, dilation)
         module(".cpu.masked_conv").forward(
-            input, weight, bias, mask, index, count, neighbours, gate, out, stride, padding, dilation
-        )
+            input, weight, bias, table, index, count, gate, residual, out, in_rows(inactive), in_place, groups,
+            activation,
+        )  # fmt: skip
     else:
+        fill(out, inactive, in_place)
         module(".kernels.masked_conv").forward(
-            input, weight, bias, index, count, gate, out,
-            stride=stride, padding=padding, dilation=dilation, allow_tf32=_allow_tf32(),
+            input, weight, bias, index, count, gate, residual, source[0].view(-1) if source else None, out,
+            input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]), activation=activation,
+            stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=_allow_tf32(),
         )  # fmt: skip
 
 
 def _forward(
-    input, weight, bias, mask, index, count, shared, gate, inactive, stride, padding, dilation, backend
+    input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed, *geometry
 ) -> Tensor:
-    shape = (input.shape[0], weight.shape[0], mask.shape[2], mask.shape[3])
-    out = _channels_last(shape, input)
-    if inactive is None:
-        out.zero_()
+    if packed:
+        out = input.new_empty(index.shape[0], weight.shape[0])
     else:
-        out.copy_(inactive)
-    _forward_into(out, input, weight, bias, mask, index, count, shared, gate, stride, padding, dilation, backend)
+        out = channels_last((mask.shape[0], weight.shape[0], mask.shape[2], mask.shape[3]), input)
+    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    _forward_into(out, *operands, residual, inactive, False, activation, *geometry)
     return out
 
 
 def _backward(
-    grad,
-    input,
-    weight,
-    bias,
-    mask,
-    index,
-    count,
-    shared,
-    gate,
-    stride,
-    padding,
-    dilation,
-    backend,
+    grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, backend,
     wanted,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad, input = _rows(grad), _rows(input)
-    if backend == "cpu":
-        neighbours = shared[0] if shared else None
-        grads = module(".cpu.masked_conv").backward(
-            grad, input, weight, bias, mask, index, count, neighbours, gate, wanted, stride, padding, dilation
-        )
-    else:
-        grads = _triton_backward(
-            grad, input, weight, bias, mask, index, count, shared, gate, wanted,
-            stride=stride, padding=padding, dilation=dilation, allow_tf32=_allow_tf32(),
-        )  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad, input = in_rows(grad), in_rows(input)
+    run = _cpu_backward if backend == "cpu" else _triton_backward
+    grads = run(
+        grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
+    )
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
-def _triton_backward(grad, input, weight, bias, mask, index, count, shared, gate, wanted, **geometry):
+def _cpu_backward(
+    grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
+):
+    table = _table(input, weight, mask, index, count, shared, source, stride, padding, dilation)
+    readers, pixels = None, source[1:]
+    if wanted[0] and groups > 1 and len(shared) > 1:
+        readers, *pixels = shared[1:]
+    elif wanted[0] and groups > 1:
+        sites, size = module(".cpu.sites"), _input_size(input, source)
+        if not source:
+            pixels = sites.compact(sites.touched(mask, size, weight.shape[2:], stride, padding, dilation))
+        geometry = (*mask.shape[2:], *size, *weight.shape[2:], *stride, *padding, *dilation)
+        readers = sites.readers(*pixels, geometry, sites.inverse(index, count))
+    # Sites so many lines apart read no common line of the input.
+    overlap = max(1, -(-(dilation[0] * (weight.shape[2] - 1) + 1) // stride[0]) - 1)
+    return module(".cpu.masked_conv").backward(
+        grad, input, weight, bias, table, readers, pixels, index, count, gate, wanted, overlap * mask.shape[3], groups
+    )
+
+
+def _triton_backward(
+    grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
+):
     kernels, compaction = module(".kernels.masked_conv"), module(".kernels.compaction")
+    lookup = source[0].view(-1) if source else None
+    sizes = dict(input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]))
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=_allow_tf32())
     grad_input = grad_weight = grad_bias = grad_gate = None
     if wanted[0]:
-        grad_input = _channels_last(input.shape, input).zero_()
+        grad_input = torch.empty_like(input)
+        if not source:
+            grad_input.zero_()
         if not shared:
-            where = (geometry["stride"], geometry["padding"], geometry["dilation"])
-            touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
-            shared = [compaction.inverse_map(index, count, index.numel()), *compaction.compact(touched)]
-        kernels.input_grad(grad, weight, *shared, gate, grad_input, **geometry)
+            pixels = source[1:]
+            if not source:
+                where = (stride, padding, dilation)
+                touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
+                pixels = compaction.compact(touched)
+            shared = [compaction.inverse_map(index, count, mask.numel()), *pixels]
+        kernels.input_grad(grad, weight, *shared, gate, grad_input, **sizes, **geometry)
     if wanted[1]:
-        grad_weight = kernels.weight_grad(input, grad, index, count, gate, weight, **geometry)
+        grad_weight = kernels.weight_grad(input, grad, index, count, gate, lookup, weight, **sizes, **geometry)
     if wanted[2]:
         grad_bias = kernels.bias_grad(grad, index, count, gate)
     if wanted[3]:
-        grad_gate = kernels.gate_grad(input, weight, bias, grad, index, count, **geometry).view(gate.shape)
+        grad_gate = kernels.gate_grad(input, weight, bias, grad, index, count, lookup, **sizes, **geometry)
+        grad_gate = grad_gate.view(gate.shape)
     return grad_input, grad_weight, grad_bias, grad_gate
 
 
@@ -123,10 +161,13 @@ def _allow_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def _in_place(out, input, *rest) -> None:
+def _in_place(
+    out, input, weight, bias, mask, index, count, shared, source, gate, residual, accumulate, activation, *geometry
+) -> None:
     if torch._C._is_alias_of(out, input):
         raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
-    _forward_into(out, input, *rest)
+    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    _forward_into(out, *operands, out if accumulate else residual, None, True, activation, *geometry)
     torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice
 
 
@@ -137,34 +178,25 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("dynconv::masked_conv2d", lib=_library)
-def _(input, weight, bias, mask, index, count, shared, gate, inactive, stride, padding, dilation, backend):
-    return _channels_last((input.shape[0], weight.shape[0], mask.shape[2], mask.shape[3]), input)
+def _(input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed, *geometry):
+    if packed:
+        return input.new_empty(index.shape[0], weight.shape[0])
+    return channels_last((mask.shape[0], weight.shape[0], mask.shape[2], mask.shape[3]), input)
 
 
 @torch.library.register_fake("dynconv::masked_conv2d_", lib=_library)
-def _(out, input, weight, bias, mask, index, count, shared, gate, stride, padding, dilation, backend):
+def _(out, *operands):
     return None
 
 
 @torch.library.register_fake("dynconv::masked_conv2d_backward", lib=_library)
 def _(
-    grad,
-    input,
-    weight,
-    bias,
-    mask,
-    index,
-    count,
-    shared,
-    gate,
-    stride,
-    padding,
-    dilation,
-    backend,
+    grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, backend,
     wanted,
-):
+):  # fmt: skip
+    like_input = input.new_empty(input.shape) if source else channels_last(input.shape, input)
     return (
-        _channels_last(input.shape, input) if wanted[0] else grad.new_empty(0),
+        like_input if wanted[0] else grad.new_empty(0),
         torch.empty_like(weight) if wanted[1] else grad.new_empty(0),
         weight.new_empty(weight.shape[0]) if wanted[2] else grad.new_empty(0),
         torch.empty_like(gate, memory_format=torch.contiguous_format) if wanted[3] else grad.new_empty(0),
@@ -173,29 +205,37 @@ def _(
 
 class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, mask, index, count, shared, gate, inactive, *geometry):
+    def forward(
+        ctx, input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed,
+        *geometry,
+    ):  # fmt: skip
+        if residual is not None or activation != "none":
+            raise RuntimeError("dynconv::masked_conv2d: differentiable without residual and activation only")
         with torch._C._AutoDispatchBelowAutograd():
             out = torch.ops.dynconv.masked_conv2d(
-                input, weight, bias, mask, index, count, shared, gate, inactive, *geometry
-            )
-        ctx.save_for_backward(input, weight, bias, mask, index, count, gate, *shared)
-        ctx.geometry = geometry
+                input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed,
+                *geometry,
+            )  # fmt: skip
+        ctx.save_for_backward(input, weight, bias, mask, index, count, gate, *shared, *source)
+        ctx.geometry, ctx.shared = geometry, len(shared)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         # Once: checkpointing recomputes what it unpacks.
-        input, weight, bias, mask, index, count, gate, *shared = ctx.saved_tensors
+        input, weight, bias, mask, index, count, gate, *tables = ctx.saved_tensors
+        shared, source = tables[: ctx.shared], tables[ctx.shared :]
         needs = ctx.needs_input_grad
-        wanted = [needs[0], needs[1], needs[2], needs[7]]
+        wanted = [needs[0], needs[1], needs[2], needs[8]]
         grads = [None] * 4
         if any(wanted):
             results = torch.ops.dynconv.masked_conv2d_backward(
-                grad, input, weight, bias, mask, index, count, shared, gate, *ctx.geometry, wanted
+                grad, input, weight, bias, mask, index, count, shared, source, gate, *ctx.geometry, wanted
             )
             grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
-        inactive = grad.masked_fill(mask, 0) if needs[8] else None
-        return (*grads[:3], None, None, None, None, grads[3], inactive, None, None, None, None)
+        inactive = grad.masked_fill(mask, 0) if needs[10] else None
+        nothing = (None,) * 2 + (None,) * len(ctx.geometry)
+        return (*grads[:3], None, None, None, None, None, grads[3], None, inactive, *nothing)
 
 
 class _MaskedConv2dBackward(torch.autograd.Function):
@@ -211,7 +251,15 @@ class _MaskedConv2dBackward(torch.autograd.Function):
         raise RuntimeError("masked_conv2d: differentiable once, got a second derivative (create_graph=True)")
 
 
-_library.impl("masked_conv2d", _MaskedConv2d.apply, "Autograd")
+def _autograd(*arguments):
+    """In inference the graph is not built, and the epilogue may be fused."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        return _MaskedConv2d.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dynconv.masked_conv2d(*arguments)
+
+
+_library.impl("masked_conv2d", _autograd, "Autograd")
 _library.impl("masked_conv2d_backward", _MaskedConv2dBackward.apply, "Autograd")
 
 
@@ -238,7 +286,7 @@ def _product_flops(weight: Tensor, index: Tensor, count: Tensor) -> int:
 
 
 def masked_conv2d(
-    input: Tensor,
+    input: Tensor | PackedFeatures,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
@@ -247,22 +295,29 @@ def masked_conv2d(
     groups: int = 1,
     *,
     mask: Tensor | ActiveSites | None = None,
+    activation: str | None = None,
+    residual: Tensor | PackedFeatures | None = None,
     inactive: Tensor | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+    packed: bool = False,
+) -> Tensor | PackedFeatures:
     """2-D convolution at the active output sites only: `where(mask, conv2d(input), inactive)`.
 
     Skipped sites are not computed, forward or backward: the cost falls with the mask, and NaN or Inf in pixels
     that only skipped sites would read reaches neither the output nor a gradient. An active site reads its whole
     neighbourhood, active or not (this is not a submanifold convolution). float32, float64, float16 and bfloat16;
-    half types accumulate in float32. Differentiable once, in `input`, `weight`, `bias`, a floating `mask` and
-    `inactive`. `groups` > 1 computes every site (one warning says so).
+    half types accumulate in float32. Differentiable once, in `input`, `weight`, `bias`, a floating `mask`, `residual`
+    and `inactive`.
+
+    In full, `where(mask, activation(gate * (conv2d(input) + bias) + residual), inactive)`: one pass in inference; where
+    a gradient is needed, the epilogue is a pass of its own over the active sites.
 
     The masks of DynConv (Verelst & Tuytelaars, CVPR 2020) and LASNet (Han et al., NeurIPS 2022), the in-place
     update of SIGE (Li et al., NeurIPS 2022).
 
     Args:
-        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first.
+        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or PackedFeatures: equal
+            to the dense features with zeros outside their sites, but only their rows are read.
         weight: [Cout, Cin / groups, kH, kW].
         bias: [Cout].
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "same" and "valid" included.
@@ -270,12 +325,15 @@ def masked_conv2d(
             once for several layers. A floating mask is a gate: active where it is not zero, its value multiplies
             the output, and its gradient is the sum over channels of grad * conv at the active sites and zero
             elsewhere. None computes every site.
+        activation: None, "relu", "relu6", "silu", "gelu" or "hardswish".
+        residual: added before the activation; of the output's shape and type, PackedFeatures where `packed`.
         inactive: the output at the skipped sites, of the output's shape and type; None is zeros.
         out: inference only: a channels_last tensor of the output's shape and type to update in place at the active
-            sites and nowhere else. The cost is then proportional to the active sites alone.
+            sites and nowhere else. The cost is then proportional to the active sites alone. It may be the residual.
+        packed: return the active sites alone, for the next layer of a chain.
 
     Returns:
-        [N, Cout, Ho, Wo] in channels_last, or `out`.
+        [N, Cout, Ho, Wo] in channels_last, `out`, or PackedFeatures for the sites of `mask`.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -283,105 +341,138 @@ def masked_conv2d(
             Nothing has been written then.
     """
     geometry, size = _check_operands(input, weight, bias, stride, padding, dilation, groups)
-    input, weight, bias, inactive = _autocast(input, weight, bias, inactive)
-    _check_types(input, weight, bias)
-    shape = (input.shape[0], weight.shape[0], *size)
-    _check_result("inactive", inactive, shape, input)
-    _check_result("out", out, shape, input)
-    sites = _sites(mask, input, shape, geometry)
+    check_activation(activation)
+    source = input.sites if isinstance(input, PackedFeatures) else None
+    tensor = input if source is None else input.rows
+    tensor, weight, bias, inactive, residual = autocast(tensor, weight, bias, inactive, residual)
+    _check_types(tensor, weight, bias)
+    samples = tensor.shape[0] if source is None else source.shape[0]
+    shape = (samples, weight.shape[0], *size)
+    check_result("inactive", inactive, shape, tensor)
+    check_result("out", out, shape, tensor)
+    sites = _sites(mask, tensor, source, shape, geometry)
+    if sites is None and (packed or source is not None):
+        raise ValueError("mask: expected sites for packed features, got None")
+    if packed and inactive is not None:
+        raise ValueError("inactive: expected None for a packed output, which has no skipped sites, got a tensor")
+    addend = check_residual(residual, sites, shape, tensor, packed)
+    gate = None if sites is None else gate_of(sites, tensor.dtype)
     if out is not None:
-        _check_out(out, inactive, input, weight, bias, sites)
-    backend = backend_for(input.device)
-    if groups > 1 and sites is not None and backend != "reference":
-        if not torch.compiler.is_compiling():
-            warn_once("masked_conv2d: groups > 1 computes every site; the mask saves no time there")
-        return _grouped(input, weight, bias, stride, padding, dilation, groups, sites, inactive, out)
+        check_out(out, inactive, packed, tensor, weight, bias, gate, addend)
+    backend = backend_for(tensor.device)
     if backend == "reference":
         return reference.masked_conv2d(
-            input, weight, bias, stride, padding, dilation, groups, mask=sites, inactive=inactive, out=out
-        )
+            tensor if source is None else PackedFeatures(tensor, source), weight, bias, stride, padding, dilation,
+            groups, mask=sites, activation=activation, residual=residual, inactive=inactive, out=out, packed=packed,
+        )  # fmt: skip
     if sites is None:
-        result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        result = result.contiguous(memory_format=torch.channels_last)
-        if inactive is not None:  # nothing is inactive; its gradient is zero, not None
-            result = torch.where(torch.ones((), dtype=torch.bool, device=input.device), result, inactive)
+        result = _dense(tensor, weight, bias, stride, padding, dilation, groups, activation, addend, inactive)
         return result if out is None else out.copy_(result)
-    gate = sites.gate
-    if gate is not None:
-        gate = gate.to(torch.promote_types(input.dtype, torch.float32)).contiguous()
-    shared = _shared(sites, input, geometry, backend) if sites is mask else []
-    operands = (input, weight, bias, sites.mask, sites.index, sites.count, shared, gate)
-    where = (geometry.stride, geometry.padding, geometry.dilation, backend)
-    if out is None:
-        return torch.ops.dynconv.masked_conv2d(*operands, inactive, *where)
-    torch.ops.dynconv.masked_conv2d_(out, *operands, *where)
-    return out
+    shared = []
+    if sites is mask or source is not None:
+        shared = _shared(sites, tensor, source, geometry, weight, groups, backend)
+    packed_source = [] if source is None else [source.inverse.view(samples, 1, *source.shape[1:])]
+    if source is not None:
+        packed_source += [source.index, source.count]
+    operands = (tensor, weight, bias, sites.mask, sites.index, sites.count, shared, packed_source)
+    where = (geometry.stride, geometry.padding, geometry.dilation, groups, backend)
+    kind = activation or "none"
+    if out is not None:
+        accumulate = addend is not None and addend.data_ptr() == out.data_ptr()
+        addend = None if accumulate else addend
+        torch.ops.dynconv.masked_conv2d_(out, *operands, gate, addend, accumulate, kind, *where)
+        return out
+    if (addend is not None or activation) and _needs_grad(tensor, weight, bias, gate, addend, inactive):
+        rows = torch.ops.dynconv.masked_conv2d(*operands, None, None, None, "none", True, *where)
+        features = PackedFeatures(rows, sites)
+        return epilogue(features, activation=activation, residual=residual, inactive=inactive, packed=packed)
+    result = torch.ops.dynconv.masked_conv2d(*operands, gate, addend, inactive, kind, packed, *where)
+    return PackedFeatures(result, sites) if packed else result
 
 
-def _shared(sites: ActiveSites, input: Tensor, geometry: Geometry, backend: str) -> list[Tensor]:
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _dense(input, weight, bias, stride, padding, dilation, groups, activation, residual, inactive) -> Tensor:
+    """Every site, by PyTorch's own convolution."""
+    result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        result = result + residual
+    result = reference.ACTIVATIONS[activation](result).contiguous(memory_format=torch.channels_last)
+    if inactive is not None:  # nothing is inactive; its gradient is zero, not None
+        result = torch.where(torch.ones((), dtype=torch.bool, device=input.device), result, inactive)
+    return result
+
+
+def _shared(
+    sites: ActiveSites,
+    input: Tensor,
+    source: ActiveSites | None,
+    geometry: Geometry,
+    weight: Tensor,
+    groups: int,
+    backend: str,
+) -> list[Tensor]:
     """What layers with the same sites share; a call with a mask of its own makes it inside the op.
 
     The CPU kernels read addresses from the neighbour table. The Triton kernels compute them in registers, and need the
-    inverse map and the pixels that the sites read for the input's gradient.
+    inverse map and the pixels that the sites read for the input's gradient, as do depthwise filters on the CPU.
     """
-    size = (input.shape[2], input.shape[3])
+    size = tuple(input.shape[2:]) if source is None else source.shape[1:]
+    needs_grad = torch.is_grad_enabled() and input.requires_grad
+    shared = []
     if backend == "cpu":
-        return [sites._neighbours(size, geometry)]
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return []
-    touched = sites._touched_by(size, geometry)
-    return [sites.inverse, touched.index, touched.count]
+        shared.append(
+            sites._neighbours(size, geometry) if source is None else sites._packed_neighbours(source, geometry)
+        )
+        if not needs_grad or groups == 1 or weight.shape[1] > 1:
+            return shared
+    elif not needs_grad:
+        return shared
+    pixels = sites._touched_by(size, geometry) if source is None else source
+    shared.append(sites._readers(pixels, geometry) if backend == "cpu" else sites.inverse)
+    return [*shared, pixels.index, pixels.count]
 
 
-def _grouped(input, weight, bias, stride, padding, dilation, groups, sites, inactive, out) -> Tensor:
-    """The dense path. ATen's grouped float16 gradients on a CPU add up in float16: there, all of it in float32."""
-    wide = torch.float32 if input.device.type == "cpu" and input.dtype == torch.float16 else input.dtype
-    operands = [None if t is None else t.to(wide) for t in (input, weight, bias)]
-    filler = out if inactive is None else inactive
-    filler = None if filler is None else filler.to(wide)
-    result = reference.masked_conv2d(*operands, stride, padding, dilation, groups, mask=sites, inactive=filler)
-    result = result.to(input.dtype)
-    return result if out is None else out.copy_(result)
-
-
-def _check_operands(input, weight, bias, stride, padding, dilation, groups) -> tuple[Geometry, tuple[int, int]]:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if name == "bias" and tensor is None:
+def _check_operands(
+    input: Tensor | PackedFeatures,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntPair,
+    padding: Padding,
+    dilation: IntPair,
+    groups: int,
+) -> tuple[Geometry, tuple[int, int]]:
+    """The convolution's geometry and its (Ho, Wo)."""
+    tensor = check_features("input", input)
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is None and name == "bias":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATING:
-            raise TypeError(f"{name}: expected a float32, float64, float16 or bfloat16 tensor, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {tensor.device}")
-    if input.dim() != 4:
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        if operand.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
+        if operand.device != tensor.device:
+            raise ValueError(f"{name}: expected a tensor on {tensor.device}, where the input is, got {operand.device}")
+    if input is tensor and input.dim() != 4:
         raise ValueError(f"input: expected shape [N, Cin, H, W], got {list(input.shape)}")
+    channels = tensor.shape[1]
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"weight: expected a shape [Cout, Cin / groups, kH, kW] of no zeros, got {list(weight.shape)}")
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups: expected an int, got {groups!r}")
-    if groups < 1 or weight.shape[0] % groups or input.shape[1] % groups:
+    if groups < 1 or weight.shape[0] % groups or channels % groups:
+        raise ValueError(f"groups: expected a divisor of Cin = {channels} and Cout = {weight.shape[0]}, got {groups}")
+    if weight.shape[1] * groups != channels:
         raise ValueError(
-            f"groups: expected a divisor of Cin = {input.shape[1]} and Cout = {weight.shape[0]}, got {groups}"
-        )
-    if weight.shape[1] * groups != input.shape[1]:
-        raise ValueError(
-            f"weight: expected {input.shape[1] // groups} input channels for an input of {input.shape[1]} and groups "
+            f"weight: expected {channels // groups} input channels for an input of {channels} and groups "
             f"{groups}, got {weight.shape[1]}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
-    return geometry, geometry.output_size(input.shape[2], input.shape[3])
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does for F.conv2d: everything but float64 in its lower precision."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return geometry, geometry.output_size(*input.shape[2:])
 
 
 def _check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -390,21 +481,12 @@ def _check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
 
 
-def _check_result(name: str, tensor: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != input.dtype:
-        raise TypeError(f"{name}: expected {input.dtype}, the output's type, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != input.device:
-        raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {tensor.device}")
-
-
 def _sites(
-    mask: Tensor | ActiveSites | None, input: Tensor, shape: tuple[int, ...], geometry: Geometry
+    mask: Tensor | ActiveSites | None,
+    input: Tensor,
+    source: ActiveSites | None,
+    shape: tuple[int, ...],
+    geometry: Geometry,
 ) -> ActiveSites | None:
     if mask is None:
         return None
@@ -414,22 +496,5 @@ def _sites(
         raise ValueError(f"mask: expected sites of {list(size)} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
         raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
-    sites._check((input.shape[2], input.shape[3]), geometry)
+    sites._check(tuple(input.shape[2:]) if source is None else source.shape[1:], geometry)
     return sites
-
-
-def _check_out(out, inactive, input, weight, bias, sites) -> None:
-    if inactive is not None:
-        raise ValueError("out: expected no `inactive` beside it (out itself holds the skipped sites), got both")
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"out: expected a channels_last tensor, got strides {list(out.stride())}")
-    gate = None if sites is None else sites.gate
-    tracked = [t for t in (out, input, weight, bias, gate) if t is not None and t.requires_grad]
-    if torch.is_grad_enabled() and tracked:
-        raise ValueError("out: expected torch.no_grad() (it is for inference only), got tensors that need gradients")
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """A UserWarning at the first call with that message, and never again in this process."""
-    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,188 @@
+"""What the CPU kernels share: arrays at addresses, rows of channels, and how work is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from ._llvm import (
+    ROWS,
+    TILE_VECTORS,
+    VECTOR_BYTES,
+    add_vector,
+    copy_vector,
+    fill_elements,
+    load,
+    multiply_tile,
+    pointer,
+    store,
+)
+
+LARGE = 1 << 24  # bytes that are not worth keeping in a cache
+SERIAL = 1 << 15  # elements that a second thread has to save before it is worth waking
+
+
+@njit(inline="always")
+def array(address, dtype):
+    return carray(pointer(address, dtype), (1 << 40,))  # no length: all offsets are computed
+
+
+@njit
+def copy(source, at, count, target, to, lanes, compute):
+    """`count` contiguous elements, widened. Whole vectors explicitly: LLVM's own loop first checks for overlap."""
+    whole = count - count % lanes
+    for c in range(0, whole, lanes):
+        copy_vector(source, at + c, target, to + c)
+    for c in range(whole, count):
+        store(target, to + c, load(source, at + c, compute))
+
+
+@njit
+def clear(target, at, count, compute):
+    for c in range(count):
+        store(target, at + c, compute(0))
+
+
+@njit
+def add(source, at, count, scale, target, to, lanes, compute):
+    """target += scale * source over `count` contiguous elements, both in the compute type."""
+    whole = count - count % lanes
+    for c in range(0, whole, lanes):
+        add_vector(source, at + c, scale, target, to + c)
+    for c in range(whole, count):
+        store(target, to + c, load(target, to + c, compute) + scale * load(source, at + c, compute))
+
+
+@njit
+def gather_rows(
+    source, width, table, has_table, entry, taps, rows, tap_count, channel, channels, groups, target, at, lanes, compute
+):
+    """target[at:] [group, row, tap, channel] = what `rows` rows read through `tap_count` taps, zeros where that is -1.
+
+    table[entry + r * taps + t] is the row of `source` [., width] for row r and tap t; without a table that is row
+    entry + r. Groups of `channels` channels follow each other from the channel `channel` on.
+    """
+    depth = tap_count * channels
+    for r in range(rows):
+        first = entry + r * taps
+        t = 0
+        while t < tap_count:
+            pixel, run = np.int64(table[first + t]) if has_table else entry + r, 1
+            if channels == width and pixel >= 0:
+                # The taps of a kernel's row usually read neighbouring pixels: one copy.
+                while t + run < tap_count and table[first + t + run] == pixel + run:
+                    run += 1
+            for g in range(groups):
+                place, size = at + (g * rows + r) * depth + t * channels, run * channels
+                if pixel < 0:
+                    clear(target, place, size, compute)
+                else:
+                    copy(source, pixel * width + channel + g * channels, size, target, place, lanes, compute)
+            t += run
+
+
+@njit
+def multiply_rows(
+    a,
+    at,
+    row,
+    group,
+    rows,
+    depth,
+    accumulate,
+    weights,
+    weight_at,
+    panel_stride,
+    group_stride,
+    panels,
+    groups,
+    products,
+    products_at,
+    width,
+    lanes,
+):
+    """products[r, (g, panel, lane)] (+)= sum over k < depth of a[r, g, k] * weights[g, panel, k, lane].
+
+    a[r, g, k] lies at a[at + r * row + g * group + k]; the strides of the others are given likewise. Up to ROWS - 1
+    rows past the last one are read, and written.
+    """
+    tiles = (panels + TILE_VECTORS - 1) // TILE_VECTORS
+    for g in range(groups):
+        for tile in range(tiles):
+            panel = panels * tile // tiles  # tiles of about the same width
+            vectors = panels * (tile + 1) // tiles - panel
+            columns = weight_at + g * group_stride + panel * panel_stride
+            target = products_at + (g * panels + panel) * lanes
+            for r in range(0, rows, ROWS):
+                multiply_tile(
+                    vectors,
+                    a, at + g * group + r * row, row,
+                    weights, columns, panel_stride,
+                    products, target + r * width, width,
+                    depth, accumulate,
+                )  # fmt: skip
+
+
+@njit
+def lower_bound(index, count, value):
+    """The first position in index[:count], ascending, whose entry is not below `value`."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if index[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit
+def fill_skipped(fill, inactive, out, index, first, rows, active, sites, channels, is_large):
+    """Write the skipped sites next to rows first..first + rows of `index`: zeros where `fill` is 1, `inactive` where 2.
+
+    A row answers for the sites between the one before it and itself, the last row for all that follow as well.
+    """
+    if fill == 0:
+        return
+    at = np.int64(index[first - 1]) + 1 if first > 0 else 0
+    for m in range(first, first + rows):
+        site = np.int64(index[m])
+        if site > at:
+            fill_elements(inactive, out, at * channels, site * channels, is_large)
+        at = site + 1
+    if first + rows == active:
+        fill_elements(inactive, out, at * channels, sites * channels, is_large)
+
+
+def filling(out: Tensor, inactive: Tensor | None, in_place: bool) -> tuple[int, int, int, bool]:
+    """The kernels' arguments for the skipped sites of `out`: fill, inactive's address, sites, is_large."""
+    fill = 0 if in_place or out.dim() == 2 else 1 if inactive is None else 2
+    sites = out.numel() // max(1, out.shape[1])
+    return fill, address(inactive), sites, out.numel() * out.element_size() > LARGE
+
+
+def fill_all(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
+    """The same where no site is active."""
+    if in_place or out.dim() == 2:
+        return
+    if inactive is None:
+        out.zero_()
+    else:
+        out.copy_(inactive)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def ceil(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def vector_lanes(dtype: torch.dtype) -> int:
+    """Elements of a vector in the type that this storage type is computed in."""
+    return VECTOR_BYTES // (8 if dtype == torch.float64 else 4)

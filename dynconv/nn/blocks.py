@@ -1,0 +1,406 @@
+"""Residual blocks at active sites: features stay packed from the first convolution to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._geometry import Geometry
+from ..ops.masked_conv import masked_conv2d
+from ..reference import ACTIVATIONS
+from ..sites import ActiveSites
+from .masked_conv import MaskedConv2d
+from .normalization import batch_norm, uses_batch_statistics
+
+_ACTIVATION_MODULES = {
+    nn.Identity: None,
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Hardswish: "hardswish",
+}
+
+
+class Stage(NamedTuple):
+    """A convolution, its normalisation and its activation: the paths of the two modules in the block, and a name."""
+
+    conv: str
+    norm: str | None
+    activation: str | None
+
+
+class MaskedBlock(nn.Module):
+    """A chain of convolutions with a shortcut, computed at the active sites of its output.
+
+    `block(x, mask)` is `where(mask, block(x), shortcut)`, in which the shortcut is `x`, the result of the block's
+    `downsample`, or zeros where the block has neither: the masks of DynConv (Verelst & Tuytelaars, CVPR 2020). Each
+    convolution is computed at the sites that the next one reads and nowhere else. A floating mask is a gate: it
+    multiplies the branch before the shortcut is added, and gets a gradient.
+
+    In training, batch normalisation takes its statistics over the sites that its convolution computed (`statistics`
+    "active"), or over all sites ("dense"), which costs what the dense block does and equals it exactly. In eval mode
+    it is folded into the convolutions.
+
+    Children and `state_dict` are those of the dense block. Without a mask the block is that dense block.
+    """
+
+    def __init__(self, stages: Iterable[Stage], shortcut: str | None, activation: str | None, statistics: str) -> None:
+        super().__init__()
+        if statistics not in ("active", "dense"):
+            raise ValueError(f"statistics: expected 'active' or 'dense', got {statistics!r}")
+        self.stages = tuple(stages)
+        self.shortcut = shortcut  # "identity", the path of a module, or None
+        self.activation = activation  # after the shortcut has been added
+        self.statistics = statistics
+        self._folded: dict[str, tuple] = {}
+
+    def forward(self, input: Tensor, mask: Tensor | ActiveSites | None = None, *, inplace: bool = False) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
+
+        Args:
+            input: the features, best in channels_last.
+            mask: bool or floating, broadcastable to [N, 1, Ho, Wo], or ActiveSites of that size; None computes all.
+            inplace: inference only, for blocks whose shortcut is the input: update `input` itself, at the active
+                sites alone, and return it. The cost is then proportional to the active sites.
+
+        Raises ValueError where `inplace` is not possible, and what `dynconv.masked_conv2d` does.
+        """
+        if mask is None:
+            return self._dense(input)
+        sizes = [tuple(input.shape[2:])]
+        geometries = []
+        for stage in self.stages:
+            conv = self.get_submodule(stage.conv)
+            geometry = Geometry.of(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+            geometries.append(geometry)
+            sizes.append(geometry.output_size(*sizes[-1]))
+        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *sizes[-1]))
+        if inplace:
+            self._check_inplace(input)
+        if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
+            return self._masked_dense(input, sites)
+        computed = [sites]
+        for size, geometry in zip(sizes[-2:0:-1], geometries[:0:-1], strict=True):
+            later = computed[0]
+            pointwise = geometry.kernel == geometry.stride == (1, 1) and later.shape[1:] == size
+            computed.insert(0, later.ungated if pointwise else later._touched_by(size, geometry))
+        features = input.contiguous(memory_format=torch.channels_last)
+        finish = self._finish(features, inplace)
+        for stage, active in zip(self.stages[:-1], computed, strict=False):
+            features = self._run(stage, features, active, activation=stage.activation, packed=True)
+        return self._run(self.stages[-1], features, sites, packed=False, **finish)
+
+    def _run(self, stage: Stage, features, sites: ActiveSites, **finish):
+        conv, norm = self.get_submodule(stage.conv), self._norm(stage)
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if norm is None or not uses_batch_statistics(norm):
+            return masked_conv2d(features, *self._parameters_of(stage, conv, norm), *geometry, mask=sites, **finish)
+        features = masked_conv2d(features, conv.weight, conv.bias, *geometry, mask=sites.ungated, packed=True)
+        return batch_norm(norm, features._replace(sites=sites), **finish)
+
+    def _finish(self, input: Tensor, inplace: bool) -> dict:
+        """What the last convolution does with the shortcut."""
+        last = self.stages[-1].activation
+        if self.shortcut is None:
+            return {"activation": last}
+        if inplace:
+            return {"activation": self.activation, "residual": input, "out": input}
+        shortcut = input if self.shortcut == "identity" else self.get_submodule(self.shortcut)(input)
+        return {"activation": self.activation, "residual": shortcut, "inactive": shortcut}
+
+    def _check_inplace(self, input: Tensor) -> None:
+        if self.shortcut != "identity":
+            raise ValueError("inplace: expected a block whose shortcut is its input, got one that changes its shape")
+        if torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in self.parameters())):
+            raise ValueError("inplace: expected torch.no_grad() (it is for inference only)")
+        if any(self._uses_batch_statistics(stage) for stage in self.stages):
+            raise ValueError("inplace: expected a block in eval mode (it is for inference only)")
+        if not input.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"inplace: expected a channels_last input, got strides {list(input.stride())}")
+
+    def _norm(self, stage: Stage) -> nn.BatchNorm2d | None:
+        return None if stage.norm is None else self.get_submodule(stage.norm)
+
+    def _uses_batch_statistics(self, stage: Stage) -> bool:
+        norm = self._norm(stage)
+        return norm is not None and uses_batch_statistics(norm)
+
+    def _parameters_of(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+        """The convolution's weight and bias with the normalisation folded in; kept while no gradient is needed."""
+        if norm is None:
+            return conv.weight, conv.bias
+        operands = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        if needs_grad or torch.compiler.is_compiling() or any(t is not None and t.is_inference() for t in operands):
+            return _fold(norm.eps, *operands)
+        key = [norm.eps, *((t.data_ptr(), t._version) for t in operands if t is not None)]
+        kept = self._folded.get(stage.conv)
+        if kept is None or kept[0] != key:
+            with torch.no_grad():
+                kept = self._folded[stage.conv] = key, _fold(norm.eps, *operands)
+        return kept[1]
+
+    def _dense(self, input: Tensor) -> Tensor:
+        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        branch = self._dense_branch(input)
+        return branch if shortcut is None else ACTIVATIONS[self.activation](branch + shortcut)
+
+    def _dense_branch(self, input: Tensor) -> Tensor:
+        """All stages at all sites. In the last one the activation waits for the shortcut, if there is one."""
+        for stage in self.stages:
+            conv, norm = self.get_submodule(stage.conv), self._norm(stage)
+            input = nn.Conv2d.forward(conv, input)
+            if norm is not None:
+                input = nn.BatchNorm2d.forward(norm, input)
+            input = ACTIVATIONS[stage.activation](input)
+        return input
+
+    def _dense_shortcut(self, input: Tensor) -> Tensor:
+        return input if self.shortcut == "identity" else self.get_submodule(self.shortcut)(input)
+
+    def _masked_dense(self, input: Tensor, sites: ActiveSites) -> Tensor:
+        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        branch = self._dense_branch(input)
+        if sites.gate is not None:
+            branch = branch * sites.gate.to(branch.dtype)
+        if shortcut is not None:
+            branch = ACTIVATIONS[self.activation](branch + shortcut)
+        return torch.where(sites.mask, branch, 0 if shortcut is None else shortcut)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_folded": {}}
+
+    @classmethod
+    def _share(cls, module: nn.Module, stages: list[Stage], shortcut, activation, statistics: str) -> MaskedBlock:
+        """A block over the very children of a dense block."""
+        block = cls.__new__(cls)
+        MaskedBlock.__init__(block, stages, shortcut, activation, statistics)
+        for name, child in module.named_children():
+            block.add_module(name, child)
+        return block.train(module.training)
+
+
+def _fold(eps, weight, bias, norm_weight, norm_bias, mean, variance) -> tuple[Tensor, Tensor]:
+    scale = (variance + eps).rsqrt()
+    if norm_weight is not None:
+        scale = scale * norm_weight
+    shift = -mean * scale if bias is None else (bias - mean) * scale
+    if norm_bias is not None:
+        shift = shift + norm_bias
+    folded = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    return folded.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
+
+
+def _activation_of(module: nn.Module | None, where: str) -> str | None:
+    """The name of an activation module."""
+    if module is None:
+        return None
+    if type(module) not in _ACTIVATION_MODULES or getattr(module, "approximate", "none") != "none":
+        known = ", ".join(kind.__name__ for kind in _ACTIVATION_MODULES)
+        raise ValueError(f"module: expected {where} to be one of {known} (GELU in its exact form), got {module}")
+    return _ACTIVATION_MODULES[type(module)]
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    return module is None or isinstance(module, nn.Identity)
+
+
+def _refuse(module: nn.Module, *names: str) -> None:
+    """Raise where a block has parts that look at all sites, or that drop whole samples."""
+    for name in names:
+        part = getattr(module, name, None)
+        if not _is_identity(part) and getattr(part, "drop_prob", None) != 0:
+            raise ValueError(f"module: expected a block without `{name}`, which has no masked form, got {part}")
+
+
+def _stage(module: nn.Module, conv: str, norm: str | None, activation: nn.Module | None) -> Stage:
+    convolution = module.get_submodule(conv)
+    if type(convolution) not in (nn.Conv2d, MaskedConv2d) or convolution.padding_mode != "zeros":
+        raise ValueError(f"module: expected `{conv}` to be an nn.Conv2d with zero padding, got {convolution}")
+    name = _activation_of(activation, f"the activation after `{conv}`")
+    if norm is None or _is_identity(module.get_submodule(norm)):
+        return Stage(conv, None, name)
+    normalisation = module.get_submodule(norm)
+    if not isinstance(normalisation, nn.BatchNorm2d):
+        raise ValueError(f"module: expected `{norm}` to be an nn.BatchNorm2d, got {normalisation}")
+    # timm's BatchNormAct2d holds the activation, and a dropout in front of it.
+    if not _is_identity(getattr(normalisation, "drop", None)):
+        raise ValueError(f"module: expected `{norm}` without dropout, got {normalisation}")
+    own = _activation_of(getattr(normalisation, "act", None), f"`{norm}.act`")
+    if own is not None and name is not None:
+        raise ValueError(f"module: expected one activation after `{conv}`, got {own} and {name}")
+    return Stage(conv, norm, own or name)
+
+
+def _require(module: nn.Module, kind: str, *names: str) -> None:
+    missing = [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
+    if missing:
+        raise TypeError(
+            f"module: expected a {kind} of torchvision or timm, got {type(module).__name__} without "
+            f"{', '.join(missing)}"
+        )
+
+
+class _ResNetBlock(MaskedBlock):
+    """What the blocks of ResNet share: stages conv1, bn1, conv2, bn2, … and `downsample`."""
+
+    _convolutions = 2
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> MaskedBlock:
+        """A masked block over the children of torchvision's or timm's block of that name; they are shared, not copied.
+
+        Raises TypeError where `module` lacks the block's parts, ValueError where it has others that have no masked
+        form (squeeze-and-excitation, anti-aliasing, drop path, dropped blocks).
+        """
+        count = cls._convolutions
+        names = [name for i in range(1, count + 1) for name in (f"conv{i}", f"bn{i}")]
+        _require(module, cls.__name__.replace("Masked", ""), *names)
+        if count == 2 and hasattr(module, "conv3"):
+            raise TypeError(f"module: expected a block of two convolutions, got {type(module).__name__} with conv3")
+        _refuse(module, "aa", "se", "drop_block", "drop_path")
+        activations = [getattr(module, f"act{i}", getattr(module, "relu", None)) for i in range(1, count + 1)]
+        stages = [
+            _stage(module, f"conv{i}", f"bn{i}", activations[i - 1] if i < count else None) for i in range(1, count + 1)
+        ]
+        shortcut = "identity" if getattr(module, "downsample", None) is None else "downsample"
+        return cls._share(module, stages, shortcut, _activation_of(activations[-1], "the last one"), statistics)
+
+    def _build(self, convolutions: list[nn.Conv2d], norm_layer, downsample) -> None:
+        for i, conv in enumerate(convolutions, 1):
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", norm_layer(conv.out_channels))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    @classmethod
+    def _stages(cls) -> list[Stage]:
+        last = cls._convolutions
+        return [Stage(f"conv{i}", f"bn{i}", "relu" if i < last else None) for i in range(1, last + 1)]
+
+
+class MaskedBasicBlock(_ResNetBlock):
+    """The block of ResNet-18 and 34 (He et al., CVPR 2016) at active sites: 3x3, 3x3; see `MaskedBlock`.
+
+    The constructor is torchvision's `BasicBlock`, with `statistics` ("active" or "dense") beside it.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
+        base_width: int = 64, dilation: int = 1, norm_layer: Callable[..., nn.Module] | None = None, *,
+        statistics: str = "active",
+    ) -> None:  # fmt: skip
+        if groups != 1 or base_width != 64 or dilation != 1:
+            raise ValueError("groups, base_width, dilation: expected 1, 64 and 1 in a BasicBlock")
+        super().__init__(self._stages(), "identity" if downsample is None else "downsample", "relu", statistics)
+        first = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        second = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self._build([first, second], norm_layer or nn.BatchNorm2d, downsample)
+
+
+class MaskedBottleneck(_ResNetBlock):
+    """The bottleneck of ResNet-50 and up, ResNeXt and Wide ResNet at active sites: 1x1, 3x3, 1x1; see `MaskedBlock`.
+
+    The constructor is torchvision's `Bottleneck` (the stride is in the 3x3), with `statistics` beside it.
+    """
+
+    expansion = 4
+    _convolutions = 3
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
+        base_width: int = 64, dilation: int = 1, norm_layer: Callable[..., nn.Module] | None = None, *,
+        statistics: str = "active",
+    ) -> None:  # fmt: skip
+        super().__init__(self._stages(), "identity" if downsample is None else "downsample", "relu", statistics)
+        width = int(planes * (base_width / 64.0)) * groups
+        convolutions = [
+            nn.Conv2d(inplanes, width, 1, bias=False),
+            nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False),
+            nn.Conv2d(width, planes * self.expansion, 1, bias=False),
+        ]
+        self._build(convolutions, norm_layer or nn.BatchNorm2d, downsample)
+
+
+class MaskedInvertedResidual(MaskedBlock):
+    """The inverted residual of MobileNetV2 (Sandler et al., CVPR 2018) at active sites: 1x1, depthwise 3x3, 1x1.
+
+    See `MaskedBlock`. The constructor is torchvision's `InvertedResidual`, with `statistics` beside it.
+    """
+
+    def __init__(
+        self, inp: int, oup: int, stride: int, expand_ratio: float,
+        norm_layer: Callable[..., nn.Module] | None = None, *, statistics: str = "active",
+    ) -> None:  # fmt: skip
+        if stride not in (1, 2):
+            raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        hidden = round(inp * expand_ratio)
+
+        def unit(cin: int, cout: int, *geometry: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(cin, cout, *geometry, bias=False), norm_layer(cout), nn.ReLU6(inplace=True))
+
+        units = [] if expand_ratio == 1 else [unit(inp, hidden, 1)]
+        units.append(unit(hidden, hidden, 3, stride, 1, 1, hidden))
+        stages = [Stage(f"conv.{i}.0", f"conv.{i}.1", "relu6") for i in range(len(units))]
+        stages.append(Stage(f"conv.{len(units)}", f"conv.{len(units) + 1}", None))
+        shortcut = "identity" if stride == 1 and inp == oup else None
+        super().__init__(stages, shortcut, None, statistics)
+        self.conv = nn.Sequential(*units, nn.Conv2d(hidden, oup, 1, bias=False), norm_layer(oup))
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> MaskedBlock:
+        """A masked block over the children of a dense one; they are shared, not copied.
+
+        Takes the `InvertedResidual` of torchvision (MobileNetV2, and MobileNetV3 without squeeze-and-excitation) and of
+        timm, and timm's `DepthwiseSeparableConv`. Raises TypeError where `module` is none of these, ValueError where
+        it has parts that have no masked form.
+        """
+        _refuse(module, "aa", "se", "drop_path", "conv_s2d")
+        if isinstance(getattr(module, "conv_dw", None), nn.Module):
+            pairs = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+            if not hasattr(module, "conv_pwl"):
+                pairs = (("conv_dw", "bn1"), ("conv_pw", "bn2"))
+            _require(module, "InvertedResidual", *(name for pair in pairs for name in pair))
+            stages = [_stage(module, conv, norm, None) for conv, norm in pairs]
+            has_skip = getattr(module, "has_skip", False)
+        else:
+            path = next(
+                (name for name in ("conv", "block") if isinstance(getattr(module, name, None), nn.Sequential)), ""
+            )
+            if not path:
+                raise TypeError(
+                    f"module: expected an InvertedResidual of torchvision or timm, got {type(module).__name__}"
+                )
+            stages = _flat_stages(module, path)
+            has_skip = getattr(module, "use_res_connect", False)
+        return cls._share(module, stages, "identity" if has_skip else None, None, statistics)
+
+
+def _flat_stages(module: nn.Module, path: str) -> list[Stage]:
+    """The stages of nested Sequentials of convolutions, each with its normalisation and activation behind it."""
+    leaves = []
+
+    def visit(name: str, child: nn.Module) -> None:
+        if isinstance(child, nn.Sequential):
+            for key, grandchild in child.named_children():
+                visit(f"{name}.{key}", grandchild)
+        else:
+            leaves.append((name, child))
+
+    visit(path, module.get_submodule(path))
+    stages = []
+    while leaves:
+        conv, child = leaves.pop(0)
+        if not isinstance(child, nn.Conv2d):
+            raise ValueError(f"module: expected a convolution at `{conv}`, got {child}, which has no masked form")
+        norm = leaves.pop(0)[0] if leaves and isinstance(leaves[0][1], nn.BatchNorm2d) else None
+        activation = leaves.pop(0)[1] if leaves and type(leaves[0][1]) in _ACTIVATION_MODULES else None
+        stages.append(_stage(module, conv, norm, activation))
+    return stages

@@ -1,0 +1,136 @@
+"""What the ops share: memory formats, checks of arguments, and warnings."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..packed import PackedFeatures
+from ..sites import ActiveSites
+
+ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def channels_last(shape, like: Tensor) -> Tensor:
+    """An uninitialised channels_last tensor of `like`'s type, on its device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def in_rows(tensor: Tensor | None) -> Tensor | None:
+    """Dense features in channels_last, packed ones contiguous: a row of channels for each pixel."""
+    if tensor is None:
+        return None
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
+
+
+def fill(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
+    """Zeros, or what stands at the skipped sites, all over a dense output; the CPU kernels do it as they go."""
+    if in_place or out.dim() == 2:
+        return
+    if inactive is None:
+        out.zero_()
+    else:
+        out.copy_(inactive)
+
+
+def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
+    """The tensor behind dense or packed features."""
+    tensor = features.rows if isinstance(features, PackedFeatures) else features
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor or PackedFeatures, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    if isinstance(features, PackedFeatures):
+        if not isinstance(features.sites, ActiveSites):
+            raise TypeError(f"{name}: expected sites in an ActiveSites, got {type(features.sites).__name__}")
+        if tensor.dim() != 2 or tensor.shape[0] < features.sites.capacity:
+            raise ValueError(
+                f"{name}: expected rows [{features.sites.capacity} or more, C], got shape {list(tensor.shape)}"
+            )
+        if tensor.device != features.sites.mask.device:
+            raise ValueError(f"{name}: expected rows on {features.sites.mask.device}, where the sites are")
+    return tensor
+
+
+def check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_result(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """That an argument of the output's shape is one."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype}, the output's type, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, where the input is, got {tensor.device}")
+
+
+def check_residual(
+    residual: Tensor | PackedFeatures | None, sites: ActiveSites | None, shape, like: Tensor, packed: bool
+) -> Tensor | None:
+    """The residual's tensor: dense for a dense output, packed for the same sites for a packed one."""
+    if residual is None:
+        return None
+    if isinstance(residual, PackedFeatures) != packed:
+        wanted = "PackedFeatures, as the output is" if packed else "a dense tensor, as the output is"
+        raise TypeError(f"residual: expected {wanted}, got {type(residual).__name__}")
+    if not packed:
+        check_result("residual", residual, shape, like)
+        return residual
+    rows = check_features("residual", residual)
+    if residual.sites.index is not sites.index:
+        raise ValueError("residual: expected features packed for the same ActiveSites as the output")
+    if rows.shape[1] != shape[1] or rows.dtype != like.dtype:
+        raise ValueError(f"residual: expected {shape[1]} channels of {like.dtype}, got {rows.shape[1]} of {rows.dtype}")
+    return rows
+
+
+def check_out(out, inactive, packed: bool, *operands: Tensor | None) -> None:
+    """That `out` can be updated in place."""
+    if inactive is not None:
+        raise ValueError("out: expected no `inactive` beside it (out itself holds the skipped sites), got both")
+    if packed:
+        raise ValueError("out: expected packed=False beside it, got True")
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"out: expected a channels_last tensor, got strides {list(out.stride())}")
+    tracked = [t for t in (out, *operands) if t is not None and t.requires_grad]
+    if torch.is_grad_enabled() and tracked:
+        raise ValueError("out: expected torch.no_grad() (it is for inference only), got tensors that need gradients")
+
+
+def autocast(*operands):
+    """What autocast does for F.conv2d: everything but float64 in its lower precision, packed rows as well."""
+    kind = operands[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(operand):
+        if isinstance(operand, PackedFeatures):
+            return operand._replace(rows=cast(operand.rows))
+        return operand.to(dtype) if isinstance(operand, Tensor) and operand.dtype != torch.float64 else operand
+
+    return tuple(cast(operand) for operand in operands)
+
+
+def gate_of(sites: ActiveSites, dtype: torch.dtype) -> Tensor | None:
+    """The sites' gate, contiguous in the type that `dtype` is computed in."""
+    if sites.gate is None:
+        return None
+    return sites.gate.to(torch.promote_types(dtype, torch.float32)).contiguous()
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A UserWarning at the first call with that message, and never again in this process."""
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,67 @@
+"""Features at active sites only: what travels between the layers of a packed chain."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._backend import module
+from .sites import ActiveSites
+
+
+class PackedFeatures(NamedTuple):
+    """Features at the active sites of an `ActiveSites`, the others being zero: dense [N, C, H, W] without its zeros.
+
+    `dynconv.pack` and `masked_conv2d(..., packed=True)` make them, `masked_conv2d` takes them, `unpack` spreads them
+    out again.
+
+    Attributes:
+        rows: [capacity, C] with capacity >= the number of active sites, known without waiting for the device; row m
+            belongs to the site sites.index[m]. Rows past `sites.count` are unspecified, NaN included.
+        sites: where the rows belong, in an [N, 1, H, W] mask.
+    """
+
+    rows: Tensor
+    sites: ActiveSites
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of the dense features."""
+        n, height, width = self.sites.shape
+        return n, self.rows.shape[1], height, width
+
+    def unpack(
+        self,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        inactive: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """where(active, activation(features + residual), inactive) as a dense tensor [N, C, H, W] in channels_last.
+
+        Differentiable in the rows, `residual` and `inactive`. A gate of the sites does not take part.
+
+        Args:
+            activation: None, "relu", "relu6", "silu", "gelu" or "hardswish".
+            residual: [N, C, H, W], added at the active sites.
+            inactive: [N, C, H, W], the values elsewhere; None is zeros.
+            out: inference only: channels_last, updated in place at the active sites and nowhere else; may be the
+                residual.
+
+        Raises:
+            TypeError, ValueError: as `masked_conv2d` does for these arguments.
+        """
+        epilogue = module(".ops.epilogue").epilogue
+        ungated = PackedFeatures(self.rows, self.sites.ungated)
+        return epilogue(ungated, activation=activation, residual=residual, inactive=inactive, out=out)
+
+
+def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
+    """The rows of a dense tensor [N, C, H, W] at the active sites; differentiable in `input`.
+
+    Raises TypeError where `input` is no floating tensor or `sites` no ActiveSites, ValueError where their sizes or
+    devices differ.
+    """
+    return module(".ops.epilogue").pack(input, sites)

@@ -1,0 +1,399 @@
+"""Masked residual blocks against the dense blocks that they are made from: eval and train, values and gradients."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from dynconv import ActiveSites, backend
+from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+
+
+def downsample(cin, cout, stride):
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+
+class Dense(nn.Module):
+    """A dense block in the layout of a library's own: children by the library's names, nothing of dynconv."""
+
+    def __init__(self, forward, **children):
+        super().__init__()
+        self.run = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, input):
+        return self.run(self, input)
+
+
+def resnet(self, x):
+    shortcut = x if self.downsample is None else self.downsample(x)
+    x = self.relu(self.bn1(self.conv1(x)))
+    x = self.bn2(self.conv2(x))
+    if hasattr(self, "conv3"):
+        x = self.bn3(self.conv3(self.relu(x)))
+    return self.relu(x + shortcut)
+
+
+def basic(cin, cout, stride=1):
+    """torchvision.models.resnet.BasicBlock."""
+    return Dense(
+        resnet, conv1=nn.Conv2d(cin, cout, 3, stride, 1, bias=False), bn1=nn.BatchNorm2d(cout), relu=nn.ReLU(),
+        conv2=nn.Conv2d(cout, cout, 3, 1, 1, bias=False), bn2=nn.BatchNorm2d(cout),
+        downsample=downsample(cin, cout, stride) if (cin, stride) != (cout, 1) else None,
+    )  # fmt: skip
+
+
+def bottleneck(cin, width, cout, stride=1, groups=1, dilation=1):
+    """torchvision.models.resnet.Bottleneck."""
+    return Dense(
+        resnet, conv1=nn.Conv2d(cin, width, 1, bias=False), bn1=nn.BatchNorm2d(width), relu=nn.ReLU(),
+        conv2=nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False), bn2=nn.BatchNorm2d(width),
+        conv3=nn.Conv2d(width, cout, 1, bias=False), bn3=nn.BatchNorm2d(cout),
+        downsample=downsample(cin, cout, stride) if (cin, stride) != (cout, 1) else None,
+    )  # fmt: skip
+
+
+def timm_bottleneck(channels, width, act=nn.SiLU):
+    """timm.models.resnet.Bottleneck."""
+
+    def forward(self, x):
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(y)))))
+        return self.act3(self.bn3(self.conv3(y)) + x)
+
+    return Dense(
+        forward, conv1=nn.Conv2d(channels, width, 1, bias=False), bn1=nn.BatchNorm2d(width), act1=act(),
+        conv2=nn.Conv2d(width, width, 3, 1, 1, bias=False), bn2=nn.BatchNorm2d(width), drop_block=nn.Identity(),
+        act2=act(), aa=nn.Identity(), conv3=nn.Conv2d(width, channels, 1), bn3=nn.BatchNorm2d(channels), act3=act(),
+        se=None, drop_path=None, downsample=None,
+    )  # fmt: skip
+
+
+class NormAct(nn.BatchNorm2d):
+    """timm.layers.BatchNormAct2d."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def timm_inverted(cin, cout, stride, act=nn.Hardswish):
+    """timm's InvertedResidual."""
+
+    def forward(self, x):
+        y = self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))
+        y = self.drop_path(self.bn3(self.conv_pwl(self.se(y))))
+        return y + x if self.has_skip else y
+
+    hidden = 3 * cin
+    return Dense(
+        forward, conv_pw=nn.Conv2d(cin, hidden, 1, bias=False), bn1=NormAct(hidden, act),
+        conv_dw=nn.Conv2d(hidden, hidden, 5, stride, 2, groups=hidden, bias=False), bn2=NormAct(hidden, act),
+        se=nn.Identity(), conv_pwl=nn.Conv2d(hidden, cout, 1, bias=False), bn3=NormAct(cout, nn.Identity),
+        drop_path=nn.Identity(), has_skip=stride == 1 and cin == cout,
+    )  # fmt: skip
+
+
+def inverted(cin, cout, stride, expand=6):
+    """torchvision.models.mobilenetv2.InvertedResidual."""
+
+    def forward(self, x):
+        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+
+    unit = lambda i, o, *rest: nn.Sequential(nn.Conv2d(i, o, *rest, bias=False), nn.BatchNorm2d(o), nn.ReLU6())
+    hidden = cin * expand
+    units = [unit(cin, hidden, 1)] if expand > 1 else []
+    units += [unit(hidden, hidden, 3, stride, 1, 1, hidden), nn.Conv2d(hidden, cout, 1, bias=False)]
+    return Dense(forward, conv=nn.Sequential(*units, nn.BatchNorm2d(cout)), use_res_connect=stride == 1 and cin == cout)
+
+
+BLOCKS = {
+    "basic": (MaskedBasicBlock, lambda: basic(8, 8), 8),
+    "basic-downsampling": (MaskedBasicBlock, lambda: basic(8, 12, 2), 8),
+    "bottleneck": (MaskedBottleneck, lambda: bottleneck(12, 4, 12), 12),
+    "bottleneck-downsampling": (MaskedBottleneck, lambda: bottleneck(12, 4, 16, 2), 12),
+    "bottleneck-groups-dilation": (MaskedBottleneck, lambda: bottleneck(12, 6, 12, groups=2, dilation=2), 12),
+    "bottleneck-timm-silu": (MaskedBottleneck, lambda: timm_bottleneck(12, 4), 12),
+    "inverted": (MaskedInvertedResidual, lambda: inverted(4, 4, 1), 4),
+    "inverted-stride-2": (MaskedInvertedResidual, lambda: inverted(4, 6, 2), 4),
+    "inverted-unexpanded": (MaskedInvertedResidual, lambda: inverted(4, 4, 1, expand=1), 4),
+    "inverted-timm-hardswish": (MaskedInvertedResidual, lambda: timm_inverted(4, 4, 1), 4),
+    "inverted-timm-gelu-stride-2": (MaskedInvertedResidual, lambda: timm_inverted(4, 6, 2, nn.GELU), 4),
+}
+# Of random numbers in float64: sums of fewer than 300 products of a few units, then normalised.
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def random_block(name, device="cpu"):
+    """The dense block and its masked form, with running statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    kind, make, channels = BLOCKS[name]
+    dense = make().double()
+    for module in dense.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return dense.to(device), kind, torch.randn(2, channels, 7, 6, dtype=torch.float64, device=device)
+
+
+def masked_dense(block, dense, input, mask, gate=None):
+    """where(mask, dense(input), shortcut), by the dense block alone."""
+    output = dense(input)
+    if block.shortcut is None:
+        shortcut = torch.zeros_like(output)
+    else:
+        shortcut = input if block.shortcut == "identity" else dense.downsample(input)
+    return torch.where(mask, output, shortcut)
+
+
+def masks(dense, input):
+    """Random, with an empty sample, empty, full: at the block's output."""
+    with torch.no_grad():
+        size = copy.deepcopy(dense).eval()(input).shape[2:]
+    random = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(1)).to(input.device) < 0.4
+    sample = random.clone()
+    sample[1] = False
+    return {"random": random, "sample": sample, "empty": random & False, "full": random | True}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_eval(target, name):
+    """Values and all gradients, with the normalisation folded; fused and not."""
+    dense, kind, input = random_block(name, target.device)
+    block = kind.from_dense(dense).eval()
+    assert list(block.state_dict()) == list(dense.state_dict())
+    assert all(a is b for a, b in zip(block.parameters(), dense.parameters(), strict=True))
+    for mask in masks(dense.eval(), input).values():
+        one, two = (input.clone().requires_grad_() for _ in range(2))
+        expected = masked_dense(block, dense, one, mask)
+        grad = torch.randn(expected.shape, dtype=torch.float64, device=target.device)
+        with target.use():
+            with torch.no_grad():
+                assert torch.allclose(block(input, mask), expected, **CLOSE)
+            actual = block(two, mask)
+            assert actual.is_contiguous(memory_format=torch.channels_last)
+            have = torch.autograd.grad(actual, [two, *block.parameters()], grad)
+        want = torch.autograd.grad(expected, [one, *dense.parameters()], grad)
+        assert torch.allclose(actual, expected, **CLOSE)
+        for parameter, (a, b) in enumerate(zip(want, have, strict=True)):
+            assert torch.allclose(a, b, **CLOSE), parameter
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_training_over_active_sites(target, name):
+    """Against the same block on the reference backend: values, gradients, a gate's too, and running statistics."""
+    dense, kind, input = random_block(name, target.device)
+    block = kind.from_dense(dense)
+    start = copy.deepcopy(dense.state_dict())
+    for mask in masks(dense, input).values():
+        gate = torch.where(mask, torch.rand(mask.shape, dtype=torch.float64, device=target.device) + 0.5, 0)
+        results = []
+        for used in (target.use(), backend("reference")):
+            dense.load_state_dict(start)
+            x, g = input.clone().requires_grad_(), gate.clone().requires_grad_()
+            with used:
+                output = block(x, g)
+                grad = torch.ones_like(output) if not results else results[0][-1]
+                grad = torch.randn(output.shape, dtype=torch.float64, device=target.device) if not results else grad
+                grads = torch.autograd.grad(output, [x, g, *block.parameters()], grad)
+            results.append([output, *grads, *(t.clone() for t in block.state_dict().values()), grad])
+        for position, (have, want) in enumerate(zip(*results, strict=True)):
+            assert torch.allclose(have, want, rtol=1e-8, atol=1e-9), position
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_training_over_all_sites(target, name):
+    """A full mask is the dense block; dense statistics are the masked dense block, to the bit, at any mask."""
+    dense, kind, input = random_block(name, target.device)
+    start = copy.deepcopy(dense.state_dict())
+    block, exact = kind.from_dense(dense), kind.from_dense(dense, statistics="dense")
+    every = masks(dense, input)
+    expected = dense(input)
+    after = copy.deepcopy(dense.state_dict())
+    dense.load_state_dict(start)
+    with target.use():
+        assert torch.allclose(block(input, every["full"]), expected, **CLOSE)
+        for key, value in after.items():
+            assert torch.allclose(dense.state_dict()[key], value, **CLOSE), key
+        dense.load_state_dict(start)
+        one, two = (input.clone().requires_grad_() for _ in range(2))
+        actual = exact(one, every["random"])
+    have = torch.autograd.grad(actual.sum(), [one, *exact.parameters()])
+    dense.load_state_dict(start)
+    expected = masked_dense(block, dense, two, every["random"])
+    want = torch.autograd.grad(expected.sum(), [two, *dense.parameters()])
+    assert torch.equal(actual, expected)
+    assert all(torch.allclose(a, b, **CLOSE) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_without_a_mask_it_is_the_dense_block(name):
+    dense, kind, input = random_block(name)
+    block = kind.from_dense(dense.eval())
+    assert torch.allclose(block(input), dense(input), **CLOSE)
+    start = copy.deepcopy(dense.state_dict())
+    expected = dense.train()(input)
+    dense.load_state_dict(start)
+    assert torch.allclose(block.train()(input), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted"])
+def test_in_place(target, name):
+    dense, kind, input = random_block(name, target.device)
+    block = kind.from_dense(dense.eval())
+    input = input.contiguous(memory_format=torch.channels_last)
+    for mask in masks(dense, input).values():
+        expected, updated = masked_dense(block, dense, input, mask), input.clone(memory_format=torch.preserve_format)
+        with target.use(), torch.no_grad():
+            assert block(updated, ActiveSites(mask), inplace=True) is updated
+        assert torch.allclose(updated, expected, **CLOSE)
+        assert torch.equal(torch.where(mask, 0, updated), torch.where(mask, 0, input))
+
+
+def test_in_place_is_refused_where_it_cannot_be():
+    dense, kind, input = random_block("basic")
+    mask = masks(dense, input)["random"]
+    block = kind.from_dense(dense.eval())
+    with pytest.raises(ValueError, match=r"inplace: expected torch.no_grad\(\)"):
+        block(input, mask, inplace=True)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="inplace: expected a channels_last input"):
+            block(input, mask, inplace=True)
+        with pytest.raises(ValueError, match="inplace: expected a block in eval mode"):
+            block.train()(input, mask, inplace=True)
+        dense, kind, input = random_block("basic-downsampling")
+        with pytest.raises(ValueError, match="inplace: expected a block whose shortcut is its input"):
+            kind.from_dense(dense.eval())(input, masks(dense, input)["random"], inplace=True)
+
+
+def test_folded_parameters_follow_the_modules():
+    """They are kept between calls, and made anew when a parameter or a statistic has changed."""
+    dense, kind, input = random_block("bottleneck")
+    block = kind.from_dense(dense.eval())
+    mask = masks(dense, input)["random"]
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: dense.bn2.running_var.mul_(2),
+            lambda: dense.conv1.weight.mul_(-1),
+            lambda: setattr(dense.bn1, "eps", 0.5),
+            lambda: block.load_state_dict({k: v * 1.5 for k, v in block.state_dict().items()}),
+        ):
+            change()
+            assert torch.allclose(block(input, mask), masked_dense(block, dense, input, mask), **CLOSE)
+        duplicate = copy.deepcopy(block)
+        duplicate.conv3.weight.mul_(3)
+        assert torch.allclose(block(input, mask), masked_dense(block, dense, input, mask), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [MaskedBasicBlock, MaskedBottleneck])
+def test_constructors_of_resnet_blocks(kind):
+    """Parameters by torchvision's names, and a block that has been built is one that could have been converted."""
+    torch.manual_seed(0)
+    width = 8 * kind.expansion
+    block = kind(width, 8, norm_layer=nn.BatchNorm2d).double().eval()
+    names = {name.split(".")[0] for name in block.state_dict()}
+    assert names == {f"{part}{i}" for part in ("conv", "bn") for i in range(1, kind._convolutions + 1)}
+    input = torch.randn(2, width, 5, 6, dtype=torch.float64)
+    mask = torch.rand(2, 1, 5, 6) < 0.5
+    dense = copy.deepcopy(block)
+    dense = Dense(resnet, **dict(dense.named_children()), downsample=None)
+    assert torch.allclose(block(input, mask), masked_dense(block, dense, input, mask), **CLOSE)
+    strided = kind(width, 8, 2, downsample(width, width, 2)).eval()
+    assert strided(input.float(), torch.ones(2, 1, 3, 3, dtype=torch.bool)).shape == (2, width, 3, 3)
+
+
+def test_constructor_of_inverted_residual():
+    dense = inverted(4, 4, 1)
+    block = MaskedInvertedResidual(4, 4, 1, 6)
+    block.load_state_dict(dense.state_dict(), strict=True)
+    input, mask = torch.randn(2, 4, 5, 6), torch.rand(2, 1, 5, 6) < 0.5
+    expected = masked_dense(block.eval(), dense.eval(), input, mask)
+    assert torch.allclose(block(input, mask), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="stride: expected 1 or 2, got 3"):
+        MaskedInvertedResidual(4, 4, 3, 6)
+
+
+def test_what_has_no_masked_form_is_refused():
+    dense = basic(8, 8)
+    dense.se = nn.Conv2d(8, 8, 1)
+    with pytest.raises(ValueError, match=re.escape("module: expected a block without `se`")):
+        MaskedBasicBlock.from_dense(dense)
+    with pytest.raises(TypeError, match=r"module: expected a Bottleneck .* without conv3, bn3"):
+        MaskedBottleneck.from_dense(basic(8, 8))
+    with pytest.raises(TypeError, match="module: expected a block of two convolutions"):
+        MaskedBasicBlock.from_dense(bottleneck(8, 4, 8))
+    with pytest.raises(TypeError, match="module: expected an InvertedResidual"):
+        MaskedInvertedResidual.from_dense(nn.Conv2d(3, 3, 1))
+    dense = basic(8, 8)
+    dense.relu = nn.Tanh()
+    with pytest.raises(ValueError, match=r"module: expected .* to be one of Identity, ReLU"):
+        MaskedBasicBlock.from_dense(dense)
+    dense = basic(8, 8)
+    dense.conv1 = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+    with pytest.raises(ValueError, match=r"module: expected `conv1` to be an nn\.Conv2d with zero padding"):
+        MaskedBasicBlock.from_dense(dense)
+    with pytest.raises(ValueError, match="statistics: expected 'active' or 'dense', got 'batch'"):
+        MaskedBasicBlock(8, 8, statistics="batch")
+
+
+def test_mixed_precision(target):
+    """Under autocast a block in eval mode computes in the low precision, as the dense one does."""
+    dense, kind, input = random_block("bottleneck", target.device)
+    dense, input = dense.float().eval(), input.float()
+    block, mask = kind.from_dense(dense), masks(dense, input)["random"]
+    target.skip_unless(torch.bfloat16)
+    with torch.autocast(target.device.type, dtype=torch.bfloat16), target.use(), torch.no_grad():
+        actual = block(input, mask)
+    expected = masked_dense(block, dense, input, mask)
+    # Three convolutions, each rounding its operands and its result to 8 bits.
+    assert (actual.float() - expected).abs().max() <= 12 * 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "inverted"])
+def test_compiled_block(name):
+    torch._dynamo.reset()
+    dense, kind, input = random_block(name)
+    mask = masks(dense, input)["random"]
+    for training in (False, True):
+        block = kind.from_dense(dense.train(training))
+        start = copy.deepcopy(dense.state_dict())
+        results = []
+        for call in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+            dense.load_state_dict(start)
+            x = input.clone().requires_grad_()
+            output = call(x, mask)
+            results.append([output, *torch.autograd.grad(output.sum(), [x, *block.parameters()])])
+        assert all(torch.allclose(a, b, **CLOSE) for a, b in zip(*results, strict=True))
+    torch._dynamo.reset()
+
+
+REAL = {
+    "torchvision-basic": lambda t, _: (MaskedBasicBlock, t.resnet.BasicBlock(8, 8), 8),
+    "torchvision-bottleneck": lambda t, _: (MaskedBottleneck, t.resnet.Bottleneck(16, 4), 16),
+    "torchvision-inverted": lambda t, _: (MaskedInvertedResidual, t.mobilenetv2.InvertedResidual(8, 8, 1, 6), 8),
+    "timm-basic": lambda _, m: (MaskedBasicBlock, m.resnet.BasicBlock(8, 8), 8),
+    "timm-bottleneck": lambda _, m: (MaskedBottleneck, m.resnet.Bottleneck(16, 4), 16),
+    "timm-inverted": lambda _, m: (MaskedInvertedResidual, m._efficientnet_blocks.InvertedResidual(8, 8), 8),
+    "timm-separable": lambda _, m: (MaskedInvertedResidual, m._efficientnet_blocks.DepthwiseSeparableConv(8, 8), 8),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_libraries_own_blocks(name):
+    """The layouts above, as the installed release really has them."""
+    reason = "{} is not installed (or not for this PyTorch); its layout is tested by the classes above"
+    torchvision = pytest.importorskip("torchvision.models", exc_type=Exception, reason=reason.format("torchvision"))
+    timm = pytest.importorskip("timm.models", reason=reason.format("timm")) if "timm" in name else None
+    kind, dense, channels = REAL[name](torchvision, timm)
+    block = kind.from_dense(dense.double().eval())
+    input, mask = torch.randn(2, channels, 7, 6, dtype=torch.float64), torch.rand(2, 1, 7, 6) < 0.5
+    assert torch.allclose(block(input, mask), masked_dense(block, dense, input, mask), **CLOSE)
