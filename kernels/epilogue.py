@@ -255,7 +255,8 @@ def _combine_moments_kernel(
     rows,
     count,
     partial,
-    moments,
+    mean_out,
+    variance_out,
     channels,
     splits,
     ACCUMULATOR: tl.constexpr,
@@ -263,7 +264,7 @@ def _combine_moments_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """moments[0, c], moments[1, c] = mean and biased variance of rows[:count, c], zeros where count is 0.
+    """mean_out[c], variance_out[c] = mean and biased variance of rows[:count, c], zeros where count is 0.
 
     partial [splits, 2, channels] is what _moments_kernel gives, with its BLOCK_M.
     """
@@ -282,8 +283,8 @@ def _combine_moments_kernel(
     apart = mean - mean_of_all[None, :]
     squares_of_all = tl.sum(squares + rows_of_split * apart * apart, axis=0)
     origin = tl.load(rows + c, mask=c_inside & (active > 0), other=0.0).to(ACCUMULATOR)
-    tl.store(moments + c, origin + mean_of_all, mask=c_inside)
-    tl.store(moments + channels + c, squares_of_all / total, mask=c_inside)
+    tl.store(mean_out + c, origin + mean_of_all, mask=c_inside)
+    tl.store(variance_out + c, squares_of_all / total, mask=c_inside)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -406,7 +407,7 @@ def backward(
             )
     grad_scale = grad_shift = grad_gate = None
     if vectors_wanted:
-        grad_scale, grad_shift = partial.sum(0)
+        grad_scale, grad_shift = partial[:, 0].sum(0), partial[:, 1].sum(0)
     if gate_wanted:
         grad_gate = partial_gate[0] if len(partial_gate) == 1 else partial_gate.sum(0)
     return grad_scale, grad_shift, grad_gate
@@ -415,14 +416,14 @@ def backward(
 def moments(rows, count):
     """(mean, variance) of rows[:count], each [C] in fp32 (fp64 for fp64); the variance is biased. Zeros for no rows."""
     capacity, channels = rows.shape
-    result = torch.zeros((2, channels), dtype=partial_dtype(rows.dtype), device=rows.device)
+    mean, variance = (torch.zeros(channels, dtype=partial_dtype(rows.dtype), device=rows.device) for _ in range(2))
     if capacity == 0 or channels == 0:
-        return tuple(result)
+        return mean, variance
     with on_device(rows):
         tile = config(rows.dtype, channels)
         tiles_c = triton.cdiv(channels, tile["BLOCK_C"])
         splits = min(SPLITS, triton.cdiv(capacity, tile["BLOCK_M"]))
-        partial = torch.empty((splits, 2, channels), dtype=result.dtype, device=rows.device)
+        partial = torch.empty((splits, 2, channels), dtype=mean.dtype, device=rows.device)
         _moments_kernel[(splits * tiles_c,)](
             rows,
             count,
@@ -437,7 +438,8 @@ def moments(rows, count):
             rows,
             count,
             partial,
-            result,
+            mean,
+            variance,
             channels,
             splits,
             ACCUMULATOR=accumulator(rows.dtype),
@@ -446,7 +448,7 @@ def moments(rows, count):
             BLOCK_C=COMBINE_CHANNELS,
             num_warps=warps(THREADS),
         )
-    return tuple(result)
+    return mean, variance
 
 
 def gather(input, index, count, out):

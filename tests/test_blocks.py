@@ -5,7 +5,10 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dynconv import ActiveSites, backend
 from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
@@ -356,6 +359,95 @@ def test_mixed_precision(target):
     expected = masked_dense(block, dense, input, mask)
     # Three convolutions, each rounding its operands and its result to 8 bits.
     assert (actual.float() - expected).abs().max() <= 12 * 2**-8 * expected.abs().max()
+
+
+CPU_BLOCKS = {
+    "inverted": lambda: MaskedInvertedResidual(16, 16, 1, 6),
+    "inverted-stride-2": lambda: MaskedInvertedResidual(20, 24, 2, 3),
+    "inverted-unexpanded": lambda: MaskedInvertedResidual(8, 8, 1, 1),
+    "bottleneck": lambda: MaskedBottleneck(32, 8),
+    "bottleneck-stride-2": lambda: MaskedBottleneck(32, 8, 2, downsample(32, 32, 2)),
+    "bottleneck-groups": lambda: MaskedBottleneck(32, 8, groups=2),
+    "bottleneck-dilation": lambda: MaskedBottleneck(128, 32, dilation=2),
+    "basic-17": lambda: MaskedBasicBlock(17, 17),
+    "basic-stride-2": lambda: MaskedBasicBlock(16, 24, 2, downsample(16, 24, 2)),
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(list(CPU_BLOCKS)), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40),
+    st.sampled_from([0.0, 0.05, 0.3, 0.7, 1.0]), st.booleans(), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_one_kernel_for_a_whole_block(name, n, height, width, density, gated, threads, seed):
+    """What inference on the CPU runs, over maps of any size and bands of any number: the reference, to rounding."""
+    torch.manual_seed(seed)
+    block = CPU_BLOCKS[name]().double().eval().requires_grad_(False)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+    input = torch.randn(n, channels, height, width, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    mask = torch.rand(n, 1, *block(input).shape[2:]) < density
+    if gated:
+        mask = torch.where(mask, torch.rand(mask.shape, dtype=torch.float64) + 0.5, 0)
+    with backend("reference"):
+        expected = block(input, mask)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = block(input, mask)
+        assert torch.allclose(actual, expected, **CLOSE)
+        torch.set_num_threads(before)
+        assert torch.equal(actual, block(input, mask))
+        if block.shortcut == "identity":
+            assert torch.equal(block(input, mask, inplace=True), actual)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["inverted", "bottleneck", "basic-17"])
+def test_one_kernel_in_every_type(name, dtype):
+    """Half types keep float32 between the layers: one rounding of the parameters and one of the result."""
+    torch.manual_seed(0)
+    block = CPU_BLOCKS[name]().eval().requires_grad_(False).to(dtype)
+    channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+    input, mask = torch.randn(2, channels, 9, 8).to(dtype), torch.rand(2, 1, 9, 8) < 0.5
+    actual = block(input, mask)
+    with backend("reference"):
+        expected = block.double()(input.double(), mask)
+    assert actual.dtype == dtype
+    # Folding rounds each of three layers' weights once; float32 adds up to 1152 products.
+    bound = 4 * torch.finfo(dtype).eps + 1152 * torch.finfo(torch.float32).eps
+    assert (actual.double() - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_opcheck_of_the_chain():
+    block = MaskedInvertedResidual(8, 8, 1, 2).eval().requires_grad_(False)
+    input = torch.randn(1, 8, 4, 5).contiguous(memory_format=torch.channels_last)
+    sites = ActiveSites(torch.rand(1, 1, 4, 5) < 0.5)
+    layers = block._frozen(input)
+    geometry = [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 16, 1, 1, 0, 0, 1, 1, 1]
+    operands = (
+        sites.mask, None, [layer.weight for layer in layers], [t for layer in layers for t in layer.prepared], geometry,
+        ["relu6", "relu6", "none"],
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dynconv.masked_chain.default, (input, *operands, input, None))
+    torch.library.opcheck(torch.ops.dynconv.masked_chain_.default, (input, *operands))
+    for layer in layers:
+        arguments = (layer.weight, torch.randn(layer.weight.shape[0]), layer.groups)
+        torch.library.opcheck(torch.ops.dynconv.prepare_chain.default, arguments)
+
+
+def test_flops_of_the_chain_are_those_of_its_layers():
+    block = MaskedBottleneck(16, 4).eval().requires_grad_(False)
+    input, mask = torch.randn(1, 16, 6, 6), torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 2, 2] = True
+    with FlopCounterMode(display=False) as counter:
+        block(input, mask)
+    # One site reads nine, each made of one pixel.
+    assert counter.get_total_flops() == 2 * (9 * 16 * 4 + 9 * 4 * 4 + 4 * 16)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "inverted"])

@@ -119,7 +119,7 @@ _run_weight_grad = kernel(_weight_grad_kernel)
 _run_scale_rows = kernel(_scale_rows_kernel)
 
 
-def _taps_by_channels(weight: Tensor) -> Tensor:
+def taps_by_channels(weight: Tensor) -> Tensor:
     """[C, 1, kH, kW] -> [kH * kW, C] in the compute type."""
     return weight.flatten(1).t().to(compute_type(weight.dtype)).contiguous()
 
@@ -183,7 +183,7 @@ def forward(
 ) -> None:
     """out = activation(gate * (sum + bias) + residual) at the rows `index` of `out`; 0 to count - 1 if it is packed."""
     _stencil(
-        input, _taps_by_channels(weight), bias, gate, table, index, count, residual, out, inactive, in_place, activation
+        input, taps_by_channels(weight), bias, gate, table, index, count, residual, out, inactive, in_place, activation
     )
 
 
@@ -204,7 +204,7 @@ def input_grad(rows: Tensor, weight: Tensor, readers: Tensor, pixels: Tensor, co
     `rows` [sites, C] is the output's gradient, gate included, in the compute type like `grad_input`; `readers` the
     table of `cpu.sites.readers`.
     """
-    _stencil(rows, _taps_by_channels(weight).to(rows.dtype), None, None, readers, pixels, count, out=grad_input)
+    _stencil(rows, taps_by_channels(weight).to(rows.dtype), None, None, readers, pixels, count, out=grad_input)
 
 
 def gate_grad(
@@ -212,7 +212,7 @@ def gate_grad(
 ) -> Tensor:
     """[count]: the sum over channels of rows * (sum + bias)."""
     result = torch.empty(count, dtype=rows.dtype)
-    _stencil(input, _taps_by_channels(weight), bias, None, table, None, count, grad=rows, gate_grad=result)
+    _stencil(input, taps_by_channels(weight), bias, None, table, None, count, grad=rows, gate_grad=result)
     return result
 
 

@@ -352,7 +352,7 @@ _run_input_grad = kernel(_input_grad_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
 
 
-def _packed(weight: Tensor, groups: int, by_output: bool) -> Tensor:
+def packed_weight(weight: Tensor, groups: int, by_output: bool) -> Tensor:
     """The weight's columns (output channels, or input channels) in panels of one vector, as the tiles read them."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     filters, channels = weight.shape[0] // groups, weight.shape[1]
@@ -371,7 +371,7 @@ def _packed(weight: Tensor, groups: int, by_output: bool) -> Tensor:
     return packed
 
 
-def _is_depthwise(weight: Tensor, groups: int) -> bool:
+def is_depthwise(weight: Tensor, groups: int) -> bool:
     return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1
 
 
@@ -401,7 +401,7 @@ def forward(
         fill_all(out, inactive, in_place)
         return
     activation = ACTIVATIONS.index(activation)
-    if _is_depthwise(weight, groups):
+    if is_depthwise(weight, groups):
         depthwise.forward(
             input, weight, bias, table, index, active, gate, residual, out, inactive, in_place, activation
         )
@@ -424,7 +424,7 @@ def forward(
     packed = None
     chunks = 1
     if groups > 1 or active > most_rows or strips < threads:
-        packed = _packed(weight, groups, by_output=True)
+        packed = packed_weight(weight, groups, by_output=True)
         chunks = max(ceil(active, most_rows), min(4 * threads, ceil(active, 4 * ROWS)))
     # The last tile of rows may read past the last site.
     is_direct = table is None and packed is not None and dtype == compute and input.shape[0] >= active + ROWS
@@ -480,7 +480,7 @@ def backward(
         layout = torch.channels_last if input.dim() == 4 else torch.contiguous_format
         grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout)
         grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
-    if _is_depthwise(weight, groups):
+    if is_depthwise(weight, groups):
         if gate_wanted:
             products = depthwise.gate_grad(rows, input, weight, bias, table, active)
         scaled = rows if gate is None else depthwise.scale_rows(rows, gate, index, active)
@@ -556,7 +556,7 @@ def _input_grad(
     dtype, compute = weight.dtype, rows.dtype
     cout, channels = weight.shape[:2]
     taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(dtype)
-    packed = _packed(weight, groups, by_output=False)
+    packed = packed_weight(weight, groups, by_output=False)
     strips = groups * ceil(ceil(channels, lanes), TILE_VECTORS)
     gate_grad = torch.zeros(strips, count, dtype=compute) if gate_grad_wanted else None
     bands = max(1, min(64, count // 48))

@@ -146,7 +146,7 @@ def _touched(arguments, storage, compute):
                     begin = max(0, -(offset // stride_x))
                     end = min(out_width, (width - 1 - offset) // stride_x + 1)
                     if stride_x == 1:
-                        merge_bytes(mask, source + begin, touched, target + offset + begin, end - begin)
+                        merge_bytes(mask, source + begin, touched, target + offset + begin, max(0, end - begin))
                     else:
                         for x in range(begin, end):
                             touched[target + offset + x * stride_x] |= mask[source + x]

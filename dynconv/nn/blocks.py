@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._backend import backend_for
 from .._geometry import Geometry
+from ..ops.masked_chain import Layer, masked_chain, prepare
 from ..ops.masked_conv import masked_conv2d
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
@@ -56,7 +58,7 @@ class MaskedBlock(nn.Module):
         self.shortcut = shortcut  # "identity", the path of a module, or None
         self.activation = activation  # after the shortcut has been added
         self.statistics = statistics
-        self._folded: dict[str, tuple] = {}
+        self._kept: tuple[list, list[Layer], list] | None = None
 
     def forward(self, input: Tensor, mask: Tensor | ActiveSites | None = None, *, inplace: bool = False) -> Tensor:
         """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
@@ -71,34 +73,78 @@ class MaskedBlock(nn.Module):
         """
         if mask is None:
             return self._dense(input)
-        sizes = [tuple(input.shape[2:])]
-        geometries = []
-        for stage in self.stages:
-            conv = self.get_submodule(stage.conv)
-            geometry = Geometry.of(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-            geometries.append(geometry)
-            sizes.append(geometry.output_size(*sizes[-1]))
-        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *sizes[-1]))
         if inplace:
             self._check_inplace(input)
+        layers = self._frozen(input)
+        if layers is None:
+            geometries = [_geometry(self._submodule(stage.conv)) for stage in self.stages]
+        else:
+            geometries = [layer.geometry for layer in layers]
+        sizes = [tuple(input.shape[2:])]
+        for geometry in geometries:
+            sizes.append(geometry.output_size(*sizes[-1]))
+        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *sizes[-1]))
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._masked_dense(input, sites)
+        features = input.contiguous(memory_format=torch.channels_last)
+        if layers is not None and not (sites.gate is not None and _needs_grad(sites.gate)):
+            return self._chain(features, layers, sites, inplace)
         computed = [sites]
         for size, geometry in zip(sizes[-2:0:-1], geometries[:0:-1], strict=True):
             later = computed[0]
             pointwise = geometry.kernel == geometry.stride == (1, 1) and later.shape[1:] == size
             computed.insert(0, later.ungated if pointwise else later._touched_by(size, geometry))
-        features = input.contiguous(memory_format=torch.channels_last)
         finish = self._finish(features, inplace)
         for stage, active in zip(self.stages[:-1], computed, strict=False):
             features = self._run(stage, features, active, activation=stage.activation, packed=True)
         return self._run(self.stages[-1], features, sites, packed=False, **finish)
 
+    def _frozen(self, input: Tensor) -> list[Layer] | None:
+        """The layers for one kernel that computes the whole block: in inference on the CPU, else None.
+
+        Normalisation is folded in. They are kept, and made anew when a parameter or a statistic has changed.
+        """
+        if backend_for(input.device) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        if _needs_grad(input):
+            return None
+        layers, key, held = [], [], []
+        for stage in self.stages:
+            conv, norm = self._submodule(stage.conv), self._norm(stage)
+            operands = _operands(conv, norm)
+            if conv.weight.dtype != input.dtype or (norm is not None and uses_batch_statistics(norm)):
+                return None
+            if _needs_grad(*operands) or any(t is not None and t.is_inference() for t in operands):
+                return None
+            eps = None if norm is None else norm.eps
+            where = (conv.stride, conv.padding, conv.dilation, conv.groups, eps)
+            key.append((where, [None if t is None else (t.data_ptr(), t._version) for t in operands]))
+            held += operands
+        if self._kept is None or self._kept[0] != key:
+            with torch.no_grad():
+                for stage in self.stages:
+                    conv, norm = self._submodule(stage.conv), self._norm(stage)
+                    weight, bias = _fold(conv, norm)
+                    made = prepare(weight, bias, conv.groups)
+                    layers.append(Layer(weight, made, _geometry(conv), conv.groups, stage.activation))
+            if self.shortcut is not None:
+                layers[-1] = layers[-1]._replace(activation=self.activation)
+            # Held, so that no other tensor can come to lie at their addresses.
+            self._kept = key, layers, [None if t is None else t.detach() for t in held]
+        return self._kept[1]
+
+    def _chain(self, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace: bool) -> Tensor:
+        _check_sites(sites, input, layers)
+        if inplace:
+            return masked_chain(input, layers, sites, inplace=True)
+        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
+
     def _run(self, stage: Stage, features, sites: ActiveSites, **finish):
-        conv, norm = self.get_submodule(stage.conv), self._norm(stage)
+        conv, norm = self._submodule(stage.conv), self._norm(stage)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if norm is None or not uses_batch_statistics(norm):
-            return masked_conv2d(features, *self._parameters_of(stage, conv, norm), *geometry, mask=sites, **finish)
+            return masked_conv2d(features, *_fold(conv, norm), *geometry, mask=sites, **finish)
         features = masked_conv2d(features, conv.weight, conv.bias, *geometry, mask=sites.ungated, packed=True)
         return batch_norm(norm, features._replace(sites=sites), **finish)
 
@@ -109,7 +155,7 @@ class MaskedBlock(nn.Module):
             return {"activation": last}
         if inplace:
             return {"activation": self.activation, "residual": input, "out": input}
-        shortcut = input if self.shortcut == "identity" else self.get_submodule(self.shortcut)(input)
+        shortcut = input if self.shortcut == "identity" else self._submodule(self.shortcut)(input)
         return {"activation": self.activation, "residual": shortcut, "inactive": shortcut}
 
     def _check_inplace(self, input: Tensor) -> None:
@@ -122,27 +168,18 @@ class MaskedBlock(nn.Module):
         if not input.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"inplace: expected a channels_last input, got strides {list(input.stride())}")
 
+    def _submodule(self, path: str) -> nn.Module:
+        module = self
+        for name in path.split("."):
+            module = module._modules[name]
+        return module
+
     def _norm(self, stage: Stage) -> nn.BatchNorm2d | None:
-        return None if stage.norm is None else self.get_submodule(stage.norm)
+        return None if stage.norm is None else self._submodule(stage.norm)
 
     def _uses_batch_statistics(self, stage: Stage) -> bool:
         norm = self._norm(stage)
         return norm is not None and uses_batch_statistics(norm)
-
-    def _parameters_of(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
-        """The convolution's weight and bias with the normalisation folded in; kept while no gradient is needed."""
-        if norm is None:
-            return conv.weight, conv.bias
-        operands = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-        if needs_grad or torch.compiler.is_compiling() or any(t is not None and t.is_inference() for t in operands):
-            return _fold(norm.eps, *operands)
-        key = [norm.eps, *((t.data_ptr(), t._version) for t in operands if t is not None)]
-        kept = self._folded.get(stage.conv)
-        if kept is None or kept[0] != key:
-            with torch.no_grad():
-                kept = self._folded[stage.conv] = key, _fold(norm.eps, *operands)
-        return kept[1]
 
     def _dense(self, input: Tensor) -> Tensor:
         shortcut = None if self.shortcut is None else self._dense_shortcut(input)
@@ -152,7 +189,7 @@ class MaskedBlock(nn.Module):
     def _dense_branch(self, input: Tensor) -> Tensor:
         """All stages at all sites. In the last one the activation waits for the shortcut, if there is one."""
         for stage in self.stages:
-            conv, norm = self.get_submodule(stage.conv), self._norm(stage)
+            conv, norm = self._submodule(stage.conv), self._norm(stage)
             input = nn.Conv2d.forward(conv, input)
             if norm is not None:
                 input = nn.BatchNorm2d.forward(norm, input)
@@ -160,7 +197,7 @@ class MaskedBlock(nn.Module):
         return input
 
     def _dense_shortcut(self, input: Tensor) -> Tensor:
-        return input if self.shortcut == "identity" else self.get_submodule(self.shortcut)(input)
+        return input if self.shortcut == "identity" else self._submodule(self.shortcut)(input)
 
     def _masked_dense(self, input: Tensor, sites: ActiveSites) -> Tensor:
         shortcut = None if self.shortcut is None else self._dense_shortcut(input)
@@ -172,7 +209,7 @@ class MaskedBlock(nn.Module):
         return torch.where(sites.mask, branch, 0 if shortcut is None else shortcut)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_folded": {}}
+        return {**self.__dict__, "_kept": None}
 
     @classmethod
     def _share(cls, module: nn.Module, stages: list[Stage], shortcut, activation, statistics: str) -> MaskedBlock:
@@ -184,15 +221,46 @@ class MaskedBlock(nn.Module):
         return block.train(module.training)
 
 
-def _fold(eps, weight, bias, norm_weight, norm_bias, mean, variance) -> tuple[Tensor, Tensor]:
-    scale = (variance + eps).rsqrt()
-    if norm_weight is not None:
-        scale = scale * norm_weight
-    shift = -mean * scale if bias is None else (bias - mean) * scale
-    if norm_bias is not None:
-        shift = shift + norm_bias
-    folded = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-    return folded.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _geometry(conv: nn.Conv2d) -> Geometry:
+    return Geometry.of(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+
+
+def _operands(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Tensor | None]:
+    if norm is None:
+        return [conv.weight, conv.bias]
+    return [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    """The convolution's weight and bias with the normalisation by running statistics folded in."""
+    if norm is None:
+        return conv.weight, conv.bias
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
+    return weight.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
+
+
+def _check_sites(sites: ActiveSites, input: Tensor, layers: list[Layer]) -> None:
+    """What `masked_conv2d` checks of its operands."""
+    channels = layers[0].weight.shape[1] * layers[0].groups
+    if input.dim() != 4 or input.shape[1] != channels:
+        raise ValueError(f"input: expected shape [N, {channels}, H, W], got {list(input.shape)}")
+    size = tuple(input.shape[2:])
+    for layer in layers:
+        size = layer.geometry.output_size(*size)
+    if sites.shape != (input.shape[0], *size):
+        raise ValueError(f"mask: expected sites of {[input.shape[0], *size]} (N, Ho, Wo), got {list(sites.shape)}")
+    if sites.mask.device != input.device:
+        raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
 
 
 def _activation_of(module: nn.Module | None, where: str) -> str | None:
