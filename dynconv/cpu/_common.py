@@ -14,6 +14,7 @@ from ._llvm import (
     add_vector,
     copy_vector,
     fill_elements,
+    finished_tile,
     load,
     multiply_tile,
     pointer,
@@ -123,6 +124,26 @@ def multiply_rows(
                     products, target + r * width, width,
                     depth, accumulate,
                 )  # fmt: skip
+
+
+@njit
+def finish_rows(a, at, row, rows, depth, weights, panel_stride, panels, shift, low, high, out, out_at, width, lanes):
+    """out[r, (panel, lane)] = the products of one group + shift, no less than low and no more than high.
+
+    Rows of `out` are `width` apart, whole vectors. Up to ROWS - 1 rows past the last one are read, and written.
+    """
+    tiles = (panels + TILE_VECTORS - 1) // TILE_VECTORS
+    for tile in range(tiles):
+        panel = panels * tile // tiles
+        vectors = panels * (tile + 1) // tiles - panel
+        for r in range(0, rows, ROWS):
+            finished_tile(
+                vectors,
+                a, at + r * row, row,
+                weights, panel * panel_stride, panel_stride,
+                out, out_at + r * width + panel * lanes, width,
+                depth, shift, panel * lanes, low, high,
+            )  # fmt: skip
 
 
 @njit

@@ -195,17 +195,22 @@ def store(typingctx, array, offset, value):
     return types.void(array, types.int64, value), codegen
 
 
-def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed: bool) -> ir.Function:
+def _tile_function(
+    module: ir.Module, element: ir.Type, vectors: int, transposed: bool, finished: bool = False
+) -> ir.Function:
     """C[i, j] (+)= sum_k A[i, k] B[k, j] for i < ROWS and j < vectors * lanes, all sums held in registers.
 
     Plain: A's rows are contiguous in k, and so are B's vectors. Transposed: A's columns are contiguous in i, and
     B's rows in j. Each leaves one stride of A and one of B free. With all four free the loop runs at half the
     rate: LLVM then walks the operands by one serial chain of pointer additions.
+
+    Finished: the sums begin with a shift for each column, and end between a low and a high value.
     """
     double = isinstance(element, ir.DoubleType)
     size = 8 if double else 4
     lanes = VECTOR_BYTES // size
-    name = f"dynconv_tile{'_transposed' if transposed else ''}_{'f64' if double else 'f32'}_{vectors}x{lanes}"
+    kind = "_transposed" if transposed else "_finished" if finished else ""
+    name = f"dynconv_tile{kind}_{'f64' if double else 'f32'}_{vectors}x{lanes}"
     if name in module.globals:
         return module.globals[name]
     pointer_type, vector = element.as_pointer(), ir.VectorType(element, lanes)
@@ -213,13 +218,14 @@ def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed
         module,
         ir.FunctionType(
             ir.VoidType(),
-            [pointer_type, _i64, pointer_type, _i64, pointer_type, _i64, _i64, ir.IntType(1)],
+            [pointer_type, _i64, pointer_type, _i64, pointer_type, _i64, _i64]
+            + ([pointer_type, element, element] if finished else [ir.IntType(1)]),
         ),
         name,
     )
     function.linkage = "internal"
     function.attributes.add("noinline")
-    a, a_stride, b, b_stride, c, c_row, depth, accumulate = function.args
+    a, a_stride, b, b_stride, c, c_row, depth, *rest = function.args
     if transposed:
         a_row, a_k, b_k, b_vector = _i64(1), a_stride, _i64(vectors * lanes), _i64(lanes)
     else:
@@ -229,7 +235,7 @@ def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed
     fma_name = f"llvm.fma.v{lanes}{'f64' if double else 'f32'}"
     fma = module.globals.get(fma_name) or ir.Function(module, ir.FunctionType(vector, [vector] * 3), fma_name)
 
-    entry, resume, loop, done = (function.append_basic_block(n) for n in ("entry", "resume", "loop", "done"))
+    entry, loop, done = (function.append_basic_block(n) for n in ("entry", "loop", "done"))
     zero = ir.Constant(vector, [ir.Constant(element, 0.0)] * lanes)
 
     def vector_at(builder: ir.IRBuilder, base: ir.Value) -> ir.Value:
@@ -240,21 +246,28 @@ def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed
         [build.gep(c, [build.add(build.mul(c_row, _i64(i)), _i64(j * lanes))]) for j in range(vectors)]
         for i in range(ROWS)
     ]
-    build.cbranch(accumulate, resume, loop)
-
-    build = ir.IRBuilder(resume)
-    before = [[build.load(vector_at(build, out), align=size) for out in row] for row in outputs]
-    build.branch(loop)
+    starts = []  # (block in front of the loop, the sums it begins with)
+    if finished:
+        shift, low, high = rest
+        shifts = [build.load(vector_at(build, build.gep(shift, [_i64(j * lanes)])), align=size) for j in range(vectors)]
+        starts.append((entry, [shifts] * ROWS))
+        build.branch(loop)
+    else:
+        resume = function.append_basic_block("resume")
+        build.cbranch(rest[0], resume, loop)
+        build = ir.IRBuilder(resume)
+        before = [[build.load(vector_at(build, out), align=size) for out in row] for row in outputs]
+        build.branch(loop)
+        starts += [(entry, [[zero] * vectors] * ROWS), (resume, before)]
 
     build = ir.IRBuilder(loop)
     k = build.phi(_i64)
     sums = [[build.phi(vector) for _ in range(vectors)] for _ in range(ROWS)]
-    k.add_incoming(_i64(0), entry)
-    k.add_incoming(_i64(0), resume)
-    for sum_row, before_row in zip(sums, before, strict=True):
-        for total, value in zip(sum_row, before_row, strict=True):
-            total.add_incoming(zero, entry)
-            total.add_incoming(value, resume)
+    for block, values in starts:
+        k.add_incoming(_i64(0), block)
+        for i in range(ROWS):
+            for j in range(vectors):
+                sums[i][j].add_incoming(values[i][j], block)
     b_base = build.mul(k, b_k)
     columns = [
         build.load(vector_at(build, build.gep(b, [build.add(b_base, build.mul(b_vector, _i64(j)))])), align=size)
@@ -276,7 +289,10 @@ def _tile_function(module: ir.Module, element: ir.Type, vectors: int, transposed
     build = ir.IRBuilder(done)
     for i in range(ROWS):
         for j in range(vectors):
-            build.store(updated[i][j], vector_at(build, outputs[i][j]), align=size)
+            value = updated[i][j]
+            if finished:
+                value = _clamp(build, value, _splat(build, low, vector), _splat(build, high, vector))
+            build.store(value, vector_at(build, outputs[i][j]), align=size)
     build.ret_void()
     return function
 
@@ -300,6 +316,26 @@ def _tile(vectors: int, transposed: bool):
     return tile
 
 
+def _finished_tile(vectors: int):
+    @intrinsic
+    def tile(typingctx, a, a_at, a_stride, b, b_at, b_stride, c, c_at, c_row, depth, shift, shift_at, low, high):
+        def codegen(context, builder, signature, args):
+            operands = []
+            for which in (0, 3, 6):
+                data = context.make_array(signature.args[which])(context, builder, args[which]).data
+                operands += [builder.gep(data, [args[which + 1]]), args[which + 2]]
+            shifts = context.make_array(signature.args[10])(context, builder, args[10]).data
+            function = _tile_function(builder.module, context.get_value_type(a.dtype), vectors, False, finished=True)
+            builder.call(function, [*operands, args[9], builder.gep(shifts, [args[11]]), args[12], args[13]])
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(a, i, i, b, i, i, c, i, i, i, shift, i, low, high), codegen
+
+    return tile
+
+
+_finished1, _finished2, _finished3, _finished4 = (_finished_tile(vectors) for vectors in (1, 2, 3, 4))
 _tile1, _tile2, _tile3, _tile4 = (_tile(vectors, False) for vectors in (1, 2, 3, 4))
 _transposed1, _transposed2, _transposed3, _transposed4 = (_tile(vectors, True) for vectors in (1, 2, 3, 4))
 
@@ -319,6 +355,19 @@ def multiply_tile(vectors, a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, de
         _tile2(a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, accumulate)
     else:
         _tile1(a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, accumulate)
+
+
+@njit(inline="always")
+def finished_tile(vectors, a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, shift, shift_at, low, high):
+    """C[i, j] = multiply_tile's sum + shift[shift_at + j], no less than low, no more than high; NaN stays NaN."""
+    if vectors == 4:
+        _finished4(a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, shift, shift_at, low, high)
+    elif vectors == 3:
+        _finished3(a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, shift, shift_at, low, high)
+    elif vectors == 2:
+        _finished2(a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, shift, shift_at, low, high)
+    else:
+        _finished1(a, a_at, a_row, b, b_at, b_vector, c, c_at, c_row, depth, shift, shift_at, low, high)
 
 
 @njit(inline="always")
@@ -417,6 +466,12 @@ def _erf(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     tail = _exp(builder, builder.fneg(_polynomial(builder, _LOG_ERFC, capped)))
     far = _call(builder, "copysign", builder.fsub(_constant(kind, 1.0), tail), x)
     return builder.select(builder.fcmp_ordered("<=", magnitude, _constant(kind, 1.0)), near, far)
+
+
+def _clamp(builder: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
+    """max(low, min(high, x)); NaN stays NaN."""
+    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    return builder.select(builder.fcmp_ordered(">", x, high), high, x)
 
 
 def _between(builder: ir.IRBuilder, x: ir.Value, low: float, high: float | None) -> ir.Value:
@@ -535,6 +590,53 @@ def _for_channels(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> N
     _for(builder, whole, count, 1, [], of(1))
 
 
+def _for_vectors(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
+    """body(builder, at, None) for each whole vector of `count` channels, then once more with a mask of those left."""
+    whole = builder.and_(count, _i64(-lanes))
+
+    def round_(builder, at, values):
+        body(builder, at, None)
+        return []
+
+    _for(builder, _i64(0), whole, lanes, [], round_)
+    with builder.if_then(builder.icmp_signed("<", whole, count)):
+        numbers = ir.VectorType(ir.IntType(32), lanes)
+        left = _splat(builder, builder.trunc(builder.sub(count, whole), ir.IntType(32)), numbers)
+        body(builder, whole, builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), left))
+
+
+def _masked(builder: ir.IRBuilder, name: str, kind: ir.Type, result: ir.Type, operands: list[ir.Value]) -> ir.Value:
+    """LLVM's masked load or store of vectors of that kind."""
+    element = {"half": "f16", "float": "f32", "double": "f64"}.get(str(kind.element), str(kind.element))
+    name = f"llvm.masked.{name}.v{kind.count}{element}.p0"
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(result, [v.type for v in operands]), name)
+    return builder.call(function, operands)
+
+
+def _read_some(
+    builder, base: ir.Value, at: ir.Value, lanes: int, storage: types.Type, some: ir.Value | None
+) -> ir.Value:
+    """base[at : at + lanes] widened; of a mask's lanes only, zeros in the others."""
+    if some is None:
+        return _read(builder, base, at, lanes, storage)
+    kind = ir.VectorType(base.type.pointee, lanes)
+    address = builder.bitcast(builder.gep(base, [at]), kind.as_pointer())
+    alignment, nothing = ir.IntType(32)(storage.bitwidth // 8), _constant(kind, 0)
+    return _widen(builder, _masked(builder, "load", kind, kind, [address, alignment, some, nothing]), storage)
+
+
+def _write_some(builder, value: ir.Value, base, at, lanes: int, storage: types.Type, some: ir.Value | None) -> None:
+    if some is None:
+        _write(builder, value, base, at, lanes, storage)
+        return
+    value = _narrow(builder, value, storage)
+    address = builder.bitcast(builder.gep(base, [at]), value.type.as_pointer())
+    alignment = ir.IntType(32)(storage.bitwidth // 8)
+    _masked(builder, "store", value.type, ir.VoidType(), [value, address, alignment, some])
+
+
 def _function(module: ir.Module, name: str, arguments: list[ir.Type], build) -> ir.Function:
     """The internal function of that name; build(builder, arguments) writes it where the module has none yet."""
     if name in module.globals:
@@ -590,23 +692,23 @@ def finish_row(typingctx, values, at, shift, shift_at, scale, residual, residual
             has_residual = builder.icmp_unsigned("!=", residual, ir.Constant(residual.type, None))
 
             def loop(builder, name):
-                def body(builder, at, width):
+                def body(builder, at, some):
                     compute = types.float64 if isinstance(element, ir.DoubleType) else types.float32
                     value = builder.fadd(
-                        _read(builder, values, at, width, compute), _read(builder, shift, at, width, compute)
+                        _read_some(builder, values, at, lanes, compute, some),
+                        _read_some(builder, shift, at, lanes, compute, some),
                     )
-                    factor = _splat(builder, scale, value.type) if width > 1 else scale
-                    value = builder.fmul(value, factor)
+                    value = builder.fmul(value, _splat(builder, scale, value.type))
                     before = builder.block
                     with builder.if_then(has_residual):
-                        sum_ = builder.fadd(value, _read(builder, residual, at, width, storage))
+                        sum_ = builder.fadd(value, _read_some(builder, residual, at, lanes, storage, some))
                         inside = builder.block
                     merged = builder.phi(value.type)
                     merged.add_incoming(value, before)
                     merged.add_incoming(sum_, inside)
-                    _write(builder, _activate(builder, name, merged), out, at, width, storage)
+                    _write_some(builder, _activate(builder, name, merged), out, at, lanes, storage, some)
 
-                _for_channels(builder, count, lanes, body)
+                _for_vectors(builder, count, lanes, body)
 
             _per_activation(builder, activation, loop)
 
@@ -684,11 +786,11 @@ def _at_address(builder: ir.IRBuilder, address: ir.Value, storage_type: ir.Type)
 
 
 @intrinsic
-def stencil_rows(typingctx, pixels, source, weight, taps, channels, out, out_at):
-    """out[out_at + i * channels + c] = sum over taps of weight[tap * channels + c] * pixel(tap, i)[c].
+def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, high, out, out_at):
+    """out[out_at + i * channels + c] = shift[c] + sum over taps of weight[tap * channels + c] * pixel(tap, i)[c].
 
-    For rows i < STENCIL_ROWS. pixels[tap * STENCIL_ROWS + i] is the address of a pixel's row, in the element type of
-    `source`; `weight` and `out` are in the compute type.
+    No less than low and no more than high, for rows i < STENCIL_ROWS. pixels[tap * STENCIL_ROWS + i] is the address
+    of a pixel's row, in the element type of `source`; `weight`, `shift` and `out` are in the compute type.
     """
     storage = source.dtype
 
@@ -699,11 +801,14 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, out, out_at)
         compute = out.dtype
 
         def build(builder, arguments):
-            pixels, weight, taps, channels, out = arguments
+            pixels, weight, taps, channels, shift, low, high, out = arguments
 
             def sums(builder, at, vectors, lanes):
                 kind = element if lanes == 1 else ir.VectorType(element, lanes)
-                zero = _constant(kind, 0.0)
+                start = [
+                    _read(builder, shift, builder.add(at, _i64(v * lanes)), lanes, compute) for v in range(vectors)
+                ]
+                least, most = (_splat(builder, v, kind) if lanes > 1 else v for v in (low, high))
 
                 def tap_round(builder, tap, totals):
                     base = builder.add(builder.mul(tap, channels), at)
@@ -721,12 +826,13 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, out, out_at)
                             following.append(_call(builder, "fma", filters[v], value, totals[i * vectors + v]))
                     return following
 
-                totals = _for(builder, _i64(0), taps, 1, [zero] * (STENCIL_ROWS * vectors), tap_round)
+                totals = _for(builder, _i64(0), taps, 1, start * STENCIL_ROWS, tap_round)
                 for i in range(STENCIL_ROWS):
                     base = builder.add(builder.mul(channels, _i64(i)), at)
                     for v in range(vectors):
                         target = builder.add(base, _i64(v * lanes))
-                        _write(builder, totals[i * vectors + v], out, target, lanes, compute)
+                        total = _clamp(builder, totals[i * vectors + v], least, most)
+                        _write(builder, total, out, target, lanes, compute)
 
             def strip(vectors, lanes):
                 def round_(builder, at, values):
@@ -744,7 +850,16 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, out, out_at)
         function = _function(
             builder.module,
             f"dynconv_stencil_{storage}_{out.dtype}",
-            [_i64.as_pointer(), element.as_pointer(), _i64, _i64, element.as_pointer()],
+            [
+                _i64.as_pointer(),
+                element.as_pointer(),
+                _i64,
+                _i64,
+                element.as_pointer(),
+                element,
+                element,
+                element.as_pointer(),
+            ],
             build,
         )
         builder.call(
@@ -754,13 +869,16 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, out, out_at)
                 _data(context, builder, signature, args, 2),
                 args[3],
                 args[4],
-                builder.gep(_data(context, builder, signature, args, 5), [args[6]]),
+                _data(context, builder, signature, args, 5),
+                args[6],
+                args[7],
+                builder.gep(_data(context, builder, signature, args, 8), [args[9]]),
             ],
         )
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(pixels, source, weight, i, i, out, i), codegen
+    return types.void(pixels, source, weight, i, i, shift, low, high, out, i), codegen
 
 
 def _stencil_weight(tap_count: int):

@@ -18,8 +18,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from . import depthwise, masked_conv
-from ._common import LARGE, address, array, ceil, fill_elements, gather_rows, multiply_rows, vector_lanes
+from . import masked_conv
+from ._common import LARGE, address, array, ceil, fill_elements, finish_rows, gather_rows, multiply_rows, vector_lanes
 from ._llvm import (
     ACTIVATIONS,
     ROWS,
@@ -162,7 +162,7 @@ def _chain_kernel(arguments, storage, compute):
     scratch, scratch_size = array(a[16], compute), a[17]
     numbers, numbers_size = a[18], a[19]
     chunk_rows, gathered_size, zeros, table_size, element_size = a[20], a[21], a[22], a[23], a[24]
-    nothing = array(0, compute)
+    nothing, zero_row, infinity = array(0, compute), array(a[22], compute), compute(np.inf)
     worker = fetch_add(a[1:], 1)
     gathered = worker * scratch_size
     products = gathered + gathered_size
@@ -213,6 +213,10 @@ def _chain_kernel(arguments, storage, compute):
             width = cin if is_depthwise else groups * panels * lanes
             read = 0 if is_input else worker * scratch_size + a[_HEADER + (s - 1) * _STAGE + 22]
             rows_out = worker * scratch_size + g[22]
+            # What only shifts and clamps is done with the sums still in registers.
+            is_clamp = s < last and activation <= 2 and (is_depthwise or (groups == 1 and filters % lanes == 0))
+            is_clamp = is_clamp and (is_depthwise or block_taps >= taps)
+            low, high = compute(-np.inf) if activation == 0 else compute(0), compute(6 if activation == 2 else np.inf)
             sites = array(lists[s], np.int32)
             for first in range(0, counts[s], chunk_rows):
                 rows = min(chunk_rows, counts[s] - first)
@@ -233,12 +237,22 @@ def _chain_kernel(arguments, storage, compute):
                                 else:
                                     pixel = a[16] + (read + row * cin) * a[25]
                                 pixels[tap * STENCIL_ROWS + i] = pixel
-                        if is_input:
-                            stencil_rows(pixels, source, weights, taps, cin, scratch, products + r * width)
+                        if is_clamp:
+                            shift, least, most, target = bias, low, high, rows_out + (first + r) * cin
                         else:
-                            stencil_rows(pixels, scratch, weights, taps, cin, scratch, products + r * width)
+                            shift, least, most, target = zero_row, -infinity, infinity, products + r * width
+                        if is_input:
+                            stencil_rows(pixels, source, weights, taps, cin, shift, least, most, scratch, target)
+                        else:
+                            stencil_rows(pixels, scratch, weights, taps, cin, shift, least, most, scratch, target)
                 elif is_pointwise and not is_input:
                     depth = channels
+                    if is_clamp:
+                        finish_rows(
+                            scratch, read + first * cin, cin, rows, depth, weights, depth * lanes, panels, bias, low,
+                            high, scratch, rows_out + first * cout, cout, lanes,
+                        )  # fmt: skip
+                        continue
                     multiply_rows(
                         scratch, read + first * cin, cin, channels, rows, depth, False, weights, 0, depth * lanes,
                         panels * depth * lanes, panels, groups, scratch, products, width, lanes,
@@ -257,11 +271,19 @@ def _chain_kernel(arguments, storage, compute):
                                 scratch, cin, table, True, first_tap, taps, rows, tap_count, read, channels, groups,
                                 scratch, gathered, lanes, compute,
                             )  # fmt: skip
+                        if is_clamp:
+                            finish_rows(
+                                scratch, gathered, depth, rows, depth, weights, stride, panels, bias, low, high,
+                                scratch, rows_out + first * cout, cout, lanes,
+                            )  # fmt: skip
+                            continue
                         multiply_rows(
                             scratch, gathered, depth, rows * depth, rows, depth, first_tap > 0,
                             weights, first_tap * channels * lanes, stride, panels * stride, panels, groups,
                             scratch, products, width, lanes,
                         )  # fmt: skip
+                if is_clamp:
+                    continue
                 for r in range(rows):
                     site, scale = np.int64(sites[first + r]), compute(1)
                     place = (first + r) * cout

@@ -36,6 +36,7 @@ def _stencil_kernel(arguments, storage, compute):
     chunk_rows, activation = a[17], a[18]
     scratch, scratch_size = array(a[19], compute), a[20]
     fill, inactive, all_sites, is_large = a[22], array(a[23], storage), a[24], a[25] != 0
+    infinity, nothing = compute(np.inf), array(a[10], compute)
     sums = fetch_add(a[1:], 1) * scratch_size
     pixels = np.empty(taps * STENCIL_ROWS, np.int64)
     while True:
@@ -51,20 +52,20 @@ def _stencil_kernel(arguments, storage, compute):
                     pixel = np.int64(table[entry + tap])
                     where = a[2] + pixel * channels * element_size if pixel >= 0 else zeros
                     pixels[tap * STENCIL_ROWS + i] = where
-            stencil_rows(pixels, source, weight, taps, channels, scratch, sums)
+            stencil_rows(pixels, source, weight, taps, channels, bias, -infinity, infinity, scratch, sums)
             for i in range(min(STENCIL_ROWS, end - first)):
                 m, at = first + i, sums + i * channels
                 if wants_gate_grad:
                     total = compute(0)
                     for c in range(channels):
-                        total += (load(scratch, at + c, compute) + bias[c]) * grad[m * channels + c]
+                        total += load(scratch, at + c, compute) * grad[m * channels + c]
                     gate_grad[m] = total
                     continue
                 site = np.int64(index[m])
                 scale = gate[site] if has_gate else compute(1)
                 place = (m if is_packed else site) * channels
                 finish_row(
-                    scratch, at, bias, 0, scale, residual, place if has_residual else 0, out, place,
+                    scratch, at, nothing, 0, scale, residual, place if has_residual else 0, out, place,
                     channels, activation,
                 )  # fmt: skip
 
@@ -149,7 +150,7 @@ def _stencil(
     table = _given(table, count)
     dtype, compute = source.dtype, weight.dtype
     bias = torch.zeros(channels, dtype=compute) if bias is None else bias.to(compute).contiguous()
-    zeros = torch.zeros(channels, dtype=dtype)
+    zeros = torch.zeros(channels, dtype=compute)
     threads = workers(count * channels * taps // SERIAL)
     chunk_rows = max(STENCIL_ROWS, min(_ROWS_PER_CHUNK, ceil(count, 4 * threads)) // STENCIL_ROWS * STENCIL_ROWS)
     size = STENCIL_ROWS * channels
