@@ -399,7 +399,8 @@ def test_one_kernel_for_a_whole_block(name, n, height, width, density, gated, th
         actual = block(input, mask)
         assert torch.allclose(actual, expected, **CLOSE)
         torch.set_num_threads(before)
-        assert torch.equal(actual, block(input, mask))
+        if block.shortcut != "downsample":  # that is PyTorch's own convolution, whose bits depend on the threads
+            assert torch.equal(actual, block(input, mask))
         if block.shortcut == "identity":
             assert torch.equal(block(input, mask, inplace=True), actual)
     finally:
