@@ -77,7 +77,7 @@ class Bench:
         self.generator = torch.Generator().manual_seed(seed)  # of the masks, the same on every device
         self._values = torch.Generator(device).manual_seed(seed)
         input_shape = (batch, layer.in_channels, layer.height, layer.width)
-        weight_shape = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+        weight_shape = (layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
         self.output_shape = (batch, layer.out_channels, layer.height, layer.width)
         element = torch.finfo(dtype).bits // 8
         self.sets = input_sets(device, element * (math.prod(input_shape) + math.prod(self.output_shape)))
@@ -92,7 +92,7 @@ class Bench:
 
     def dense(self, number: int) -> Tensor:
         """What users run today: PyTorch's own convolution, channels_last."""
-        return F.conv2d(self.inputs[number], self.weight, padding=self.layer.padding)
+        return F.conv2d(self.inputs[number], self.weight, padding=self.layer.padding, groups=self.layer.groups)
 
     def masked_dense(self, number: int, mask: Tensor) -> Tensor:
         """The usual idiom of the papers' code: compute everything, then multiply by the mask."""
@@ -100,7 +100,8 @@ class Bench:
 
     def sparse(self, number: int, mask: Tensor | dynconv.ActiveSites, out: Tensor | None = None) -> Tensor:
         """The op."""
-        return dynconv.masked_conv2d(self.inputs[number], self.weight, padding=self.layer.padding, mask=mask, out=out)
+        geometry = dict(padding=self.layer.padding, groups=self.layer.groups)
+        return dynconv.masked_conv2d(self.inputs[number], self.weight, **geometry, mask=mask, out=out)
 
     def gradients(self, operation, number: int, *arguments) -> tuple[Tensor, ...]:
         """Forward, and the gradients of input and weight."""
@@ -130,7 +131,8 @@ class Check:
         self.arithmetic = arithmetic(bench.dtype, bench.device)
         self.operands = [tensor.to(self.precision) for tensor in (bench.inputs[0], bench.weight)]
         self.dense, self.magnitude = (
-            F.conv2d(*operands, padding=bench.layer.padding) for operands in (self.operands, self._absolute())
+            F.conv2d(*operands, padding=bench.layer.padding, groups=bench.layer.groups)
+            for operands in (self.operands, self._absolute())
         )
         self.output_bound = self.arithmetic.bound(self.dense, self.magnitude, bench.layer.products, self.precision)
 
@@ -147,7 +149,8 @@ class Check:
         grad = torch.where(mask, self.bench.grads[0], 0).to(self.precision)
         expected = self._gradients(self.operands, grad)
         magnitude = self._gradients(self._absolute(), grad.abs())
-        terms = (self.bench.layer.out_channels * self.bench.layer.kernel**2, int(mask.sum()))
+        layer = self.bench.layer
+        terms = (layer.out_channels // layer.groups * layer.kernel**2, int(mask.sum()))
         verdicts = [
             judge(a, e, self.arithmetic.bound(e, m, n, self.precision))
             for a, e, m, n in zip(actual, expected, magnitude, terms)
@@ -157,7 +160,7 @@ class Check:
     def _gradients(self, operands: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
         padding = [self.bench.layer.padding] * 2
         return torch.ops.aten.convolution_backward(
-            grad, *operands, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (True, True, False)
+            grad, *operands, None, (1, 1), padding, (1, 1), False, (0, 0), self.bench.layer.groups, (True, True, False)
         )[:2]
 
 

@@ -28,12 +28,16 @@ class Layer:
     mask: str = "field"
     densities: tuple[float, ...] | None = None
     batch: int | None = None  # None: the user's
+    groups: int = 1
 
     @property
     def name(self) -> str:
-        """For example "56x56 64->64 3x3"."""
-        size = f"{self.height}x{self.width}"
-        return f"{size} {self.in_channels}->{self.out_channels} {self.kernel}x{self.kernel}"
+        """For example "56x56 64->64 3x3", "56x56 144 depthwise 3x3" or "28x28 128->128 3x3 in 8 groups"."""
+        size, kernel = f"{self.height}x{self.width}", f"{self.kernel}x{self.kernel}"
+        if self.groups == self.in_channels > 1:
+            return f"{size} {self.in_channels} depthwise {kernel}"
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"{size} {self.in_channels}->{self.out_channels} {kernel}{groups}"
 
     @property
     def padding(self) -> int:
@@ -42,8 +46,8 @@ class Layer:
 
     @property
     def products(self) -> int:
-        """Terms of the sum behind one output element: Cin * kH * kW."""
-        return self.in_channels * self.kernel**2
+        """Terms of the sum behind one output element: Cin / groups * kH * kW."""
+        return self.in_channels // self.groups * self.kernel**2
 
     def active(self, density: float, kind: str, batch: int, generator: torch.Generator) -> Tensor:
         """A bool mask [batch, 1, H, W]; `kind` ("blob" or "random") counts for the layers of mask "field"."""
@@ -82,7 +86,31 @@ def _sbnet() -> tuple[Layer, ...]:
     )
 
 
-LAYERS: dict[str, tuple[Layer, ...]] = {"resnet50": _resnet50(), "sige-ddpm": _sige_ddpm(), "sbnet": _sbnet()}
+def _depthwise(family: str, maps: tuple[tuple[int, int], ...], batch: int) -> tuple[Layer, ...]:
+    """The 3x3 layers of inverted residuals, expansion 6, over maps of (size, channels of the block)."""
+    return tuple(
+        Layer(family, size, size, 6 * channels, 6 * channels, 3, batch=batch, groups=6 * channels)
+        for size, channels in maps
+    )
+
+
+def _lasnet() -> tuple[Layer, ...]:
+    """RegNetY-800MF (LASNet): 3x3 layers in groups of 16 channels."""
+    return tuple(
+        Layer("lasnet", size, size, channels, channels, 3, groups=channels // 16)
+        for size, channels in ((56, 64), (28, 128), (14, 288), (7, 672))
+    )
+
+
+# DynConv's training batch is 32, for pose estimation as published; its MobileNetV2 layers are measured at the same.
+LAYERS: dict[str, tuple[Layer, ...]] = {
+    "resnet50": _resnet50(),
+    "mobilenetv2": _depthwise("mobilenetv2", ((56, 24), (28, 32), (14, 64), (14, 96), (7, 160)), 32),
+    "dynconv-pose": _depthwise("dynconv-pose", ((64, 96), (32, 96), (16, 96), (8, 96), (4, 96)), 32),
+    "lasnet": _lasnet(),
+    "sige-ddpm": _sige_ddpm(),
+    "sbnet": _sbnet(),
+}
 
 
 def random_mask(batch: int, height: int, width: int, density: float, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,6 @@
-"""What the ops share: memory formats, checks of arguments, and warnings."""
+"""What the ops share: memory formats and checks of arguments."""
 
 from __future__ import annotations
-
-import functools
-import warnings
 
 import torch
 from torch import Tensor
@@ -130,7 +127,6 @@ def gate_of(sites: ActiveSites, dtype: torch.dtype) -> Tensor | None:
     return sites.gate.to(torch.promote_types(dtype, torch.float32)).contiguous()
 
 
-@functools.cache
-def warn_once(message: str) -> None:
-    """A UserWarning at the first call with that message, and never again in this process."""
-    warnings.warn(message, stacklevel=3)
+def is_depthwise(weight: Tensor, groups: int) -> bool:
+    """Whether every channel has a filter of its own and makes one output: a stencil, not a matrix product."""
+    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1

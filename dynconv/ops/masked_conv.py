@@ -25,6 +25,7 @@ from ._common import (
     fill,
     gate_of,
     in_rows,
+    is_depthwise,
 )
 from .epilogue import epilogue
 
@@ -111,9 +112,9 @@ def _cpu_backward(
 ):
     table = _table(input, weight, mask, index, count, shared, source, stride, padding, dilation)
     readers, pixels = None, source[1:]
-    if wanted[0] and groups > 1 and len(shared) > 1:
+    if wanted[0] and is_depthwise(weight, groups) and len(shared) > 1:
         readers, *pixels = shared[1:]
-    elif wanted[0] and groups > 1:
+    elif wanted[0] and is_depthwise(weight, groups):
         sites, size = module(".cpu.sites"), _input_size(input, source)
         if not source:
             pixels = sites.compact(sites.touched(mask, size, weight.shape[2:], stride, padding, dilation))
@@ -426,7 +427,7 @@ def _shared(
         shared.append(
             sites._neighbours(size, geometry) if source is None else sites._packed_neighbours(source, geometry)
         )
-        if not needs_grad or groups == 1 or weight.shape[1] > 1:
+        if not needs_grad or not is_depthwise(weight, groups):
             return shared
     elif not needs_grad:
         return shared
