@@ -15,7 +15,8 @@ import dynconv
 from dynconv.__main__ import main
 from dynconv.cli import bounds, demo, extra, scaling, timing, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, summarise
-from dynconv.cli.layers import LAYERS, Layer, blob_mask, patch, random_mask, reached
+from dynconv.cli.layers import LAYERS, Block, Layer, blob_mask, patch, random_mask, reached
+from dynconv.nn import MaskedBottleneck
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Layer("tiny", 12, 10, 8, 16, 3)
@@ -162,12 +163,14 @@ def test_crossover_outside_of_what_was_measured(points, text):
 def test_summary_takes_the_3x3_layers_that_were_right():
     def row(layer, kernel, ratio, failure=None):
         check = bounds.Verdict(0.0, 1.0, 0.0, failure is None)
-        made = Row("f", layer, kernel, "plain", 1, 0.25, 0.25, check, failure)
+        made = Row("f", layer, kernel, "plain", 1, 0.25, 0.25, check, 0.25, failure)
         if failure is None:
             made.dense, made.sparse = timing.Timing(ratio, ratio, ratio, 5), timing.Timing(1.0, 1.0, 1.0, 5)
         return made
 
-    summary = summarise([row("a", 3, 1.0), row("b", 3, 4.0), row("c", 1, 100.0), row("d", 3, 9.0, "wrong")])
+    rows = [row("a", 3, 1.0), row("b", 3, 4.0), row("c", 1, 100.0), row("d", 3, 9.0, "wrong"), row("e", 0, 3.0)]
+    summary = summarise(rows)
+    assert [(mean["layers"], mean["ratio"]) for mean in summary["means_blocks"]] == [(1, pytest.approx(3.0))]
     (mean,) = summary["means_3x3"]
     assert mean["layers"] == 2
     assert mean["ratio"] == pytest.approx(2.0)
@@ -301,6 +304,27 @@ def test_bench_sees_a_wrong_gradient(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", wrong)
     (row,) = measure(TINY, [0.5], ["backward"], batch=1, repeats=1)
+    assert row.failure.startswith("wrong result")
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "inverted"])
+def test_bench_checks_and_times_whole_blocks(kind):
+    block = Block("tiny", kind, 9, 8, 16)
+    rows = list(measure(block, [0.5, 0.2], ["plain", "in-place", "backward"], batch=2, repeats=1))
+    assert [row.failure for row in rows] == [None] * 6
+    assert all(row.ratio > 0 and 1 < row.ideal <= 1 / row.density for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["plain", "in-place", "backward"])
+def test_bench_sees_a_wrong_block(monkeypatch, mode):
+    right = MaskedBottleneck.forward
+
+    def wrong(self, input, mask=None, **options):
+        output = right(self, input, mask, **options)
+        return output if mask is None or dynconv._backend._forced else output.mul(1.001)
+
+    monkeypatch.setattr(MaskedBottleneck, "forward", wrong)
+    (row,) = measure(Block("tiny", "bottleneck", 9, 8, 16), [0.5], [mode], batch=2, repeats=1)
     assert row.failure.startswith("wrong result")
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 import dynconv
 
 from . import console, extra, table
+from .blocks import BlockBench, BlockCheck
 from .bounds import Verdict, arithmetic, judge
 from .environment import environment, write_json
-from .layers import LAYERS, MASKS, Layer
+from .layers import LAYERS, MASKS, Block, Layer
 from .timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 
 MODES = ("plain", "in-place", "backward")
@@ -42,6 +43,7 @@ class Row:
     asked: float
     density: float
     check: Verdict
+    work: float  # the share of the dense products that the active sites need
     failure: str | None = None
     dense: Timing | None = None
     sparse: Timing | None = None
@@ -56,8 +58,8 @@ class Row:
 
     @property
     def ideal(self) -> float:
-        """1 / density, what the FLOPs allow."""
-        return 1 / self.density
+        """What the FLOPs allow: 1 / density for a layer; a block's first layers have more to compute."""
+        return 1 / self.work
 
     @property
     def share(self) -> float | None:
@@ -111,6 +113,14 @@ class Bench:
         finally:
             input.requires_grad_(False), weight.requires_grad_(False)
         return grads
+
+    def cache(self) -> Tensor:
+        """What an update in place starts from."""
+        return self.caches[0].clone(memory_format=torch.preserve_format)
+
+    def work(self, mask: Tensor) -> float:
+        """The share of the dense products that the active sites need."""
+        return mask.float().mean().item()
 
     def compact(self, mask: Tensor) -> dynconv.ActiveSites:
         """What layers that share a mask pay once: the active set and, on the CPU, the table of its neighbours."""
@@ -178,8 +188,9 @@ def measure(
     baselines: bool = False,
 ) -> Iterator[Row]:
     """Check and time one layer: a row for each density and mode. A row whose check fails carries no time."""
-    bench = Bench(layer, batch, dtype, device)
-    check = Check(bench)
+    kinds = (BlockBench, BlockCheck) if isinstance(layer, Block) else (Bench, Check)
+    bench = kinds[0](layer, batch, dtype, device)
+    check = kinds[1](bench)
     compiled = _compiled(bench) if baselines and "plain" in modes else None
     for asked in densities:
         mask = layer.active(asked, masks, batch, bench.generator).to(device)
@@ -188,7 +199,7 @@ def measure(
         for mode in modes:
             verdict, failure = check_mode(bench, check, mask, mode)
             rows[mode] = Row(
-                layer.family, layer.name, layer.kernel, mode, batch, asked, density, verdict, failure
+                layer.family, layer.name, layer.kernel, mode, batch, asked, density, verdict, bench.work(mask), failure
             )  # fmt: skip
         sound = [mode for mode, row in rows.items() if row.failure is None]
         timings = _timed(bench, mask, sound, repeats, seconds, compiled)
@@ -222,8 +233,8 @@ def check_mode(bench: Bench, check: Check, mask: Tensor, mode: str) -> tuple[Ver
             verdict = check.gradients(bench.gradients(bench.sparse, 0, mask), mask)
         else:
             with torch.no_grad():
-                cache = bench.caches[0] if mode == "in-place" else None
-                out = None if cache is None else cache.clone(memory_format=torch.preserve_format)
+                out = bench.cache() if mode == "in-place" else None
+                cache = None if out is None else out.clone(memory_format=torch.preserve_format)
                 verdict = check.output(bench.sparse(0, mask, out), mask, cache)
     except Exception as error:
         return Verdict(math.inf, 0.0, math.inf, False), f"{type(error).__name__}: {error}"
@@ -301,22 +312,18 @@ def summarise(rows: Sequence[Row]) -> dict:
     """Crossover densities, and geometric means over the 3x3 layers of each family, as plain data for JSON."""
     means = defaultdict(list)
     for row in rows:
-        if row.ratio is not None and row.kernel == 3:
-            means[row.family, row.mode, row.asked].append(row)
-    return {
-        "crossover": [
-            {"family": family, "layer": layer, "mode": mode} | asdict(crossover([(r.density, r.ratio) for r in curve]))
-            for (family, layer, mode), curve in curves(rows).items()
-        ],
-        "means_3x3": [
-            {
-                "family": family, "mode": mode, "asked": asked, "layers": len(group),
-                "ratio": geometric_mean([row.ratio for row in group]),
-                "share": geometric_mean([row.share for row in group]),
-            }
-            for (family, mode, asked), group in means.items()
-        ],
-    }  # fmt: skip
+        if row.ratio is not None and row.kernel != 1:
+            means[row.family, row.kernel == 3, row.mode, row.asked].append(row)
+    summary = {"crossover": [], "means_3x3": [], "means_blocks": []}
+    for (family, layer, mode), curve in curves(rows).items():
+        crossing = crossover([(r.density, r.ratio) for r in curve])
+        summary["crossover"].append({"family": family, "layer": layer, "mode": mode} | asdict(crossing))
+    for (family, is_layer, mode, asked), group in means.items():
+        mean = {"family": family, "mode": mode, "asked": asked, "layers": len(group)}
+        mean["ratio"] = geometric_mean([row.ratio for row in group])
+        mean["share"] = geometric_mean([row.share for row in group])
+        summary["means_3x3" if is_layer else "means_blocks"].append(mean)
+    return summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -448,15 +455,18 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
             cells += [f"{timing.median:.2f}" for timing in (row.masked_dense, row.compiled) if timing]
             shown.add_row(*cells)
         out.print(shown)
-    means = table(
-        "\ngeometric means over the 3x3 layers", "<family|<mode|density asked|layers|ratio|share of the ideal"
-    )
-    for mean in summary["means_3x3"]:
-        means.add_row(
-            mean["family"], mean["mode"], f"{mean['asked']:g}", str(mean["layers"]), f"{mean['ratio']:.2f}x",
-            f"{mean['share']:.0%}",
-        )  # fmt: skip
-    out.print(means)
+    for name, what in (("means_3x3", "3x3 layers"), ("means_blocks", "blocks")):
+        if not summary[name]:
+            continue
+        means = table(
+            f"\ngeometric means over the {what}", "<family|<mode|density asked|layers|ratio|share of the ideal"
+        )
+        for mean in summary[name]:
+            means.add_row(
+                mean["family"], mean["mode"], f"{mean['asked']:g}", str(mean["layers"]), f"{mean['ratio']:.2f}x",
+                f"{mean['share']:.0%}",
+            )  # fmt: skip
+        out.print(means)
     crossings = table(
         "\ncrossover density: dynconv is faster below it", "<family|<layer" + "".join(f"|{m}" for m in arguments.modes)
     )

@@ -58,13 +58,52 @@ class Layer:
         return MASKS[kind](batch, self.height, self.width, density, generator)
 
 
-def _resnet50() -> tuple[Layer, ...]:
+@dataclass(frozen=True)
+class Block:
+    """A residual block of a published network: "bottleneck" (1x1, 3x3, 1x1) or "inverted" (1x1, depthwise 3x3, 1x1)."""
+
+    family: str
+    kind: str
+    height: int
+    width: int
+    channels: int
+    mask: str = "field"
+    densities: tuple[float, ...] | None = None
+    batch: int | None = None
+    kernel: int = 0  # of no single size: not in the means over 3x3 layers
+
+    @property
+    def name(self) -> str:
+        """For example "56x56 256 bottleneck"."""
+        return f"{self.height}x{self.width} {self.channels} {self.kind}"
+
+    @property
+    def products(self) -> int:
+        """Products behind one output element, over all layers and output channels of the block."""
+        if self.kind == "bottleneck":
+            return self.channels // 4 * 2 + 9 * self.channels // 16
+        return 12 * self.channels + 54
+
+    @property
+    def out_channels(self) -> int:
+        """Of the block."""
+        return self.channels
+
+    def active(self, density: float, kind: str, batch: int, generator: torch.Generator) -> Tensor:
+        """As `Layer.active`."""
+        if self.mask == "rectangle":
+            return patch(self.height, self.width, density).expand(batch, -1, -1, -1).contiguous()
+        return MASKS[kind](batch, self.height, self.width, density, generator)
+
+
+def _resnet50() -> tuple[Layer | Block, ...]:
     """The 3x3 layers of the bottlenecks, and a 1x1 layer of each stage."""
     spatial = ((56, 64), (28, 128), (14, 256), (7, 512))
     pointwise = ((56, 64, 256), (28, 512, 128), (14, 1024, 256), (7, 2048, 512))
     return (
         *(Layer("resnet50", size, size, channels, channels, 3) for size, channels in spatial),
         *(Layer("resnet50", size, size, cin, cout, 1) for size, cin, cout in pointwise),
+        *(Block("resnet50", "bottleneck", size, size, 4 * channels) for size, channels in spatial),
     )
 
 
@@ -86,11 +125,14 @@ def _sbnet() -> tuple[Layer, ...]:
     )
 
 
-def _depthwise(family: str, maps: tuple[tuple[int, int], ...], batch: int) -> tuple[Layer, ...]:
-    """The 3x3 layers of inverted residuals, expansion 6, over maps of (size, channels of the block)."""
-    return tuple(
-        Layer(family, size, size, 6 * channels, 6 * channels, 3, batch=batch, groups=6 * channels)
-        for size, channels in maps
+def _inverted(family: str, maps: tuple[tuple[int, int], ...], batch: int) -> tuple[Layer | Block, ...]:
+    """The 3x3 layers of inverted residuals, expansion 6, and the whole blocks, over maps of (size, channels)."""
+    return (
+        *(
+            Layer(family, size, size, 6 * channels, 6 * channels, 3, batch=batch, groups=6 * channels)
+            for size, channels in maps
+        ),
+        *(Block(family, "inverted", size, size, channels, batch=batch) for size, channels in maps),
     )
 
 
@@ -103,10 +145,10 @@ def _lasnet() -> tuple[Layer, ...]:
 
 
 # DynConv's training batch is 32, for pose estimation as published; its MobileNetV2 layers are measured at the same.
-LAYERS: dict[str, tuple[Layer, ...]] = {
+LAYERS: dict[str, tuple[Layer | Block, ...]] = {
     "resnet50": _resnet50(),
-    "mobilenetv2": _depthwise("mobilenetv2", ((56, 24), (28, 32), (14, 64), (14, 96), (7, 160)), 32),
-    "dynconv-pose": _depthwise("dynconv-pose", ((64, 96), (32, 96), (16, 96), (8, 96), (4, 96)), 32),
+    "mobilenetv2": _inverted("mobilenetv2", ((56, 24), (28, 32), (14, 64), (14, 96), (7, 160)), 32),
+    "dynconv-pose": _inverted("dynconv-pose", ((64, 96), (32, 96), (16, 96), (8, 96), (4, 96)), 32),
     "lasnet": _lasnet(),
     "sige-ddpm": _sige_ddpm(),
     "sbnet": _sbnet(),

@@ -124,7 +124,7 @@ class MaskedBlock(nn.Module):
             with torch.no_grad():
                 for stage in self.stages:
                     conv, norm = self._submodule(stage.conv), self._norm(stage)
-                    weight, bias = _fold(conv, norm)
+                    weight, bias = fold(conv, norm)
                     made = prepare(weight, bias, conv.groups)
                     layers.append(Layer(weight, made, _geometry(conv), conv.groups, stage.activation))
             if self.shortcut is not None:
@@ -144,7 +144,7 @@ class MaskedBlock(nn.Module):
         conv, norm = self._submodule(stage.conv), self._norm(stage)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if norm is None or not uses_batch_statistics(norm):
-            return masked_conv2d(features, *_fold(conv, norm), *geometry, mask=sites, **finish)
+            return masked_conv2d(features, *fold(conv, norm), *geometry, mask=sites, **finish)
         features = masked_conv2d(features, conv.weight, conv.bias, *geometry, mask=sites.ungated, packed=True)
         return batch_norm(norm, features._replace(sites=sites), **finish)
 
@@ -235,7 +235,7 @@ def _operands(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Tensor | Non
     return [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
 
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
     """The convolution's weight and bias with the normalisation by running statistics folded in."""
     if norm is None:
         return conv.weight, conv.bias

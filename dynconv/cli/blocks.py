@@ -1,0 +1,184 @@
+"""Whole residual blocks for `bench`: the dense block of PyTorch's own layers against the masked one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dynconv
+from dynconv.nn import MaskedBottleneck, MaskedInvertedResidual
+from dynconv.nn.blocks import MaskedBlock, fold
+
+from .bounds import Verdict, arithmetic, judge
+from .layers import Block
+from .timing import input_sets
+
+_CLAMPS = {None: lambda x: x, "relu": lambda x: F.relu(x, inplace=True), "relu6": lambda x: F.relu6(x, inplace=True)}
+# How much larger than the error of plain PyTorch a training block's may be: both add up the same products, in other
+# orders, and normalise by statistics that are off by as much.
+_TRAINING_ERROR = 4
+
+
+class BlockBench:
+    """A block's parameters and inputs, and the calls to compare; what `bench.Bench` is for a layer."""
+
+    def __init__(self, layer: Block, batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        self.layer, self.batch, self.dtype, self.device = layer, batch, dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+        values = torch.Generator(device).manual_seed(seed)
+        torch.manual_seed(seed)
+        self.block = make(layer).to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.output_shape = (batch, layer.channels, layer.height, layer.width)
+        size = torch.Size(self.output_shape).numel()
+        self.sets = input_sets(device, 2 * torch.finfo(dtype).bits // 8 * size)
+
+        def tensors() -> list[Tensor]:
+            made = (torch.randn(self.output_shape, generator=values, device=device) for _ in range(self.sets))
+            return [t.to(dtype).contiguous(memory_format=torch.channels_last) for t in made]
+
+        self.inputs, self.grads = tensors(), tensors()
+        # Updated in place over and over, each by a share of itself that does not let it grow.
+        self.caches = [t.clone(memory_format=torch.preserve_format) for t in self.inputs]
+        with torch.no_grad():
+            self.folded = folded_layers(self.block)
+
+    def cache(self) -> Tensor:
+        """What an update in place starts from."""
+        return self.inputs[0].clone(memory_format=torch.preserve_format)
+
+    def dense(self, number: int) -> Tensor:
+        """Normalisation folded in, activations and shortcut in place; in training, the dense block itself."""
+        input = self.inputs[number]
+        if self.block.training:
+            return self.block(input)
+        return dense_block(self.block, self.folded, input)
+
+    def masked_dense(self, number: int, mask: Tensor) -> Tensor:
+        """The papers' own code: everything, then a choice by the mask."""
+        return torch.where(mask, self.dense(number), self.inputs[number])
+
+    def sparse(self, number: int, mask: Tensor | dynconv.ActiveSites, out: Tensor | None = None) -> Tensor:
+        """The masked block; in place where `out` is given."""
+        if out is not None:
+            return self.block(out, mask, inplace=True)
+        return self.block(self.inputs[number], mask)
+
+    def gradients(self, operation, number: int, *arguments) -> tuple[Tensor, ...]:
+        """A training step's forward and backward: the gradients of the input and of every parameter."""
+        input = self.inputs[number].requires_grad_()
+        self.block.train().requires_grad_()
+        try:
+            output = operation(number, *arguments)
+            return torch.autograd.grad(output, (input, *self.block.parameters()), self.grads[number])
+        finally:
+            input.requires_grad_(False)
+            self.block.eval().requires_grad_(False)
+
+    def compact(self, mask: Tensor) -> dynconv.ActiveSites:
+        """What blocks that share a mask pay once."""
+        return dynconv.ActiveSites(mask)
+
+    def work(self, mask: Tensor) -> float:
+        """The share of the dense block's products that the active sites need, layer by layer."""
+        sites, needed, total = dynconv.ActiveSites(mask), 0, 0
+        size = (self.layer.height, self.layer.width)
+        for weight, _, conv, _ in reversed(self.folded):
+            total += mask.numel() * weight.numel()
+            needed += len(sites) * weight.numel()
+            sites = sites.touched(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        return needed / total
+
+
+class BlockCheck:
+    """The masked block against a dense one of more precision."""
+
+    def __init__(self, bench: BlockBench) -> None:
+        self.bench = bench
+        # As for layers: on a CPU float32's own error is in the bound.
+        self.precision = torch.float64 if bench.device == "cuda" else torch.float32
+        self.arithmetic = arithmetic(bench.dtype, bench.device)
+        with torch.no_grad():
+            folded = [(w.to(self.precision), b.to(self.precision), c, a) for w, b, c, a in bench.folded]
+            self.dense, self.bound = self._bounded(folded, bench.inputs[0].to(self.precision))
+
+    def _bounded(self, folded: list, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's value, and a bound of an implementation's error: each layer adds its own to what it passes on.
+
+        Activations do not let an error grow: ReLU and ReLU6 never change a difference by more than itself.
+        """
+        value, error = input, torch.zeros_like(input)
+        for weight, bias, conv, activation in folded:
+            where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+            terms = weight[0].numel() + 3  # bias, folding, residual
+            magnitude = F.conv2d(value.abs() + error, weight.abs(), bias.abs(), *where)
+            passed = F.conv2d(error, weight.abs(), None, *where)
+            value = F.conv2d(value, weight, bias, *where)
+            error = passed + self.arithmetic.bound(value, magnitude, terms, self.precision).to(self.precision)
+            value = _CLAMPS[activation](value)
+        total = value + input
+        error = error + self.arithmetic.bound(total, value.abs() + input.abs(), 2, self.precision)
+        return _CLAMPS[self.bench.block.activation](total), error
+
+    def output(self, actual: Tensor, mask: Tensor, inactive: Tensor | None = None) -> Verdict:
+        """The skipped sites have to be the input's, exactly."""
+        input = self.bench.inputs[0].to(self.precision)
+        return judge(actual, torch.where(mask, self.dense, input), torch.where(mask, self.bound, 0))
+
+    def gradients(self, actual: tuple[Tensor, ...], mask: Tensor) -> Verdict:
+        """Against the reference in float64, as far as the reference in the bench's own type is from it.
+
+        The normalisation's statistics make an elementwise bound meaningless; the worst quotient of error norms is
+        judged.
+        """
+        bench = self.bench
+        with dynconv.backend("reference"):
+            plain, expected = bench.gradients(bench.sparse, 0, mask), self._in_double(mask)
+        worst = 0.0
+        for mine, theirs, wanted in zip(actual, plain, expected, strict=True):
+            size = wanted.norm().clamp(min=1e-30)
+            error, other = (((a.double() - wanted).norm() / size).item() for a in (mine, theirs))
+            worst = max(worst, error / max(other, torch.finfo(bench.dtype).eps))
+        return Verdict(worst, _TRAINING_ERROR, worst / _TRAINING_ERROR, worst <= _TRAINING_ERROR)
+
+    def _in_double(self, mask: Tensor) -> tuple[Tensor, ...]:
+        bench = BlockBench.__new__(BlockBench)
+        bench.__dict__ |= self.bench.__dict__
+        layer = self.bench.layer
+        bench.block = make(layer).to(self.bench.device, torch.float64)
+        bench.block.load_state_dict(self.bench.block.state_dict())
+        bench.inputs, bench.grads = [self.bench.inputs[0].double()], [self.bench.grads[0].double()]
+        return bench.gradients(bench.sparse, 0, mask)
+
+
+def make(layer: Block) -> MaskedBlock:
+    """A published block, its last normalisation's scale small: in place it adds little to its input."""
+    if layer.kind == "bottleneck":
+        block = MaskedBottleneck(layer.channels, layer.channels // 4)
+        last = block.bn3
+    else:
+        block = MaskedInvertedResidual(layer.channels, layer.channels, 1, 6)
+        last = block.conv[-1]
+    nn.init.constant_(last.weight, 1e-2)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # what is measured in training leaves the block as it was
+    return block
+
+
+def folded_layers(block: MaskedBlock) -> list[tuple[Tensor, Tensor, nn.Conv2d, str | None]]:
+    """(weight, bias, convolution, activation) of each layer, normalisation folded in, for the dense block."""
+    layers = []
+    for stage in block.stages:
+        conv, norm = block.get_submodule(stage.conv), block.get_submodule(stage.norm)
+        layers.append((*fold(conv, norm), conv, stage.activation))
+    return layers
+
+
+def dense_block(block: MaskedBlock, folded: list, input: Tensor) -> Tensor:
+    """What a user of PyTorch runs in inference: folded, in place, channels_last."""
+    value = input
+    for weight, bias, conv, activation in folded:
+        value = F.conv2d(value, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        value = _CLAMPS[activation](value)
+    return _CLAMPS[block.activation](value.add_(input))
