@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._backend import backend_for, module
-from ._geometry import Geometry, IntPair, Padding
+from ._geometry import Geometry, IntPair, Padding, pair
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define("compact(Tensor mask, str backend) -> (Tensor index, Tensor count)")
@@ -127,8 +127,11 @@ class ActiveSites:
 
     Args:
         mask: bool or floating, broadcastable to [N, 1, Ho, Wo]. A floating mask is a gate: active where it is
-            not zero, and its value multiplies the output there.
-        size: (N, Ho, Wo), needed only where the mask itself is smaller and broadcasts.
+            not zero, and its value multiplies the output there. With a granularity, broadcastable to the coarser grid
+            [N, 1, ceil(Ho / vertical), ceil(Wo / horizontal)], each of whose cells stands for so many lines and columns
+            of sites: the patches of LASNet (Han et al., NeurIPS 2022).
+        size: (N, Ho, Wo), needed where the mask itself is smaller and broadcasts, and with a granularity.
+        granularity: an int, or (vertical, horizontal), at least 1.
 
     Attributes:
         mask: bool [N, 1, Ho, Wo].
@@ -140,30 +143,61 @@ class ActiveSites:
 
     Raises:
         TypeError: the mask is neither bool nor floating.
-        ValueError: the mask does not broadcast to [N, 1, Ho, Wo], or has 2^31 sites or more.
+        ValueError: the mask does not broadcast to [N, 1, Ho, Wo] or the coarser grid, or has 2^31 sites or more.
     """
 
-    def __init__(self, mask: Tensor, size: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, mask: Tensor, size: tuple[int, int, int] | None = None, *, granularity: IntPair = 1) -> None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a bool or floating tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype}")
+        cell = pair(granularity, "granularity", 1)
         if size is None:
+            if cell != (1, 1):
+                raise ValueError("size: expected (N, Ho, Wo) beside a granularity, got None")
             if mask.dim() != 4 or mask.shape[1] != 1:
                 raise ValueError(f"mask: expected shape [N, 1, Ho, Wo], got {list(mask.shape)}")
             size = (mask.shape[0], mask.shape[2], mask.shape[3])
-        full = (size[0], 1, size[1], size[2])
+        full = (size[0], 1, -(-size[1] // cell[0]), -(-size[2] // cell[1]))
         if mask.dim() > 4 or any(
             have not in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
         ):
             raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}")
         if size[0] * size[1] * size[2] >= 2**31:
             raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
+        mask = mask.expand(full)
+        if cell != (1, 1):
+            mask = mask.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3)[:, :, : size[1], : size[2]]
         if mask.dtype == torch.bool:
             # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
-            self._make(mask.expand(full).clone(memory_format=torch.contiguous_format), None)
+            self._make(mask.clone(memory_format=torch.contiguous_format), None)
         else:
-            self._make((mask.detach() != 0).expand(full).contiguous(), mask.expand(full))
+            self._make((mask.detach() != 0).contiguous(), mask)
+
+    @classmethod
+    def from_boxes(cls, boxes: Tensor, size: tuple[int, int, int]) -> ActiveSites:
+        """The sites inside any of some rectangles: regions of interest, the blocks of SBNet (Ren et al., CVPR 2018).
+
+        Args:
+            boxes: integers [K, 5], on the device of the sites: sample, top, left, bottom, right, the last two behind
+                the rectangle. What lies outside of the map is cut off.
+            size: (N, Ho, Wo).
+
+        Raises TypeError where the boxes are not integers, ValueError where they have another shape.
+        """
+        if not isinstance(boxes, Tensor) or boxes.dtype not in (torch.int32, torch.int64):
+            got = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
+            raise TypeError(f"boxes: expected a tensor of int32 or int64, got {got}")
+        if boxes.dim() != 2 or boxes.shape[1] != 5:
+            raise ValueError(f"boxes: expected shape [K, 5], got {list(boxes.shape)}")
+        sample, y, x = (torch.arange(length, device=boxes.device) for length in size)
+        number, top, left, bottom, right = boxes.unbind(1)
+        # [K, N], [K, H] and [K, W]: a site is inside where all three are, for some box.
+        samples = (number[:, None] == sample).float()
+        lines = ((top[:, None] <= y) & (y < bottom[:, None])).float()
+        columns = ((left[:, None] <= x) & (x < right[:, None])).float()
+        covered = torch.einsum("kn,ky,kx->nyx", samples, lines, columns)
+        return cls._of((covered > 0).unsqueeze(1).contiguous())
 
     @classmethod
     def _of(cls, mask: Tensor) -> ActiveSites:

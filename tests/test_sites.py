@@ -117,3 +117,62 @@ def test_gate_keeps_its_graph_and_its_zeros_are_inactive():
     sites = ActiveSites(gate)
     assert sites.index[: len(sites)].tolist() == [1, 3]
     assert sites.gate.requires_grad
+
+
+@pytest.mark.parametrize("cell", [1, 2, 3, (4, 1), (5, 7)], ids=str)
+def test_a_coarser_grid(target, cell):
+    """Each cell stands for a patch of sites; the last ones are cut where the size is no multiple."""
+    vertical, horizontal = (cell, cell) if isinstance(cell, int) else cell
+    size = (2, 10, 7)
+    coarse = random_mask(2, -(-10 // vertical), -(-7 // horizontal), 0.5).to(target.device)
+    expected = torch.zeros(2, 1, 10, 7, dtype=torch.bool, device=target.device)
+    for n, y, x in coarse[:, 0].nonzero().tolist():
+        expected[n, 0, y * vertical : (y + 1) * vertical, x * horizontal : (x + 1) * horizontal] = True
+    with target.use():
+        assert torch.equal(ActiveSites(coarse, size, granularity=cell).mask, expected)
+        one = ActiveSites(coarse[:1, :, :1, :1].expand(1, 1, 1, 1), size, granularity=cell)
+    assert one.mask.all() == coarse[0, 0, 0, 0] and one.shape == size
+
+
+def test_a_coarse_gate_sums_its_gradient_over_the_patch(target):
+    gate = torch.tensor([[[[2.0, 0.0], [0.5, 1.0]]]], device=target.device, requires_grad=True)
+    with target.use():
+        sites = ActiveSites(gate, (1, 4, 3), granularity=2)
+    sites.gate.sum().backward()
+    assert torch.equal(gate.grad.cpu(), torch.tensor([[[[4.0, 2.0], [4.0, 2.0]]]]))
+    assert len(sites) == 4 + 4 + 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(-2, 9)] * 5), max_size=5))
+def test_boxes(boxes):
+    size = (3, 7, 6)
+    expected = torch.zeros(3, 1, 7, 6, dtype=torch.bool)
+    for n, top, left, bottom, right in boxes:
+        if 0 <= n < 3:
+            expected[n, 0, max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = True
+    sites = ActiveSites.from_boxes(torch.tensor(boxes, dtype=torch.int64).view(-1, 5), size)
+    assert torch.equal(sites.mask, expected)
+
+
+def test_bad_grids_and_boxes_are_refused():
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"size: expected \(N, Ho, Wo\) beside a granularity"):
+        ActiveSites(mask, granularity=2)
+    with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \[1, 1, 3, 2\]"):
+        ActiveSites(mask, (1, 5, 4), granularity=2)
+    with pytest.raises(ValueError, match="granularity: expected values of at least 1, got 0"):
+        ActiveSites(mask, (1, 4, 4), granularity=0)
+    with pytest.raises(TypeError, match=r"boxes: expected a tensor of int32 or int64, got torch\.float32"):
+        ActiveSites.from_boxes(torch.zeros(1, 5), (1, 4, 4))
+    with pytest.raises(ValueError, match=r"boxes: expected shape \[K, 5\], got \[1, 4\]"):
+        ActiveSites.from_boxes(torch.zeros(1, 4, dtype=torch.int64), (1, 4, 4))
+
+
+def test_touched_pixels_of_a_kernel_wider_than_the_image(target):
+    """Whole columns of taps lie in the padding; nothing outside of the map may be written."""
+    for width, kernel, padding in ((1, 9, 8), (3, 17, 16), (2, 40, 39)):
+        mask = torch.ones(2, 1, 1, width + 2 * padding - kernel + 1, dtype=torch.bool, device=target.device)
+        with target.use():
+            touched = ActiveSites(mask).touched((1, width), (1, kernel), 1, (0, padding))
+        assert touched.mask.all() and touched.shape == (2, 1, width)
