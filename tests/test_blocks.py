@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
+from conftest import ON_GPU, Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynconv import ActiveSites, backend
@@ -467,6 +469,51 @@ def test_compiled_block(name):
             results.append([output, *torch.autograd.grad(output.sum(), [x, *block.parameters()])])
         assert all(torch.allclose(a, b, **CLOSE) for a, b in zip(*results, strict=True))
     torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_launches_of_a_block(monkeypatch, shared):
+    """Compaction, and three convolutions: no kernel between the layers, nothing folded or repacked again."""
+    target = Target("triton")
+    launched = []
+    if ON_GPU:
+        from triton.runtime.jit import JITFunction as Launcher
+
+        name, original = "run", Launcher.run
+    else:
+        from triton.runtime.interpreter import GridExecutor as Launcher
+
+        name, original = "__call__", Launcher.__call__
+
+    def launch(self, *arguments, **options):
+        launched.append(getattr(self, "fn", self).__name__)
+        return original(self, *arguments, **options)
+
+    block = MaskedInvertedResidual(8, 8, 1, 2).eval().requires_grad_(False).to(target.device)
+    input = torch.randn(1, 8, 6, 5, device=target.device).contiguous(memory_format=torch.channels_last)
+    mask = torch.rand(1, 1, 6, 5, device=target.device) < 0.5
+    seen = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with target.use(), torch.no_grad():
+        sites = ActiveSites(mask) if shared else mask
+        block(input, sites)  # folds, compiles, and makes what shared sites keep
+        monkeypatch.setattr(Launcher, name, launch)
+        with Ops():
+            block(input, sites, inplace=True)
+    convolutions = [kernel for kernel in launched if "conv" in kernel or "depthwise" in kernel]
+    compaction = {"_count_kernel", "_compact_kernel", "_inverse_kernel", "_touched_kernel"}
+    assert len(convolutions) == 3
+    assert shared == (launched == convolutions)
+    assert set(launched) - set(convolutions) <= compaction
+    # Nothing else runs on the device but the mask's own copy.
+    others = {str(op) for op in seen if not str(op).startswith("dynconv")}
+    assert others <= {"aten.expand.default", "aten.clone.default", "aten.view.default", "aten.detach.default"}, others
 
 
 REAL = {

@@ -75,7 +75,8 @@ class MaskedBlock(nn.Module):
             return self._dense(input)
         if inplace:
             self._check_inplace(input)
-        layers = self._frozen(input)
+        used = backend_for(input.device)
+        layers = None if used == "reference" else self._frozen(input, used)
         if layers is None:
             geometries = [_geometry(self._submodule(stage.conv)) for stage in self.stages]
         else:
@@ -87,28 +88,29 @@ class MaskedBlock(nn.Module):
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._masked_dense(input, sites)
         features = input.contiguous(memory_format=torch.channels_last)
-        if layers is not None and not (sites.gate is not None and _needs_grad(sites.gate)):
+        if layers is not None and used == "cpu" and not _needs_grad(sites.gate):
             return self._chain(features, layers, sites, inplace)
         computed = [sites]
         for size, geometry in zip(sizes[-2:0:-1], geometries[:0:-1], strict=True):
             later = computed[0]
             pointwise = geometry.kernel == geometry.stride == (1, 1) and later.shape[1:] == size
             computed.insert(0, later.ungated if pointwise else later._touched_by(size, geometry))
+        last = len(self.stages) - 1
         finish = self._finish(features, inplace)
-        for stage, active in zip(self.stages[:-1], computed, strict=False):
-            features = self._run(stage, features, active, activation=stage.activation, packed=True)
-        return self._run(self.stages[-1], features, sites, packed=False, **finish)
+        for number, active in enumerate(computed):
+            after = finish if number == last else {"activation": self.stages[number].activation}
+            layer = None if layers is None or used == "cpu" else layers[number]  # the CPU's are for its one kernel
+            features = self._run(self.stages[number], layer, features, active, packed=number < last, **after)
+        return features
 
-    def _frozen(self, input: Tensor) -> list[Layer] | None:
-        """The layers for one kernel that computes the whole block: in inference on the CPU, else None.
+    def _frozen(self, input: Tensor, used: str) -> list[Layer] | None:
+        """In inference, the layers with normalisation folded in; else None.
 
-        Normalisation is folded in. They are kept, and made anew when a parameter or a statistic has changed.
+        They are kept, and made anew when a parameter or a statistic has changed.
         """
-        if backend_for(input.device) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type) or _needs_grad(input):
             return None
-        if _needs_grad(input):
-            return None
-        layers, key, held = [], [], []
+        layers, key, held = [], [used], []
         for stage in self.stages:
             conv, norm = self._submodule(stage.conv), self._norm(stage)
             operands = _operands(conv, norm)
@@ -125,7 +127,10 @@ class MaskedBlock(nn.Module):
                 for stage in self.stages:
                     conv, norm = self._submodule(stage.conv), self._norm(stage)
                     weight, bias = fold(conv, norm)
-                    made = prepare(weight, bias, conv.groups)
+                    if used == "cpu":
+                        made = prepare(weight, bias, conv.groups)
+                    else:
+                        made = _as_read(weight, conv.groups), bias
                     layers.append(Layer(weight, made, _geometry(conv), conv.groups, stage.activation))
             if self.shortcut is not None:
                 layers[-1] = layers[-1]._replace(activation=self.activation)
@@ -140,9 +145,11 @@ class MaskedBlock(nn.Module):
         shortcut = None if self.shortcut is None else self._dense_shortcut(input)
         return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
 
-    def _run(self, stage: Stage, features, sites: ActiveSites, **finish):
+    def _run(self, stage: Stage, layer: Layer | None, features, sites: ActiveSites, **finish):
         conv, norm = self._submodule(stage.conv), self._norm(stage)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if layer is not None:
+            return masked_conv2d(features, *layer.prepared, *geometry, mask=sites, **finish)
         if norm is None or not uses_batch_statistics(norm):
             return masked_conv2d(features, *fold(conv, norm), *geometry, mask=sites, **finish)
         features = masked_conv2d(features, conv.weight, conv.bias, *geometry, mask=sites.ungated, packed=True)
@@ -247,6 +254,13 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor |
         shift = shift + norm.bias
     weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
     return weight.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
+
+
+def _as_read(weight: Tensor, groups: int) -> Tensor:
+    """A depthwise weight in the memory order that the Triton kernels read, taps before channels."""
+    if groups == 1 or weight.shape[1] > 1:
+        return weight
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
 def _check_sites(sites: ActiveSites, input: Tensor, layers: list[Layer]) -> None:
