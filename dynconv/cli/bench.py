@@ -17,10 +17,10 @@ from torch import Tensor
 import dynconv
 
 from . import console, extra, table
-from .blocks import BlockBench, BlockCheck
+from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge
 from .environment import environment, write_json
-from .layers import LAYERS, MASKS, Block, Layer
+from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer
 from .timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 
 MODES = ("plain", "in-place", "backward")
@@ -210,6 +210,23 @@ def measure(
             if mode == "plain":
                 row.masked_dense, row.compiled = timings.get("masked dense"), timings.get("compiled")
         yield from rows.values()
+
+
+def measure_pose(batch: int, dtype: torch.dtype, device: str, masks: str, repeats: int, seconds: float) -> Row:
+    """Check and time DynConv's pose network, all its blocks in one call."""
+    bench = PoseBench(batch, dtype, device, masks)
+    verdict = bench.check()
+    failure = None if verdict.passed else f"wrong result: {verdict}"
+    asked = sum(POSE_DENSITIES) / len(POSE_DENSITIES)
+    row = Row(
+        "dynconv-pose", bench.name, 0, "plain", batch, asked, bench.density, verdict, bench.work, failure
+    )  # fmt: skip
+    if failure is None:
+        calls = {"dense": bench.dense, "plain": bench.sparse, "compaction": bench.compaction}
+        with torch.no_grad():
+            timings = take_turns(calls, device, repeats, seconds, bench.sets)
+        row.dense, row.sparse, row.compaction = timings["dense"], timings["plain"], timings["compaction"]
+    return row
 
 
 def _compiled(bench: Bench) -> Callable[[int, Tensor], Tensor]:
@@ -408,6 +425,11 @@ def main(arguments: argparse.Namespace) -> int:
             ):  # fmt: skip
                 rows.append(row)
                 bar.advance(task, _cost(layer) / len(arguments.modes))
+        whole_network = "dynconv-pose" in families and "plain" in arguments.modes and not arguments.quick
+        if whole_network and (not arguments.layers or arguments.layers in PoseBench.name):
+            bar.update(task, description=f"dynconv-pose {PoseBench.name}")
+            dtype = getattr(torch, arguments.dtype)
+            rows.append(measure_pose(32, dtype, arguments.device, arguments.masks, repeats, seconds))
     summary = summarise(rows)
     _print(rows, summary, arguments, record["environment"])
     options = {"dtype": arguments.dtype, "masks": arguments.masks, "repeats": repeats, "seconds": seconds}

@@ -11,7 +11,7 @@ from dynconv.nn import MaskedBottleneck, MaskedInvertedResidual
 from dynconv.nn.blocks import MaskedBlock, fold
 
 from .bounds import Verdict, arithmetic, judge
-from .layers import Block
+from .layers import MASKS, POSE_DENSITIES, POSE_SIZES, Block
 from .timing import input_sets
 
 _CLAMPS = {None: lambda x: x, "relu": lambda x: F.relu(x, inplace=True), "relu6": lambda x: F.relu6(x, inplace=True)}
@@ -149,6 +149,54 @@ class BlockCheck:
         bench.block.load_state_dict(self.bench.block.state_dict())
         bench.inputs, bench.grads = [self.bench.inputs[0].double()], [self.bench.grads[0].double()]
         return bench.gradients(bench.sparse, 0, mask)
+
+
+class PoseBench:
+    """The 57 blocks of DynConv's pose network, each at its published density, one call for all of them."""
+
+    name = "57 blocks in a row"
+
+    def __init__(self, batch: int, dtype: torch.dtype, device: str, masks: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shared: dict[int, BlockBench] = {}
+        self.blocks: list[tuple[BlockBench, Tensor]] = []
+        for number, (size, density) in enumerate(zip(POSE_SIZES, POSE_DENSITIES, strict=True)):
+            bench = BlockBench(Block("dynconv-pose", "inverted", size, size, 96), batch, dtype, device, number)
+            first = shared.setdefault(size, bench)
+            bench.inputs, bench.caches, bench.grads = first.inputs, first.caches, first.grads
+            self.blocks.append((bench, MASKS[masks](batch, size, size, density, generator).to(device)))
+        self.sets = min(bench.sets for bench, _ in self.blocks)
+
+    @property
+    def density(self) -> float:
+        """Of all sites."""
+        return sum(int(mask.sum()) for _, mask in self.blocks) / sum(mask.numel() for _, mask in self.blocks)
+
+    @property
+    def work(self) -> float:
+        """The share of the dense products: the blocks have the same channels, so sites are their weights."""
+        return sum(b.work(m) * m.numel() for b, m in self.blocks) / sum(m.numel() for _, m in self.blocks)
+
+    def check(self) -> Verdict:
+        """The worst verdict of all blocks."""
+        with torch.no_grad():
+            verdicts = [BlockCheck(bench).output(bench.sparse(0, mask), mask) for bench, mask in self.blocks]
+        return max(verdicts, key=lambda verdict: (not verdict.passed, verdict.worst))
+
+    def dense(self, number: int) -> None:
+        """Every block, dense."""
+        for bench, _ in self.blocks:
+            bench.dense(number % bench.sets)
+
+    def sparse(self, number: int) -> None:
+        """Every block with a mask of its own, compaction included."""
+        for bench, mask in self.blocks:
+            bench.sparse(number % bench.sets, mask)
+
+    def compaction(self, number: int) -> None:
+        """Of every mask."""
+        for bench, mask in self.blocks:
+            bench.compact(mask)
 
 
 def make(layer: Block) -> MaskedBlock:
