@@ -73,14 +73,22 @@ def epilogue(
     return _finish(result, sites.mask, sites.gate, activation, residual, inactive, out, sites if packed else None)
 
 
-def moments(features: PackedFeatures) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance) over the active sites, each [C] in float32 (float64 for float64); zeros for none."""
+def batch_norm(
+    features: PackedFeatures,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    **finish,
+) -> tuple[Tensor | PackedFeatures, Tensor, Tensor]:
+    """The epilogue of features normalised over the active sites, and their mean and biased variance, zeros for none."""
     rows, active = features.rows, features.sites.mask.flatten()
     wide = _dense(features).permute(0, 2, 3, 1).flatten(0, 2).to(torch.promote_types(rows.dtype, torch.float32))
     count = active.sum().clamp(min=1)
     mean = wide.sum(0) / count
     variance = torch.where(active[:, None], (wide - mean) ** 2, 0).sum(0) / count
-    return mean, variance
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return epilogue(features, mean=mean, scale=scale, shift=bias, **finish), mean.detach(), variance.detach()
 
 
 def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:

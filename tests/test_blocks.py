@@ -430,7 +430,7 @@ def test_opcheck_of_the_chain():
     block = MaskedInvertedResidual(8, 8, 1, 2).eval().requires_grad_(False)
     input = torch.randn(1, 8, 4, 5).contiguous(memory_format=torch.channels_last)
     sites = ActiveSites(torch.rand(1, 1, 4, 5) < 0.5)
-    layers = block._frozen(input)
+    layers = block._frozen(input, "cpu")
     geometry = [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 16, 1, 1, 0, 0, 1, 1, 1]
     operands = (
         sites.mask, None, [layer.weight for layer in layers], [t for layer in layers for t in layer.prepared], geometry,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dynconv import ActiveSites, PackedFeatures, backend, masked_conv2d, pack, reference
 from dynconv.nn import MaskedBatchNorm2d
-from dynconv.ops.epilogue import epilogue, moments
+from dynconv.ops.epilogue import batch_norm, epilogue
 
 ACTIVATIONS = [None, "relu", "relu6", "silu", "gelu", "hardswish"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -197,8 +197,8 @@ def test_moments(target, dtype):
     rows = (torch.randn(2 * 9 * 40, 5, generator=torch.Generator().manual_seed(0)) + 100).to(dtype).to(target.device)
     with target.use():
         sites = ActiveSites(mask)
-        mean, variance = moments(poisoned(PackedFeatures(rows, sites)))
-        empty = moments(poisoned(PackedFeatures(rows, ActiveSites(torch.zeros_like(mask)))))
+        _, mean, variance = batch_norm(poisoned(PackedFeatures(rows, sites)))
+        _, *empty = batch_norm(poisoned(PackedFeatures(rows, ActiveSites(torch.zeros_like(mask)))))
     exact = rows[: len(sites)].double()
     eps = torch.finfo(mean.dtype).eps
     assert mean.dtype == variance.dtype == torch.promote_types(dtype, torch.float32)
@@ -211,11 +211,8 @@ def test_moments(target, dtype):
 
 def normalise(x, weight, bias, gate, residual):
     sites = ActiveSites(torch.where(random_mask(2, 3, 4).to(gate.device), gate, 0))
-    features = pack(x, sites.ungated)
-    mean, variance = moments(features)
-    scale = weight * (variance + 1e-5).rsqrt()
-    features = features._replace(sites=sites)
-    return epilogue(features, mean=mean, scale=scale, shift=bias, activation="silu", residual=residual)
+    features = pack(x, sites)
+    return batch_norm(features, weight, bias, activation="silu", residual=residual)[0]
 
 
 def test_gradcheck_of_normalisation_gate_residual_and_activation(target):
@@ -345,7 +342,11 @@ class TestRegistration:
             t.requires_grad_()
         torch.library.opcheck(ops.epilogue.default, (*operands, None, "silu", False, name))
         torch.library.opcheck(ops.epilogue.default, (*operands[:-1], rows, None, "relu", True, name))
-        torch.library.opcheck(ops.moments.default, (rows, sites.index, sites.count, name))
+        weight, bias, gate, residual = operands[4], operands[5], *operands[7:]
+        normalised = (*operands[:4], weight, bias, gate, residual, None, 1e-3, "silu", False, name)
+        torch.library.opcheck(ops.batch_norm.default, normalised)
+        normalised = (*operands[:4], None, bias, None, None, None, 1e-3, "none", True, name)
+        torch.library.opcheck(ops.batch_norm.default, normalised)
         dense = integers(1, 5, 3, 4).to(target.device).requires_grad_()
         torch.library.opcheck(ops.pack.default, (dense, sites.mask, sites.index, sites.count, name))
 
@@ -355,8 +356,14 @@ class TestRegistration:
         out = torch.zeros_like(operands[-1])
         torch.library.opcheck(ops.epilogue_.default, (out, *operands, False, "relu", name))
         torch.library.opcheck(ops.epilogue_.default, (out, *operands[:-1], None, True, "relu", name))
+        vectors = operands[4:7]
+        for weight in (vectors[0], None):
+            norm = (*operands[:4], weight, vectors[1], *operands[7:], 1e-3, "silu", name, weight is None)
+            for wanted in ([True] * 4, [True, False, False, False], [False, True, False, True], [False] * 3 + [True]):
+                arguments = (operands[-1], vectors[2], vectors[2].abs() + 1, *norm, wanted)
+                torch.library.opcheck(ops.batch_norm_backward.default, arguments)
         for grad, residual in ((operands[-1], operands[-1]), (rows, rows)):
-            arguments = (grad, *operands[:-1], residual, "hardswish", name)
+            arguments = (grad, *operands[:-1], residual, "hardswish", name, grad.dim() == 4)
             for wanted in ([True] * 4, [True, False, False, False], [False, True, False, True]):
                 torch.library.opcheck(ops.epilogue_backward.default, (*arguments, wanted))
 

@@ -60,6 +60,7 @@ def _backward_kernel(arguments, storage, compute):
     has_gate, has_residual = a[8] != 0, a[4] != 0
     wants_rows, wants_residual, wants_vectors, wants_gate = a[10] != 0, a[11] != 0, a[12] != 0, a[13] != 0
     sites, channels, block, activation, scratch, is_packed = a[14], a[15], a[16], a[17], array(a[18], compute), a[19]
+    fill, elsewhere, all_sites, is_large = a[20], array(a[21], storage), a[22], a[23] != 0
     values = fetch_add(a[1:], 1) * channels
     while True:
         item = fetch_add(a, 1)
@@ -67,6 +68,8 @@ def _backward_kernel(arguments, storage, compute):
         if begin >= sites:
             return
         sums = item * 2 * channels
+        rows_here = min(block, sites - begin)
+        fill_skipped(fill, elsewhere, grad_residual, index, begin, rows_here, sites, all_sites, channels, is_large)
         if wants_vectors:
             clear(partial, sums, 2 * channels, compute)
         for m in range(begin, min(sites, begin + block)):
@@ -183,25 +186,30 @@ def backward(
     residual: Tensor | None,
     grad_rows: Tensor | None,
     grad_residual: Tensor | None,
-    *,
+    elsewhere: Tensor | None,
     activation: str,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of scale, shift and gate, where wanted (vectors, gate); fills grad_rows and grad_residual.
 
-    `grad_residual` is like `grad`, zero-filled if that is dense.
+    `grad_residual` is like `grad`; where that is dense its skipped sites get zeros, or what is `elsewhere` there.
     """
     sites, channels, compute = int(count), rows.shape[1], compute_type(rows.dtype)
     mean, scale, shift = _vectors(channels, compute, mean, scale, shift)
     threads = workers(sites * channels // SERIAL)
     scratch = torch.empty(threads * channels, dtype=compute)
+    filled = (0, 0, 0, 0)
+    if grad_residual is not None:
+        filled = filling(grad_residual, elsewhere, False)
+        if sites == 0:
+            fill_all(grad_residual, elsewhere, False)
     partial = torch.empty(ceil(sites, _BLOCK), 2, channels, dtype=compute) if wanted[0] else None
     gate_grad = torch.zeros(index.numel(), dtype=compute) if wanted[1] else None
     _run_backward(
         rows.dtype, threads, grad.data_ptr(), rows.data_ptr(), address(residual), mean.data_ptr(), scale.data_ptr(),
         shift.data_ptr(), address(gate), index.data_ptr(), address(grad_rows), address(grad_residual),
         address(partial), address(gate_grad), sites, channels, _BLOCK, ACTIVATIONS.index(activation),
-        scratch.data_ptr(), grad.dim() == 2,
+        scratch.data_ptr(), grad.dim() == 2, *filled,
     )  # fmt: skip
     if partial is None:
         return None, None, gate_grad

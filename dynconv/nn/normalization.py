@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.epilogue import epilogue, moments
+from ..ops import epilogue as ops
 from ..packed import PackedFeatures
 
 
@@ -53,19 +53,16 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
 
 def batch_norm(norm: nn.BatchNorm2d, features: PackedFeatures, **finish) -> PackedFeatures | Tensor:
     """What `norm` does, over the active sites of `features`, and then the epilogue."""
-    if not uses_batch_statistics(norm):
-        mean, variance = norm.running_mean, norm.running_var
-    else:
-        mean, variance = moments(features)
+    if uses_batch_statistics(norm):
+        result, mean, variance = ops.batch_norm(features, norm.weight, norm.bias, norm.eps, **finish)
         if norm.training and norm.track_running_stats:
-            _track(norm, mean.detach(), variance.detach(), features.sites.count)
-    scale = (variance + norm.eps).rsqrt()
-    shift = norm.bias
+            _track(norm, mean, variance, features.sites.count)
+        return result
+    mean, scale = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
-    if shift is not None:
-        shift = shift.to(scale.dtype)
-    return epilogue(features, mean=mean.to(scale.dtype), scale=scale, shift=shift, **finish)
+    shift = None if norm.bias is None else norm.bias.to(scale.dtype)
+    return ops.epilogue(features, mean=mean.to(scale.dtype), scale=scale, shift=shift, **finish)
 
 
 @torch.no_grad()

@@ -32,10 +32,18 @@ _OPERANDS = f"Tensor rows, {_SITES}, Tensor? mean, Tensor? scale, Tensor? shift,
 _library.define(f"epilogue({_OPERANDS}, Tensor? inactive, str activation, bool packed, str backend) -> Tensor")
 _library.define(f"epilogue_(Tensor(a!) out, {_OPERANDS}, bool accumulate, str activation, str backend) -> ()")
 _library.define(
-    f"epilogue_backward(Tensor grad, {_OPERANDS}, str activation, str backend, bool[4] wanted) -> "
+    f"epilogue_backward(Tensor grad, {_OPERANDS}, str activation, str backend, bool is_shortcut, bool[4] wanted) -> "
     "(Tensor rows, Tensor scale, Tensor shift, Tensor gate, Tensor residual)"
 )
-_library.define("moments(Tensor rows, Tensor index, Tensor count, str backend) -> (Tensor mean, Tensor variance)")
+_NORM = f"Tensor rows, {_SITES}, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? residual"
+_library.define(
+    f"batch_norm({_NORM}, Tensor? inactive, float eps, str activation, bool packed, str backend) -> "
+    "(Tensor out, Tensor mean, Tensor variance)"
+)
+_library.define(
+    f"batch_norm_backward(Tensor grad, Tensor mean, Tensor variance, {_NORM}, float eps, str activation, str backend, "
+    "bool is_shortcut, bool[4] wanted) -> (Tensor rows, Tensor weight, Tensor bias, Tensor gate, Tensor residual)"
+)
 _library.define("pack(Tensor input, Tensor mask, Tensor index, Tensor count, str backend) -> Tensor")
 
 
@@ -72,17 +80,23 @@ def _in_place(
 
 
 def _backward(
-    grad, rows, mask, index, count, mean, scale, shift, gate, residual, activation, backend, wanted
+    grad, rows, mask, index, count, mean, scale, shift, gate, residual, activation, backend, is_shortcut, wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`is_shortcut`: the residual stands at the skipped sites as well, and its gradient there is the output's."""
     grad, rows = in_rows(grad), in_rows(rows)
     grad_rows = torch.empty_like(rows) if wanted[0] else None
     grad_residual = None
     if wanted[3]:
         grad_residual = torch.empty_like(grad)
-        if grad.dim() == 4:
-            grad_residual.zero_()
+    elsewhere = grad if is_shortcut else None
     operands = (grad, rows, index, count, mean, scale, shift, gate, in_rows(residual), grad_rows, grad_residual)
-    results = _kernels(backend).backward(*operands, activation=activation, wanted=(wanted[1], wanted[2]))
+    vectors_and_gate = (wanted[1], wanted[2])
+    if backend == "cpu":
+        results = module(".cpu.epilogue").backward(*operands, elsewhere, activation, vectors_and_gate)
+    else:
+        if grad_residual is not None:
+            fill(grad_residual, elsewhere, False)
+        results = module(".kernels.epilogue").backward(*operands, activation=activation, wanted=vectors_and_gate)
     grad_scale, grad_shift, grad_gate = results
     if grad_gate is not None:
         grad_gate = grad_gate.view(gate.shape)
@@ -90,8 +104,46 @@ def _backward(
     return tuple(grad.new_empty(0) if g is None else g for g in results)
 
 
-def _moments(rows, index, count, backend) -> tuple[Tensor, Tensor]:
-    return _kernels(backend).moments(in_rows(rows), count)
+def _scale(variance: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    scale = (variance + eps).rsqrt()
+    return scale if weight is None else scale * weight
+
+
+def _batch_norm(
+    rows, mask, index, count, weight, bias, gate, residual, inactive, eps, activation, packed, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = in_rows(rows)
+    mean, variance = _kernels(backend).moments(rows, count)
+    scale, shift = _scale(variance, weight, eps), None if bias is None else bias.to(mean.dtype)
+    operands = (rows, mask, index, count, mean, scale, shift, gate, residual)
+    return _epilogue(*operands, inactive, activation, packed, backend), mean, variance
+
+
+def _batch_norm_backward(
+    grad, mean, variance, rows, mask, index, count, weight, bias, gate, residual, eps, activation, backend,
+    is_shortcut, wanted,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rows = in_rows(rows)
+    scale, shift = _scale(variance, weight, eps), None if bias is None else bias.to(mean.dtype)
+    operands = (rows, mask, index, count, mean, scale, shift, gate, residual)
+    vectors = wanted[0] or wanted[1]
+    grad_rows, grad_scale, grad_shift, *others = _backward(
+        grad, *operands, activation, backend, is_shortcut, [wanted[0], vectors, *wanted[2:]]
+    )
+    if not vectors:
+        return grad_rows, grad_scale, grad_shift, *others
+    spread = (variance + eps).rsqrt()
+    if wanted[0]:
+        # The mean and the variance depend on every row: + (rows - mean) * a + b, which is an epilogue in place.
+        sites = count.clamp(min=1)
+        slope = -grad_scale * scale * spread * spread / sites
+        _into(
+            grad_rows, rows, index, count, mean, slope, -scale * grad_shift / sites, None, grad_rows, None, True,
+            "none", backend,
+        )  # fmt: skip
+    grad_weight = grad.new_empty(0) if weight is None else (grad_scale * spread).to(weight.dtype)
+    grad_bias = grad.new_empty(0) if bias is None else grad_shift.to(bias.dtype)
+    return grad_rows, grad_weight, grad_bias, *others
 
 
 def _pack(input, mask, index, count, backend) -> Tensor:
@@ -104,7 +156,8 @@ for _key in ("CPU", "CUDA"):
     _library.impl("epilogue", _epilogue, _key)
     _library.impl("epilogue_", _in_place, _key)
     _library.impl("epilogue_backward", _backward, _key)
-    _library.impl("moments", _moments, _key)
+    _library.impl("batch_norm", _batch_norm, _key)
+    _library.impl("batch_norm_backward", _batch_norm_backward, _key)
     _library.impl("pack", _pack, _key)
 
 
@@ -121,7 +174,7 @@ def _(out, rows, mask, index, count, mean, scale, shift, gate, residual, accumul
 
 
 @torch.library.register_fake("dynconv::epilogue_backward", lib=_library)
-def _(grad, rows, mask, index, count, mean, scale, shift, gate, residual, activation, backend, wanted):
+def _(grad, rows, mask, index, count, mean, scale, shift, gate, residual, activation, backend, is_shortcut, wanted):
     vector = rows.new_empty(rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
     like_grad = channels_last(grad.shape, grad) if grad.dim() == 4 else grad.new_empty(grad.shape)
     return (
@@ -133,10 +186,31 @@ def _(grad, rows, mask, index, count, mean, scale, shift, gate, residual, activa
     )
 
 
-@torch.library.register_fake("dynconv::moments", lib=_library)
-def _(rows, index, count, backend):
+@torch.library.register_fake("dynconv::batch_norm", lib=_library)
+def _(rows, mask, index, count, weight, bias, gate, residual, inactive, eps, activation, packed, backend):
     vector = rows.new_empty(rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
-    return vector, torch.empty_like(vector)
+    size = (mask.shape[0], rows.shape[1], mask.shape[2], mask.shape[3])
+    out = rows.new_empty(rows.shape) if packed else channels_last(size, rows)
+    return out, vector, torch.empty_like(vector)
+
+
+@torch.library.register_fake("dynconv::batch_norm_backward", lib=_library)
+def _(
+    grad, mean, variance, rows, mask, index, count, weight, bias, gate, residual, eps, activation, backend,
+    is_shortcut, wanted,
+):  # fmt: skip
+    def vector(like):
+        return grad.new_empty(0) if like is None else like.new_empty(like.shape)
+
+    vectors = wanted[0] or wanted[1]
+    like_grad = channels_last(grad.shape, grad) if grad.dim() == 4 else grad.new_empty(grad.shape)
+    return (
+        rows.new_empty(rows.shape) if wanted[0] else grad.new_empty(0),
+        vector(weight if vectors else None),
+        vector(bias if vectors else None),
+        torch.empty_like(gate, memory_format=torch.contiguous_format) if wanted[2] else grad.new_empty(0),
+        like_grad if wanted[3] else grad.new_empty(0),
+    )
 
 
 @torch.library.register_fake("dynconv::pack", lib=_library)
@@ -150,6 +224,7 @@ class _Epilogue(torch.autograd.Function):
         operands = (rows, mask, index, count, mean, scale, shift, gate, residual)
         ctx.save_for_backward(*operands)
         ctx.activation, _, ctx.backend = rest
+        ctx.is_shortcut = inactive is not None and inactive is residual
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.dynconv.epilogue(*operands, inactive, *rest)
 
@@ -160,7 +235,7 @@ class _Epilogue(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wanted = [needs[0], any(needs[4:7]), needs[7], needs[8]]
         rows, grad_scale, grad_shift, gate, residual = torch.ops.dynconv.epilogue_backward(
-            grad, *operands, ctx.activation, ctx.backend, wanted
+            grad, *operands, ctx.activation, ctx.backend, ctx.is_shortcut, wanted
         )
         mean = None
         if needs[4]:
@@ -168,7 +243,7 @@ class _Epilogue(torch.autograd.Function):
         return (
             rows if needs[0] else None, None, None, None, mean, grad_scale if needs[5] else None,
             grad_shift if needs[6] else None, gate if needs[7] else None, residual if needs[8] else None,
-            grad.masked_fill(mask, 0) if needs[9] else None, None, None, None,
+            grad.masked_fill(mask, 0) if needs[9] and not ctx.is_shortcut else None, None, None, None,
         )  # fmt: skip
 
 
@@ -185,24 +260,42 @@ class _EpilogueBackward(torch.autograd.Function):
         raise RuntimeError("epilogue: differentiable once, got a second derivative (create_graph=True)")
 
 
-class _Moments(torch.autograd.Function):
+class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, index, count, backend):
+    def forward(ctx, rows, mask, index, count, weight, bias, gate, residual, inactive, *rest):
+        operands = (rows, mask, index, count, weight, bias, gate, residual)
         with torch._C._AutoDispatchBelowAutograd():
-            mean, variance = torch.ops.dynconv.moments(rows, index, count, backend)
-        ctx.save_for_backward(rows, index, count, mean)
-        ctx.backend = backend
-        return mean, variance
+            out, mean, variance = torch.ops.dynconv.batch_norm(*operands, inactive, *rest)
+        ctx.save_for_backward(mean, variance, *operands)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.eps, ctx.activation, _, ctx.backend = rest
+        ctx.is_shortcut = inactive is not None and inactive is residual
+        return out, mean, variance
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_variance):
-        rows, index, count, mean = ctx.saved_tensors
-        sites = count.clamp(min=1)
-        # (grad_mean + 2 * (rows - mean) * grad_variance) / sites is an epilogue too; packed, it has no use for a mask.
-        scale, shift = 2 * grad_variance / sites, grad_mean / sites
-        rest = (None, None, None, "none", True, ctx.backend)
-        grad = torch.ops.dynconv.epilogue(rows, count, index, count, mean, scale, shift, *rest)
-        return grad, None, None, None
+    def backward(ctx, grad, *nothing):
+        operands = ctx.saved_tensors
+        needs, mask = ctx.needs_input_grad, operands[3]
+        wanted = [needs[0], needs[4] or needs[5], needs[6], needs[7]]
+        rows, weight, bias, gate, residual = torch.ops.dynconv.batch_norm_backward(
+            grad, *operands, ctx.eps, ctx.activation, ctx.backend, ctx.is_shortcut, wanted
+        )
+        return (
+            rows if needs[0] else None, None, None, None, weight if needs[4] else None, bias if needs[5] else None,
+            gate if needs[6] else None, residual if needs[7] else None,
+            grad.masked_fill(mask, 0) if needs[8] and not ctx.is_shortcut else None, None, None, None, None,
+        )  # fmt: skip
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.dynconv.batch_norm_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("batch_norm: differentiable once, got a second derivative (create_graph=True)")
 
 
 class _Pack(torch.autograd.Function):
@@ -222,7 +315,8 @@ class _Pack(torch.autograd.Function):
 
 _library.impl("epilogue", _Epilogue.apply, "Autograd")
 _library.impl("epilogue_backward", _EpilogueBackward.apply, "Autograd")
-_library.impl("moments", _Moments.apply, "Autograd")
+_library.impl("batch_norm", _BatchNorm.apply, "Autograd")
+_library.impl("batch_norm_backward", _BatchNormBackward.apply, "Autograd")
 _library.impl("pack", _Pack.apply, "Autograd")
 
 
@@ -243,16 +337,8 @@ def epilogue(
     `mean`, `scale` and `shift` are [C] in the type that the features are computed in (float32, float64 for float64);
     the other arguments and the errors are those of `masked_conv2d`.
     """
-    rows = check_features("features", features)
-    check_activation(activation)
+    rows, addend, inactive, residual = _check(features, activation, residual, inactive, out, packed)
     sites = features.sites
-    rows, inactive, residual = autocast(rows, inactive, residual)
-    shape = features.shape
-    check_result("inactive", inactive, shape, rows)
-    check_result("out", out, shape, rows)
-    addend = check_residual(residual, sites, shape, rows, packed)
-    if packed and inactive is not None:
-        raise ValueError("inactive: expected None for a packed output, which has no skipped sites, got a tensor")
     if out is not None:
         check_out(out, inactive, packed, rows, mean, scale, shift, sites.gate, addend)
     backend = backend_for(rows.device)
@@ -271,13 +357,47 @@ def epilogue(
     return PackedFeatures(result, sites) if packed else result
 
 
-def moments(features: PackedFeatures) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance) over the active sites, each [C] in float32 (float64 for float64); zeros for no site."""
-    rows = check_features("features", features)
-    backend = backend_for(rows.device)
+def batch_norm(
+    features: PackedFeatures,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | PackedFeatures | None = None,
+    inactive: Tensor | None = None,
+    packed: bool = False,
+) -> tuple[Tensor | PackedFeatures, Tensor, Tensor]:
+    """The epilogue with the features normalised by their own mean and biased variance over the active sites.
+
+    `weight` and `bias` are [C] or None. Returns the result, the mean and the variance, the latter two [C] in float32
+    (float64 for float64), zeros where no site is active, and not differentiable. Ioffe & Szegedy, ICML 2015.
+    """
+    rows, addend, inactive, residual = _check(features, activation, residual, inactive, None, packed)
+    sites, backend = features.sites, backend_for(rows.device)
     if backend == "reference":
-        return reference.moments(features)
-    return torch.ops.dynconv.moments(rows, features.sites.index, features.sites.count, backend)
+        return reference.batch_norm(
+            PackedFeatures(rows, sites), weight, bias, eps, activation=activation, residual=residual,
+            inactive=inactive, packed=packed,
+        )  # fmt: skip
+    operands = (rows, sites.mask, sites.index, sites.count, weight, bias, gate_of(sites, rows.dtype), addend)
+    result, mean, variance = torch.ops.dynconv.batch_norm(
+        *operands, inactive, eps, activation or "none", packed, backend
+    )
+    return PackedFeatures(result, sites) if packed else result, mean, variance
+
+
+def _check(features, activation, residual, inactive, out, packed):
+    """The features' rows, the residual's, and both in autocast's type with what is inactive."""
+    rows = check_features("features", features)
+    check_activation(activation)
+    rows, inactive, residual = autocast(rows, inactive, residual)
+    shape = features.shape
+    check_result("inactive", inactive, shape, rows)
+    check_result("out", out, shape, rows)
+    if packed and inactive is not None:
+        raise ValueError("inactive: expected None for a packed output, which has no skipped sites, got a tensor")
+    return rows, check_residual(residual, features.sites, shape, rows, packed), inactive, residual
 
 
 def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
