@@ -58,6 +58,7 @@ from ._threads import compute_type, kernel, workers
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
 GATHERED = 56 * 1024
 DEPTH = 1152
+_SUMMED_CHUNKS = 8  # of 128 rows, whose products one sum of the weight's gradient adds up
 
 
 @njit
@@ -305,6 +306,7 @@ def _weight_grad_kernel(arguments, storage, compute):
     splits = (filters + split_filters - 1) // split_filters
     gathered = fetch_add(a[1:], 1) * scratch_size
     products = gathered + chunk_rows * tile_vectors * lanes
+    totals = products + split_filters * tile_vectors * lanes
     while True:
         item = fetch_add(a, 1)
         if item >= groups * taps * tiles * splits:
@@ -316,7 +318,13 @@ def _weight_grad_kernel(arguments, storage, compute):
         channel = tile * tile_vectors * lanes
         first_out = group * filters + split * split_filters
         end_out = group * filters + min(filters, (split + 1) * split_filters)
+        size = (end_out - first_out) * width
+        clear(scratch, totals, size, compute)
         for first in range(0, sites, chunk_rows):
+            # A sum over all sites, one by one, would lose what sums of sums keep.
+            is_start = first % (_SUMMED_CHUNKS * chunk_rows) == 0
+            if is_start and first > 0:
+                add(scratch, products, size, compute(1), scratch, totals, lanes, compute)
             rows = min(chunk_rows, sites - first)
             for r in range(rows):
                 pixel = np.int64(table[(first + r) * taps + tap]) if has_table else first + r
@@ -334,12 +342,13 @@ def _weight_grad_kernel(arguments, storage, compute):
                     grad, first * cout + out, cout,
                     scratch, gathered,
                     scratch, products + (out - first_out) * width, width,
-                    rows, first > 0,
+                    rows, not is_start,
                 )  # fmt: skip
         target = tap // kernel_width * row_stride + tap % kernel_width * tap_stride + channel * in_stride
         for out in range(first_out, end_out):
             for c in range(min(width, channels - channel)):
-                value = load(scratch, products + (out - first_out) * width + c, compute)
+                at = (out - first_out) * width + c
+                value = load(scratch, totals + at, compute) + load(scratch, products + at, compute)
                 store(grad_weight, target + out * out_stride + c * in_stride, value)
 
 
@@ -605,7 +614,7 @@ def _weight_grad(
     splits = ceil(filters, split_filters)
     chunk_rows = 128
     threads = workers(tiles * splits)
-    size = (chunk_rows + split_filters) * tile_vectors * lanes
+    size = (chunk_rows + 2 * split_filters) * tile_vectors * lanes
     scratch = torch.empty(threads * size, dtype=compute)
     _run_weight_grad(
         dtype, threads, input.data_ptr(), grad_weight.data_ptr(), rows.data_ptr(), address(gate),
