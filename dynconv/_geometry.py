@@ -21,6 +21,11 @@ def pair(value: IntPair, name: str, least: int) -> tuple[int, int]:
     return both
 
 
+def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether every channel has a filter of its own and makes one output: a stencil, not a matrix product."""
+    return groups > 1 and groups == weight_shape[0] and weight_shape[1] == 1
+
+
 class Geometry(NamedTuple):
     """Input pixel of output line oy through tap ky: oy * stride - padding + ky * dilation; likewise columns."""
 

@@ -18,8 +18,20 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from .._geometry import is_depthwise
 from . import masked_conv
-from ._common import LARGE, address, array, ceil, fill_elements, finish_rows, gather_rows, multiply_rows, vector_lanes
+from ._common import (
+    LARGE,
+    address,
+    array,
+    ceil,
+    fill_all,
+    fill_elements,
+    finish_rows,
+    gather_rows,
+    multiply_rows,
+    vector_lanes,
+)
 from ._llvm import (
     ACTIVATIONS,
     ROWS,
@@ -345,7 +357,7 @@ def prepare(weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, T
     bias_copy = torch.zeros(weight.shape[0], dtype=compute_type(weight.dtype))
     if bias is not None:
         bias_copy.copy_(bias)
-    if masked_conv.is_depthwise(weight, groups):
+    if is_depthwise(weight.shape, groups):
         return torch.empty(*prepared_shape(weight.shape, weight.dtype, groups)[0], dtype=bias_copy.dtype).copy_(
             weight.flatten(1).t()
         ), bias_copy
@@ -356,7 +368,7 @@ def prepared_shape(shape: Sequence[int], dtype: torch.dtype, groups: int) -> tup
     """Shape and type of what `prepare` makes of a weight of that shape and type."""
     cout, channels, height, width = shape
     compute = compute_type(dtype)
-    if groups > 1 and groups == cout and channels == 1:
+    if is_depthwise(shape, groups):
         return (height * width, cout), compute
     lanes = vector_lanes(dtype)
     return (groups * ceil(cout // groups, lanes) * lanes * height * width * channels,), compute
@@ -392,8 +404,7 @@ def run(
     band_count, active, most_lines = bands[:3].tolist()
     channels = stages[-1].filters
     if active == 0:
-        if not in_place:
-            out.zero_() if inactive is None else out.copy_(inactive)
+        fill_all(out, inactive, in_place)
         return
     lanes = vector_lanes(dtype)
     widths = [s.filters if _is_depthwise(s) else s.groups * ceil(s.filters // s.groups, lanes) * lanes for s in stages]
@@ -452,7 +463,7 @@ def run(
 
 
 def _is_depthwise(stage: Stage) -> bool:
-    return stage.groups > 1 and stage.groups == stage.channels == stage.filters
+    return is_depthwise((stage.filters, stage.channels // stage.groups), stage.groups)
 
 
 def _across(lines: int, sizes: Sequence[tuple[int, int]], number: int) -> int:

@@ -23,6 +23,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from .._geometry import is_depthwise
 from . import depthwise
 from ._common import (
     SERIAL,
@@ -380,10 +381,6 @@ def packed_weight(weight: Tensor, groups: int, by_output: bool) -> Tensor:
     return packed
 
 
-def is_depthwise(weight: Tensor, groups: int) -> bool:
-    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1
-
-
 def forward(
     input: Tensor,
     weight: Tensor,
@@ -410,7 +407,7 @@ def forward(
         fill_all(out, inactive, in_place)
         return
     activation = ACTIVATIONS.index(activation)
-    if is_depthwise(weight, groups):
+    if is_depthwise(weight.shape, groups):
         depthwise.forward(
             input, weight, bias, table, index, active, gate, residual, out, inactive, in_place, activation
         )
@@ -489,7 +486,7 @@ def backward(
         layout = torch.channels_last if input.dim() == 4 else torch.contiguous_format
         grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout)
         grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
-    if is_depthwise(weight, groups):
+    if is_depthwise(weight.shape, groups):
         if gate_wanted:
             products = depthwise.gate_grad(rows, input, weight, bias, table, active)
         scaled = rows if gate is None else depthwise.scale_rows(rows, gate, index, active)

@@ -125,8 +125,3 @@ def gate_of(sites: ActiveSites, dtype: torch.dtype) -> Tensor | None:
     if sites.gate is None:
         return None
     return sites.gate.to(torch.promote_types(dtype, torch.float32)).contiguous()
-
-
-def is_depthwise(weight: Tensor, groups: int) -> bool:
-    """Whether every channel has a filter of its own and makes one output: a stencil, not a matrix product."""
-    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from .._backend import backend_for, module
-from .._geometry import Geometry, IntPair, Padding
+from .._geometry import Geometry, IntPair, Padding, is_depthwise
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
@@ -25,7 +25,6 @@ from ._common import (
     fill,
     gate_of,
     in_rows,
-    is_depthwise,
 )
 from .epilogue import epilogue
 
@@ -112,9 +111,9 @@ def _cpu_backward(
 ):
     table = _table(input, weight, mask, index, count, shared, source, stride, padding, dilation)
     readers, pixels = None, source[1:]
-    if wanted[0] and is_depthwise(weight, groups) and len(shared) > 1:
+    if wanted[0] and is_depthwise(weight.shape, groups) and len(shared) > 1:
         readers, *pixels = shared[1:]
-    elif wanted[0] and is_depthwise(weight, groups):
+    elif wanted[0] and is_depthwise(weight.shape, groups):
         sites, size = module(".cpu.sites"), _input_size(input, source)
         if not source:
             pixels = sites.compact(sites.touched(mask, size, weight.shape[2:], stride, padding, dilation))
@@ -427,7 +426,7 @@ def _shared(
         shared.append(
             sites._neighbours(size, geometry) if source is None else sites._packed_neighbours(source, geometry)
         )
-        if not needs_grad or not is_depthwise(weight, groups):
+        if not needs_grad or not is_depthwise(weight.shape, groups):
             return shared
     elif not needs_grad:
         return shared
