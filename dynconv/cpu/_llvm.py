@@ -786,22 +786,23 @@ def _at_address(builder: ir.IRBuilder, address: ir.Value, storage_type: ir.Type)
 
 
 @intrinsic
-def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, high, out, out_at):
-    """out[out_at + i * channels + c] = shift[c] + sum over taps of weight[tap * channels + c] * pixel(tap, i)[c].
+def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, high, out):
+    """target(i)[c] = shift[c] + sum over taps of weight[tap * channels + c] * pixel(tap, i)[c], for i < STENCIL_ROWS.
 
-    No less than low and no more than high, for rows i < STENCIL_ROWS. pixels[tap * STENCIL_ROWS + i] is the address
-    of a pixel's row, in the element type of `source`; `weight`, `shift` and `out` are in the compute type.
+    No less than low and no more than high. pixels[tap * STENCIL_ROWS + i] is the address of a pixel's row, in the
+    element type of `source`, and pixels[taps * STENCIL_ROWS + i] that of a target, in the type of `out`; `weight` and
+    `shift` are in the compute type.
     """
-    storage = source.dtype
+    storage, result = source.dtype, out.dtype
 
     def codegen(context, builder, signature, args):
-        element = context.get_value_type(out.dtype)
-        stored = _data(context, builder, signature, args, 1).type.pointee
+        element = context.get_value_type(weight.dtype)
+        stored, written = (_data(context, builder, signature, args, which).type.pointee for which in (1, 8))
         lanes = _lanes(element)
-        compute = out.dtype
+        compute = weight.dtype
 
         def build(builder, arguments):
-            pixels, weight, taps, channels, shift, low, high, out = arguments
+            pixels, weight, taps, channels, shift, low, high = arguments
 
             def sums(builder, at, vectors, lanes):
                 kind = element if lanes == 1 else ir.VectorType(element, lanes)
@@ -827,12 +828,13 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, 
                     return following
 
                 totals = _for(builder, _i64(0), taps, 1, start * STENCIL_ROWS, tap_round)
+                first = builder.mul(taps, _i64(STENCIL_ROWS))
                 for i in range(STENCIL_ROWS):
-                    base = builder.add(builder.mul(channels, _i64(i)), at)
+                    address = builder.load(builder.gep(pixels, [builder.add(first, _i64(i))]))
+                    target = _at_address(builder, address, written)
                     for v in range(vectors):
-                        target = builder.add(base, _i64(v * lanes))
                         total = _clamp(builder, totals[i * vectors + v], least, most)
-                        _write(builder, total, out, target, lanes, compute)
+                        _write(builder, total, target, builder.add(at, _i64(v * lanes)), lanes, result)
 
             def strip(vectors, lanes):
                 def round_(builder, at, values):
@@ -849,17 +851,8 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, 
 
         function = _function(
             builder.module,
-            f"dynconv_stencil_{storage}_{out.dtype}",
-            [
-                _i64.as_pointer(),
-                element.as_pointer(),
-                _i64,
-                _i64,
-                element.as_pointer(),
-                element,
-                element,
-                element.as_pointer(),
-            ],
+            f"dynconv_stencil_{storage}_{compute}_{result}",
+            [_i64.as_pointer(), element.as_pointer(), _i64, _i64, element.as_pointer(), element, element],
             build,
         )
         builder.call(
@@ -872,13 +865,12 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, 
                 _data(context, builder, signature, args, 5),
                 args[6],
                 args[7],
-                builder.gep(_data(context, builder, signature, args, 8), [args[9]]),
             ],
         )
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(pixels, source, weight, i, i, shift, low, high, out, i), codegen
+    return types.void(pixels, source, weight, i, i, shift, low, high, out), codegen
 
 
 def _stencil_weight(tap_count: int):

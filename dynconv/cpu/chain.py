@@ -46,7 +46,7 @@ from ._threads import compute_type, kernel, workers
 
 BAND_BYTES = 1 << 19  # of features between two layers: half of a 1 MiB L2
 _MOST_ROWS = 96
-_MOST_BANDS = 1024
+_MOST_BANDS, _MOST_STAGES = 1024, 16
 _HEADER, _STAGE = 32, 24  # int64 arguments before the first stage, and of each
 
 
@@ -160,7 +160,7 @@ def _last_input_line(line, g):
 
 @njit
 def _chain_kernel(arguments, storage, compute):
-    a = carray(arguments, (_HEADER + 16 * _STAGE,))
+    a = carray(arguments, (_HEADER + _MOST_STAGES * _STAGE,))
     source, out, residual, inactive = (
         array(a[2], storage),
         array(a[3], storage),
@@ -173,16 +173,18 @@ def _chain_kernel(arguments, storage, compute):
     fill, is_large, is_packed, index = a[12], a[13] != 0, a[14] != 0, array(a[15], np.int32)
     scratch, scratch_size = array(a[16], compute), a[17]
     numbers, numbers_size = a[18], a[19]
-    chunk_rows, gathered_size, zeros, table_size, element_size = a[20], a[21], a[22], a[23], a[24]
+    chunk_rows, gathered_size, zeros, element_size = a[20], a[21], a[22], a[23]
     nothing, zero_row, infinity = array(0, compute), array(a[22], compute), compute(np.inf)
     worker = fetch_add(a[1:], 1)
     gathered = worker * scratch_size
     products = gathered + gathered_size
     numbers += worker * numbers_size
     table = array(numbers, np.int32)
-    counts, firsts, line_counts = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(16, np.int64)
-    maps, lists, places = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(16, np.int64)
-    pixels = np.empty(table_size // max(1, chunk_rows) * STENCIL_ROWS, np.int64)
+    # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
+    state = a[25] + 8 * worker * a[26]
+    counts, firsts, line_counts = array(state, np.int64), array(state + 128, np.int64), array(state + 256, np.int64)
+    maps, lists, places = array(state + 384, np.int64), array(state + 512, np.int64), array(state + 640, np.int64)
+    pixels = array(state + 768, np.int64)
     while True:
         band = fetch_add(a, 1)
         if band >= bands[0]:
@@ -247,16 +249,19 @@ def _chain_kernel(arguments, storage, compute):
                                 elif is_input:
                                     pixel = a[2] + row * cin * element_size
                                 else:
-                                    pixel = a[16] + (read + row * cin) * a[25]
+                                    pixel = a[16] + (read + row * cin) * a[24]
                                 pixels[tap * STENCIL_ROWS + i] = pixel
                         if is_clamp:
                             shift, least, most, target = bias, low, high, rows_out + (first + r) * cin
                         else:
                             shift, least, most, target = zero_row, -infinity, infinity, products + r * width
+                        for i in range(STENCIL_ROWS):
+                            row = min(i, rows - 1 - r)
+                            pixels[taps * STENCIL_ROWS + i] = a[16] + (target + row * cin) * a[24]
                         if is_input:
-                            stencil_rows(pixels, source, weights, taps, cin, shift, least, most, scratch, target)
+                            stencil_rows(pixels, source, weights, taps, cin, shift, least, most, scratch)
                         else:
-                            stencil_rows(pixels, scratch, weights, taps, cin, shift, least, most, scratch, target)
+                            stencil_rows(pixels, scratch, weights, taps, cin, shift, least, most, scratch)
                 elif is_pointwise and not is_input:
                     depth = channels
                     if is_clamp:
@@ -448,13 +453,15 @@ def run(
     threads = workers(band_count)
     scratch = torch.empty(threads * at, dtype=compute)
     numbers = torch.empty(threads * number_at, dtype=torch.int32)
+    state_size = ceil(6 * _MOST_STAGES + (most_taps + 1) * STENCIL_ROWS, 16) * 16  # no cache line of two threads
+    state = torch.empty(threads * state_size, dtype=torch.int64)
     fill = 0 if in_place else 1 if inactive is None else 2
     is_large = out.numel() * out.element_size() > LARGE
     header = (
         input.data_ptr(), rows.data_ptr(), address(residual), mask.data_ptr(), address(gate), width, len(stages),
         address(inactive), lanes, bands.data_ptr(), fill, is_large, in_place, address(index), scratch.data_ptr(), at,
-        numbers.data_ptr(), 4 * number_at, chunk_rows, gathered, zeros.data_ptr(), table, input.element_size(),
-        compute_size,
+        numbers.data_ptr(), 4 * number_at, chunk_rows, gathered, zeros.data_ptr(), input.element_size(),
+        compute_size, state.data_ptr(), state_size,
     )  # fmt: skip
     padding = (0,) * (_HEADER - 2 - len(header))
     _run_chain(dtype, threads, *header, *padding, *arguments)

@@ -1,6 +1,7 @@
 """Depthwise masked convolution on the CPU: a stencil at the active sites.
 
-With w[tap, c] the filter and table[site, tap] the row of `source` that a site reads, or -1:
+With w[tap, c] the filter and table[site, tap] the row of `source` that a site reads, or -1 (the forward sum finds it
+from the geometry: a table would take longer to write than to compute):
 
     sum         y[m, c] = sum over taps of w[tap, c] * source[table[m, tap], c]
     weight grad dW[tap, c] = sum over sites of source[table[m, tap], c] * G[m, c]
@@ -11,6 +12,8 @@ threads write the same row, and nothing is added up twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numba import carray, njit
@@ -20,25 +23,93 @@ from ._common import SERIAL, add, address, array, ceil, clear, fill_skipped, fil
 from ._llvm import STENCIL_ROWS, STENCIL_TAPS, fetch_add, finish_row, load, stencil_rows, stencil_weight, store
 from ._threads import compute_type, kernel, workers
 
-_ROWS_PER_CHUNK = 64
+_ROWS_PER_CHUNK = 64  # of what needs one row for another
+_CHUNKS_PER_THREAD = 8  # of the stencil
 _SITES_PER_BLOCK = 256  # of the weight's gradient: their rows stay in the cache from one row of taps to the next
+
+
+@njit(inline="always")
+def _read_by_table(a, table, first, last, pixels, row_size):
+    """pixels[tap, i] = the address that row min(first + i, last) of the table reads, for STENCIL_ROWS rows i."""
+    taps, zeros = a[14], a[10]
+    for i in range(STENCIL_ROWS):
+        entry = min(first + i, last) * taps
+        for tap in range(taps):
+            pixel = np.int64(table[entry + tap])
+            pixels[tap * STENCIL_ROWS + i] = a[2] + pixel * row_size if pixel >= 0 else zeros
+
+
+@njit(inline="always")
+def _read_by_geometry(a, index, first, last, offsets, pixels, state, row_size):
+    """The same for the sites index[first + i], from the geometry alone.
+
+    offsets[tap] lies between a site's first tap and the tap, in bytes; `state` is the line that the last site was in.
+    """
+    lookup, is_packed, zeros = array(a[26], np.int32), a[26] != 0, a[10]
+    out_height, out_width, height, width = a[27], a[28], a[29], a[30]
+    kernel_height, kernel_width, stride_y, stride_x = a[31], a[32], a[33], a[34]
+    pad_y, pad_x, dilation_y, dilation_x = a[35], a[36], a[37], a[38]
+    last_y, last_x = height - (kernel_height - 1) * dilation_y, width - (kernel_width - 1) * dilation_x
+    line_begin, line_end, y, start = state[0], state[1], state[2], state[3]
+    for i in range(STENCIL_ROWS):
+        site = np.int64(index[min(first + i, last)])
+        if site >= line_end:  # sites of one line follow each other, and divisions are slow
+            line = np.int64(np.uint32(site) // np.uint32(out_width))
+            sample = np.int64(np.uint32(line) // np.uint32(out_height))
+            line_begin, y = line * out_width, (line - sample * out_height) * stride_y - pad_y
+            line_end, start = line_begin + out_width, (sample * height + y) * width
+        x = (site - line_begin) * stride_x - pad_x
+        corner = a[2] + (start + x) * row_size
+        if not is_packed and 0 <= y < last_y and 0 <= x < last_x:  # no tap in the padding, as nearly everywhere
+            for tap in range(kernel_height * kernel_width):
+                pixels[tap * STENCIL_ROWS + i] = corner + offsets[tap]
+            continue
+        tap = 0
+        for ky in range(kernel_height):
+            is_line = 0 <= y + ky * dilation_y < height
+            for kx in range(kernel_width):
+                address, tap_x = zeros, x + kx * dilation_x
+                if is_line and 0 <= tap_x < width:
+                    address = corner + offsets[tap]
+                    if is_packed:
+                        row = np.int64(lookup[start + ky * dilation_y * width + tap_x])
+                        address = a[2] + row * row_size if row >= 0 else zeros
+                pixels[tap * STENCIL_ROWS + i] = address
+                tap += 1
+    state[0], state[1], state[2], state[3] = line_begin, line_end, y, start
 
 
 @njit
 def _stencil_kernel(arguments, storage, compute):
-    a = carray(arguments, (32,))
+    a = carray(arguments, (42,))
     source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    weight, bias, gate = array(a[5], compute), array(a[6], compute), array(a[7], compute)
-    table, index, zeros = array(a[8], np.int32), array(a[9], np.int32), a[10]
+    given, bias, gate = array(a[5], storage), array(a[6], compute), array(a[7], compute)
+    table, index = array(a[8], np.int32), array(a[9], np.int32)
     grad, gate_grad = array(a[11], compute), array(a[12], compute)
-    has_gate, wants_gate_grad, has_residual, is_packed = a[7] != 0, a[12] != 0, a[4] != 0, a[21]
+    has_table, has_gate, wants_gate_grad, has_residual, is_packed = a[8] != 0, a[7] != 0, a[12] != 0, a[4] != 0, a[21]
     sites, taps, channels, element_size = a[13], a[14], a[15], a[16]
     chunk_rows, activation = a[17], a[18]
     scratch, scratch_size = array(a[19], compute), a[20]
     fill, inactive, all_sites, is_large = a[22], array(a[23], storage), a[24], a[25] != 0
     infinity, nothing = compute(np.inf), array(a[10], compute)
-    sums = fetch_add(a[1:], 1) * scratch_size
-    pixels = np.empty(taps * STENCIL_ROWS, np.int64)
+    # What only shifts and clamps is done with the sums still in registers, and written where it belongs.
+    is_clamp = activation <= 2 and not (has_gate or has_residual or wants_gate_grad)
+    low = compute(0) if is_clamp and activation > 0 else -infinity
+    high = compute(6) if is_clamp and activation == 2 else infinity
+    worker = fetch_add(a[1:], 1)
+    sums = worker * scratch_size + taps * channels
+    sums_address, sums_size, row_size = a[19] + sums * a[39], channels * a[39], channels * element_size
+    weight = array(a[19] + worker * scratch_size * a[39], compute)
+    for channel in range(channels):  # taps before channels
+        for tap in range(taps):
+            store(weight, tap * channels + channel, load(given, channel * taps + tap, compute))
+    # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
+    numbers = a[40] + 8 * worker * a[41]
+    state, offsets = array(numbers, np.int64), array(numbers + 32, np.int64)
+    pixels = array(numbers + 32 + 8 * taps, np.int64)
+    for tap in range(taps if not has_table else 0):
+        offsets[tap] = (tap // a[32] * a[37] * a[30] + tap % a[32] * a[38]) * row_size
+    state[1] = 0
     while True:
         begin = fetch_add(a, 1) * chunk_rows
         if begin >= sites:
@@ -46,13 +117,20 @@ def _stencil_kernel(arguments, storage, compute):
         end = min(sites, begin + chunk_rows)
         fill_skipped(fill, inactive, out, index, begin, end - begin, sites, all_sites, channels, is_large)
         for first in range(begin, end, STENCIL_ROWS):
+            if has_table:
+                _read_by_table(a, table, first, end - 1, pixels, row_size)
+            else:
+                _read_by_geometry(a, index, first, end - 1, offsets, pixels, state, row_size)
+            if is_clamp:
+                for i in range(STENCIL_ROWS):
+                    m = min(first + i, end - 1)
+                    place = m if is_packed else np.int64(index[m])
+                    pixels[taps * STENCIL_ROWS + i] = a[3] + place * row_size
+                stencil_rows(pixels, source, weight, taps, channels, bias, low, high, out)
+                continue
             for i in range(STENCIL_ROWS):
-                entry = min(first + i, end - 1) * taps
-                for tap in range(taps):
-                    pixel = np.int64(table[entry + tap])
-                    where = a[2] + pixel * channels * element_size if pixel >= 0 else zeros
-                    pixels[tap * STENCIL_ROWS + i] = where
-            stencil_rows(pixels, source, weight, taps, channels, bias, -infinity, infinity, scratch, sums)
+                pixels[taps * STENCIL_ROWS + i] = sums_address + i * sums_size
+            stencil_rows(pixels, source, weight, taps, channels, bias, low, high, scratch)
             for i in range(min(STENCIL_ROWS, end - first)):
                 m, at = first + i, sums + i * channels
                 if wants_gate_grad:
@@ -120,9 +198,9 @@ _run_weight_grad = kernel(_weight_grad_kernel)
 _run_scale_rows = kernel(_scale_rows_kernel)
 
 
-def taps_by_channels(weight: Tensor) -> Tensor:
-    """[C, 1, kH, kW] -> [kH * kW, C] in the compute type."""
-    return weight.flatten(1).t().to(compute_type(weight.dtype)).contiguous()
+# What sites read, other than by a table: each pixel's packed row, where the source is packed, and Ho, Wo, H, W, kernel,
+# stride, padding and dilation, two numbers each.
+Reads = tuple[Tensor | None, Sequence[int]]
 
 
 def _stencil(
@@ -130,7 +208,7 @@ def _stencil(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
-    table: Tensor | None,
+    reads: Reads | Tensor,
     index: Tensor | None,
     count: int,
     residual: Tensor | None = None,
@@ -141,38 +219,39 @@ def _stencil(
     grad: Tensor | None = None,
     gate_grad: Tensor | None = None,
 ) -> None:
-    """The stencil over `count` rows of the table, finished into `out` or multiplied with `grad` into `gate_grad`.
+    """The stencil over `count` sites, finished into `out` or multiplied with `grad` into `gate_grad`.
 
-    `out` is written at the rows `index`, or from the first on if it is packed [rows, C]; `grad` is packed and
-    `gate_grad` [count]. `weight` is [taps, C], in the compute type like `bias`.
+    `reads`: a table of what each of them reads, or the geometry that tells it from `index`. `out` is written at the
+    rows `index`, or from the first on if it is packed [rows, C]; `grad` is packed and `gate_grad` [count]. `weight`
+    [C, 1, kH, kW] is of the type of `source`.
     """
-    taps, channels = weight.shape
-    table = _given(table, count)
-    dtype, compute = source.dtype, weight.dtype
-    bias = torch.zeros(channels, dtype=compute) if bias is None else bias.to(compute).contiguous()
+    channels, taps = weight.shape[0], weight[0].numel()
+    table, lookup, geometry = (None, *reads) if isinstance(reads, tuple) else (reads, None, (0,) * 12)
+    dtype, compute = source.dtype, compute_type(source.dtype)
+    weight = weight.contiguous()
     zeros = torch.zeros(channels, dtype=compute)
+    bias = zeros if bias is None else bias.to(compute).contiguous()
     threads = workers(count * channels * taps // SERIAL)
-    chunk_rows = max(STENCIL_ROWS, min(_ROWS_PER_CHUNK, ceil(count, 4 * threads)) // STENCIL_ROWS * STENCIL_ROWS)
-    size = STENCIL_ROWS * channels
+    # Long chunks: at each cut, lines that another thread has in its cache are read again.
+    chunk_rows = ceil(ceil(count, _CHUNKS_PER_THREAD * threads), STENCIL_ROWS) * STENCIL_ROWS
+    size = (taps + STENCIL_ROWS) * channels
     scratch = torch.empty(threads * size, dtype=compute)
+    number_size = ceil(4 + taps + (taps + 1) * STENCIL_ROWS, 16) * 16  # no cache line of two threads
+    numbers = torch.empty(threads * number_size, dtype=torch.int64)
     _run_stencil(
         dtype, threads, source.data_ptr(), address(out), address(residual), weight.data_ptr(), bias.data_ptr(),
-        address(gate), table.data_ptr(), address(index), zeros.data_ptr(), address(grad), address(gate_grad),
+        address(gate), address(table), address(index), zeros.data_ptr(), address(grad), address(gate_grad),
         count, taps, channels, source.element_size(), chunk_rows, activation, scratch.data_ptr(), size,
         out is not None and out.dim() == 2, *((0, 0, 0, 0) if out is None else filling(out, inactive, in_place)),
+        address(lookup), *geometry, scratch.element_size(), numbers.data_ptr(), number_size,
     )  # fmt: skip
-
-
-def _given(table: Tensor | None, count: int) -> Tensor:
-    """The table, or that of a 1x1 filter over rows packed for the same sites."""
-    return torch.arange(count, dtype=torch.int32) if table is None else table
 
 
 def forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    table: Tensor | None,
+    reads: Reads,
     index: Tensor,
     count: int,
     gate: Tensor | None,
@@ -183,9 +262,7 @@ def forward(
     activation: int,
 ) -> None:
     """out = activation(gate * (sum + bias) + residual) at the rows `index` of `out`; 0 to count - 1 if it is packed."""
-    _stencil(
-        input, taps_by_channels(weight), bias, gate, table, index, count, residual, out, inactive, in_place, activation
-    )
+    _stencil(input, weight, bias, gate, reads, index, count, residual, out, inactive, in_place, activation)
 
 
 def scale_rows(rows: Tensor, gate: Tensor, index: Tensor, count: int) -> Tensor:
@@ -205,22 +282,23 @@ def input_grad(rows: Tensor, weight: Tensor, readers: Tensor, pixels: Tensor, co
     `rows` [sites, C] is the output's gradient, gate included, in the compute type like `grad_input`; `readers` the
     table of `cpu.sites.readers`.
     """
-    _stencil(rows, taps_by_channels(weight).to(rows.dtype), None, None, readers, pixels, count, out=grad_input)
+    _stencil(rows, weight.to(rows.dtype), None, None, readers, pixels, count, out=grad_input)
 
 
 def gate_grad(
-    rows: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | None, count: int
+    rows: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, reads: Reads, index: Tensor, count: int
 ) -> Tensor:
     """[count]: the sum over channels of rows * (sum + bias)."""
     result = torch.empty(count, dtype=rows.dtype)
-    _stencil(input, taps_by_channels(weight), bias, None, table, None, count, grad=rows, gate_grad=result)
+    _stencil(input, weight, bias, None, reads, index, count, grad=rows, gate_grad=result)
     return result
 
 
 def weight_grad(rows: Tensor, input: Tensor, table: Tensor | None, count: int, weight: Tensor) -> Tensor:
     """Like `weight`; `rows` [sites, C] is the output's gradient, gate included, in the compute type."""
     channels = weight.shape[0]
-    table = _given(table, count)
+    if table is None:  # a 1x1 filter over rows packed for the same sites
+        table = torch.arange(count, dtype=torch.int32)
     taps, lanes = weight[0].numel(), vector_lanes(input.dtype)
     grad_weight = torch.zeros(weight.shape, dtype=rows.dtype)
     block_channels = min(8 * lanes, ceil(ceil(channels, 2 * torch.get_num_threads()), lanes) * lanes)

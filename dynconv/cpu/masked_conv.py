@@ -395,12 +395,14 @@ def forward(
     in_place: bool,
     groups: int,
     activation: str,
+    reads: tuple[Tensor | None, Sequence[int]],
 ) -> None:
     """Write activation(gate * (conv + bias) + residual) into `out` at the active sites.
 
     `input`, `residual` and `out` are channels_last, or packed rows [capacity, C]; `residual` may be `out` itself.
     `gate` has one element for each site, in the compute type. The skipped sites of a dense `out` get zeros, or what
-    is `inactive` there; `in_place` leaves them alone.
+    is `inactive` there; `in_place` leaves them alone. Depthwise filters find what they read by `reads` and need no
+    table.
     """
     active = int(count)
     if active == 0:
@@ -409,7 +411,7 @@ def forward(
     activation = ACTIVATIONS.index(activation)
     if is_depthwise(weight.shape, groups):
         depthwise.forward(
-            input, weight, bias, table, index, active, gate, residual, out, inactive, in_place, activation
+            input, weight, bias, reads, index, active, gate, residual, out, inactive, in_place, activation
         )
         return
     dtype, compute = input.dtype, compute_type(input.dtype)
@@ -470,6 +472,7 @@ def backward(
     wanted: Sequence[bool],
     overlap_sites: int,
     groups: int,
+    reads: tuple[Tensor | None, Sequence[int]],
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients of `input`, `weight`, `bias` and `gate`, None for the others.
 
@@ -488,7 +491,7 @@ def backward(
         grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
     if is_depthwise(weight.shape, groups):
         if gate_wanted:
-            products = depthwise.gate_grad(rows, input, weight, bias, table, active)
+            products = depthwise.gate_grad(rows, input, weight, bias, reads, index, active)
         scaled = rows if gate is None else depthwise.scale_rows(rows, gate, index, active)
         if input_wanted:
             depthwise.input_grad(scaled, weight, readers, pixels[0], int(pixels[1]), grad_input)

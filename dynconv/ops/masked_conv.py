@@ -53,12 +53,18 @@ def _input_size(input: Tensor, source: list[Tensor]) -> tuple[int, int]:
     return tuple((source[0] if source else input).shape[2:])
 
 
-def _table(input, weight, mask, index, count, shared, source, stride, padding, dilation) -> Tensor | None:
+def _reads(input, weight, mask, source, stride, padding, dilation) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The packed row of each pixel, if any, and the geometry as the CPU kernels take it."""
+    geometry = (*mask.shape[2:], *_input_size(input, source), *weight.shape[2:], *stride, *padding, *dilation)
+    return source[0] if source else None, geometry
+
+
+def _table(reads, index, count, shared) -> Tensor | None:
     """The neighbour table that layers share, or one for this call alone; none where row m reads row m."""
     if shared:
         return shared[0] if shared[0].dim() == 2 else None
-    geometry = (*mask.shape[2:], *_input_size(input, source), *weight.shape[2:], *stride, *padding, *dilation)
-    return module(".cpu.sites").neighbours(index, count, geometry, source[0] if source else None)
+    lookup, geometry = reads
+    return module(".cpu.sites").neighbours(index, count, geometry, lookup)
 
 
 def _forward_into(
@@ -68,10 +74,11 @@ def _forward_into(
     """What the functional and the in-place forward share."""
     input, residual = in_rows(input), in_rows(residual)
     if backend == "cpu":
-        table = _table(input, weight, mask, index, count, shared, source, stride, padding, dilation)
+        reads = _reads(input, weight, mask, source, stride, padding, dilation)
+        table = None if is_depthwise(weight.shape, groups) else _table(reads, index, count, shared)
         module(".cpu.masked_conv").forward(
             input, weight, bias, table, index, count, gate, residual, out, in_rows(inactive), in_place, groups,
-            activation,
+            activation, reads,
         )  # fmt: skip
     else:
         fill(out, inactive, in_place)
@@ -109,7 +116,8 @@ def _backward(
 def _cpu_backward(
     grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
 ):
-    table = _table(input, weight, mask, index, count, shared, source, stride, padding, dilation)
+    reads = _reads(input, weight, mask, source, stride, padding, dilation)
+    table = _table(reads, index, count, shared)
     readers, pixels = None, source[1:]
     if wanted[0] and is_depthwise(weight.shape, groups) and len(shared) > 1:
         readers, *pixels = shared[1:]
@@ -117,13 +125,13 @@ def _cpu_backward(
         sites, size = module(".cpu.sites"), _input_size(input, source)
         if not source:
             pixels = sites.compact(sites.touched(mask, size, weight.shape[2:], stride, padding, dilation))
-        geometry = (*mask.shape[2:], *size, *weight.shape[2:], *stride, *padding, *dilation)
-        readers = sites.readers(*pixels, geometry, sites.inverse(index, count))
+        readers = sites.readers(*pixels, reads[1], sites.inverse(index, count))
     # Sites so many lines apart read no common line of the input.
     overlap = max(1, -(-(dilation[0] * (weight.shape[2] - 1) + 1) // stride[0]) - 1)
     return module(".cpu.masked_conv").backward(
-        grad, input, weight, bias, table, readers, pixels, index, count, gate, wanted, overlap * mask.shape[3], groups
-    )
+        grad, input, weight, bias, table, readers, pixels, index, count, gate, wanted, overlap * mask.shape[3], groups,
+        reads,
+    )  # fmt: skip
 
 
 def _triton_backward(
@@ -416,12 +424,15 @@ def _shared(
 ) -> list[Tensor]:
     """What layers with the same sites share; a call with a mask of its own makes it inside the op.
 
-    The CPU kernels read addresses from the neighbour table. The Triton kernels compute them in registers, and need the
-    inverse map and the pixels that the sites read for the input's gradient, as do depthwise filters on the CPU.
+    The CPU kernels read addresses from the neighbour table, but for depthwise filters in inference. The Triton kernels
+    compute them in registers, and need the inverse map and the pixels that the sites read for the input's gradient, as
+    do depthwise filters on the CPU.
     """
     size = tuple(input.shape[2:]) if source is None else source.shape[1:]
     needs_grad = torch.is_grad_enabled() and input.requires_grad
     shared = []
+    if backend == "cpu" and is_depthwise(weight.shape, groups) and not _needs_grad(input, weight):
+        return shared
     if backend == "cpu":
         shared.append(
             sites._neighbours(size, geometry) if source is None else sites._packed_neighbours(source, geometry)
