@@ -4,8 +4,22 @@ from . import _source_tree as _source_tree  # first: makes dynconv.kernels impor
 from . import nn, reference
 from ._backend import backend
 from ._version import __version__
+from .calibration import calibrate, calibration_file, execution, explain
 from .ops.masked_conv import masked_conv2d
 from .packed import PackedFeatures, pack
 from .sites import ActiveSites
 
-__all__ = ["ActiveSites", "PackedFeatures", "__version__", "backend", "masked_conv2d", "nn", "pack", "reference"]
+__all__ = [
+    "ActiveSites",
+    "PackedFeatures",
+    "__version__",
+    "backend",
+    "calibrate",
+    "calibration_file",
+    "execution",
+    "explain",
+    "masked_conv2d",
+    "nn",
+    "pack",
+    "reference",
+]

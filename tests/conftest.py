@@ -1,11 +1,16 @@
 """Where the op tests run: the CPU backend, and the Triton kernels natively or, without a GPU, interpreted."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+# What was measured on this machine must not decide what is tested.
+os.environ["DYNCONV_CALIBRATION"] = str(Path(tempfile.gettempdir()) / f"dynconv-tests-{os.getpid()}" / "none.json")
 
 import pytest
 

@@ -601,7 +601,7 @@ def test_skipped_nan_stays_out_of_all_gradients(target, groups):
 
 
 class TestRegistration:
-    def arguments(self, target, share=False):
+    def arguments(self, target, share=False, execution="sparse"):
         operands, grad, _, mask = case(n=1, cin=3, cout=4, size=(4, 4))
         input, weight, bias, gate, inactive = (t.to(target.device) for t in operands)
         mask = mask.to(target.device)
@@ -611,24 +611,27 @@ class TestRegistration:
             triton_shares = [sites.inverse, touched.index, touched.count]
             shared = [sites.neighbours((4, 4), 3, 1, 1)] if target.backend == "cpu" else triton_shares
         site_operands = (sites.mask, sites.index, sites.count, shared if share else [], [], gate)
-        return (input, weight, bias), site_operands, inactive, ((1, 1), (1, 1), (1, 1), 1, target.backend), grad
+        where = ((1, 1), (1, 1), (1, 1), 1, target.backend, execution)
+        return (input, weight, bias), site_operands, inactive, where, grad
 
-    @pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
-    def test_opcheck_forward(self, target, share):
-        operands, sites, inactive, where, _ = self.arguments(target, share)
+    @pytest.mark.parametrize("share, execution", [(False, "sparse"), (True, "sparse"), (False, "dense")])
+    def test_opcheck_forward(self, target, share, execution):
+        operands, sites, inactive, where, _ = self.arguments(target, share, execution)
         for t in (*operands, sites[-1], inactive):
             t.requires_grad_()
         arguments = (*operands, *sites, None, inactive, "none", False, *where)
         torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, arguments)
 
-    def test_opcheck_backward(self, target):
-        operands, sites, _, where, grad = self.arguments(target)
+    @pytest.mark.parametrize("execution", ["sparse", "dense"])
+    def test_opcheck_backward(self, target, execution):
+        operands, sites, _, where, grad = self.arguments(target, execution=execution)
         for wanted in ([True] * 4, [True, False, True, False], [False, True, False, True]):
             arguments = (grad.to(target.device), *operands, *sites, *where, wanted)
             torch.library.opcheck(torch.ops.dynconv.masked_conv2d_backward.default, arguments)
 
-    def test_opcheck_in_place(self, target):
-        operands, sites, inactive, where, _ = self.arguments(target)
+    @pytest.mark.parametrize("execution", ["sparse", "dense"])
+    def test_opcheck_in_place(self, target, execution):
+        operands, sites, inactive, where, _ = self.arguments(target, execution=execution)
         out = inactive.contiguous(memory_format=torch.channels_last)
         for rest in ((None, False, "none"), (None, True, "relu"), (torch.zeros_like(out), False, "silu")):
             arguments = (out, *operands, *sites, *rest, *where)

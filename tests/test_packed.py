@@ -373,7 +373,7 @@ class TestRegistration:
             source = [sites.inverse.view(1, 1, 3, 4), sites.index, sites.count]
         rows, weight = integers(12, 4).to(target.device), integers(4, 1, 3, 3, seed=1).to(target.device)
         operands = (rows.requires_grad_(), weight.requires_grad_(), None, sites.mask, sites.index, sites.count)
-        where = ((1, 1), (1, 1), (1, 1), 4, target.backend)
+        where = ((1, 1), (1, 1), (1, 1), 4, target.backend, "sparse")
         arguments = (*operands, [], source, None, None, None, "none", True, *where)
         torch.library.opcheck(torch.ops.dynconv.masked_conv2d.default, arguments)
 

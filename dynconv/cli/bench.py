@@ -16,12 +16,12 @@ from torch import Tensor
 
 import dynconv
 
+from .._timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 from . import console, extra, table
 from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge
 from .environment import environment, write_json
 from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer
-from .timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 
 MODES = ("plain", "in-place", "backward")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -186,11 +186,18 @@ def measure(
     repeats: int = 25,
     seconds: float = 1.0,
     baselines: bool = False,
+    automatic: bool = False,
 ) -> Iterator[Row]:
-    """Check and time one layer: a row for each density and mode. A row whose check fails carries no time."""
+    """Check and time one layer: a row for each density and mode. A row whose check fails carries no time.
+
+    `automatic` lets each call choose between dense and sparse, by a calibration made first and not stored.
+    """
     kinds = (BlockBench, BlockCheck) if isinstance(layer, Block) else (Bench, Check)
     bench = kinds[0](layer, batch, dtype, device)
     check = kinds[1](bench)
+    if automatic and not (isinstance(layer, Block) and tuple(modes) == ("backward",)):  # which has no choice
+        mask = layer.active(0.5, masks, batch, torch.Generator().manual_seed(1)).to(device)
+        dynconv.calibrate(lambda: _each_once(bench, mask, modes), store=False)
     compiled = _compiled(bench) if baselines and "plain" in modes else None
     for asked in densities:
         mask = layer.active(asked, masks, batch, bench.generator).to(device)
@@ -212,9 +219,25 @@ def measure(
         yield from rows.values()
 
 
-def measure_pose(batch: int, dtype: torch.dtype, device: str, masks: str, repeats: int, seconds: float) -> Row:
+def _each_once(bench: Bench, mask: Tensor, modes: Sequence[str]) -> None:
+    if "plain" in modes:
+        with torch.no_grad():
+            bench.sparse(0, mask)
+    if "in-place" in modes:
+        with torch.no_grad():
+            bench.sparse(0, bench.compact(mask), bench.cache())
+    if "backward" in modes:
+        bench.gradients(bench.sparse, 0, mask)
+
+
+def measure_pose(
+    batch: int, dtype: torch.dtype, device: str, masks: str, repeats: int, seconds: float, automatic: bool = False
+) -> Row:
     """Check and time DynConv's pose network, all its blocks in one call."""
     bench = PoseBench(batch, dtype, device, masks)
+    if automatic:
+        with torch.no_grad():
+            dynconv.calibrate(lambda: bench.sparse(0), store=False)
     verdict = bench.check()
     failure = None if verdict.passed else f"wrong result: {verdict}"
     asked = sum(POSE_DENSITIES) / len(POSE_DENSITIES)
@@ -356,6 +379,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, help="of layers without a published one; 4 on cpu, 128 on cuda")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--baselines", action="store_true", help="also conv2d(x) * mask, as it is and torch.compile'd")
+    parser.add_argument(
+        "--automatic", action="store_true", help="calibrate each layer first, then let calls choose dense or sparse"
+    )
     parser.add_argument("--repeats", type=_positive, default=25, help="samples of each call at most")
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="after which a row stops sampling; 5 samples at least"
@@ -408,12 +434,15 @@ def main(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     rows: list[Row] = []
     progress = extra("rich.progress")
-    with progress.Progress(
-        *progress.Progress.get_default_columns(),
-        progress.TimeElapsedColumn(),
-        console=console(stderr=True),
-        transient=True,
-    ) as bar:
+    with (
+        dynconv.execution("automatic" if arguments.automatic else "sparse"),
+        progress.Progress(
+            *progress.Progress.get_default_columns(),
+            progress.TimeElapsedColumn(),
+            console=console(stderr=True),
+            transient=True,
+        ) as bar,
+    ):
         task = bar.add_task("bench", total=sum(_cost(layer) * len(layer.densities or densities) for layer in layers))
         for layer in layers:
             bar.update(task, description=f"{layer.family} {layer.name}")
@@ -421,7 +450,7 @@ def main(arguments: argparse.Namespace) -> int:
             for row in measure(
                 layer, layer.densities or densities, arguments.modes, batch=batch,
                 dtype=getattr(torch, arguments.dtype), device=arguments.device, masks=arguments.masks,
-                repeats=repeats, seconds=seconds, baselines=arguments.baselines,
+                repeats=repeats, seconds=seconds, baselines=arguments.baselines, automatic=arguments.automatic,
             ):  # fmt: skip
                 rows.append(row)
                 bar.advance(task, _cost(layer) / len(arguments.modes))
@@ -429,10 +458,18 @@ def main(arguments: argparse.Namespace) -> int:
         if whole_network and (not arguments.layers or arguments.layers in PoseBench.name):
             bar.update(task, description=f"dynconv-pose {PoseBench.name}")
             dtype = getattr(torch, arguments.dtype)
-            rows.append(measure_pose(32, dtype, arguments.device, arguments.masks, repeats, seconds))
+            rows.append(
+                measure_pose(32, dtype, arguments.device, arguments.masks, repeats, seconds, arguments.automatic)
+            )
     summary = summarise(rows)
     _print(rows, summary, arguments, record["environment"])
-    options = {"dtype": arguments.dtype, "masks": arguments.masks, "repeats": repeats, "seconds": seconds}
+    options = {
+        "automatic": arguments.automatic,
+        "dtype": arguments.dtype,
+        "masks": arguments.masks,
+        "repeats": repeats,
+        "seconds": seconds,
+    }
     record |= options | {"elapsed_s": round(time.perf_counter() - begin, 1)}
     record |= {"rows": [row.record() for row in rows], "summary": summary}
     if arguments.plot:
@@ -498,6 +535,11 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
     out.print(crossings)
     software = f"torch {machine['torch']}, dynconv {machine['dynconv']} ({machine['commit'] or 'no commit'})"
     out.print(f"{where}; {arguments.dtype}; {software}")
+    if arguments.automatic:
+        worst = min((row for row in rows if row.ratio is not None), key=lambda row: row.ratio, default=None)
+        if worst is not None:
+            text = f"{worst.ratio:.2f}x dense, {worst.family} {worst.layer} {worst.mode} at {worst.density:.2f}"
+            out.print(f"automatic: calls choose dense or sparse by a calibration; the slowest is {text}")
     if arguments.device == "cuda":
         out.print("GPU time of calls queued ahead of the GPU, as in a CUDA graph; Python's own time is not in it")
     if arguments.device == "cpu":

@@ -10,9 +10,9 @@ import dynconv
 from dynconv.nn import MaskedBottleneck, MaskedInvertedResidual
 from dynconv.nn.blocks import MaskedBlock, fold
 
+from .._timing import input_sets
 from .bounds import Verdict, arithmetic, judge
 from .layers import MASKS, POSE_DENSITIES, POSE_SIZES, Block
-from .timing import input_sets
 
 _CLAMPS = {None: lambda x: x, "relu": lambda x: F.relu(x, inplace=True), "relu6": lambda x: F.relu6(x, inplace=True)}
 # How much larger than the error of plain PyTorch a training block's may be: both add up the same products, in other

@@ -16,6 +16,8 @@ import torch
 
 import dynconv
 
+from .._timing import cpu_model
+
 
 def environment(device: str) -> dict:
     """The record that goes with results made on `device`."""
@@ -24,7 +26,7 @@ def environment(device: str) -> dict:
         "dynconv": dynconv.__version__,
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_features": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -47,15 +49,6 @@ def version(package: str) -> str | None:
 def is_installed(module: str) -> bool:
     """Whether a top-level module can be imported."""
     return importlib.util.find_spec(module) is not None
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

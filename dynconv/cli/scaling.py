@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._timing import take_turns
 from . import console, table
 from .bench import Bench, Check
 from .layers import LAYERS, Layer, blob_mask
 from .plots import pyplot, save
-from .timing import take_turns
 
 FRACTIONS = (0.0, 0.002, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 

@@ -14,8 +14,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from ._common import SERIAL, address, array, ceil, clear, fill_all, fill_skipped, filling
-from ._llvm import ACTIVATIONS, fetch_add, finish_row, load, slope_row, store
+from ._common import LARGE, SERIAL, address, array, ceil, clear, fill_all, fill_skipped, filling
+from ._llvm import ACTIVATIONS, fetch_add, fill_elements, finish_row, load, slope_row, store
 from ._threads import compute_type, kernel, workers
 
 _BLOCK = 128  # rows
@@ -47,6 +47,24 @@ def _forward_kernel(arguments, storage, compute):
                 scratch, values, shift, 0, factor, residual, place if has_residual else 0, out, place,
                 channels, activation,
             )  # fmt: skip
+
+
+@njit
+def _settle_kernel(arguments, storage, compute):
+    a = carray(arguments, (16,))
+    out, other, index = array(a[2], storage), array(a[3], storage), array(a[4], np.int32)
+    active, sites, channels, chunk, copies, is_large = a[5], a[6], a[7], a[8], a[9] != 0, a[10] != 0
+    while True:
+        begin = fetch_add(a, 1) * chunk
+        if begin >= active:
+            return
+        rows = min(chunk, active - begin)
+        if not copies:
+            fill_skipped(1, other, out, index, begin, rows, active, sites, channels, is_large)
+            continue
+        for m in range(begin, begin + rows):
+            site = np.int64(index[m])
+            fill_elements(other, out, site * channels, (site + 1) * channels, False)
 
 
 @njit
@@ -129,6 +147,7 @@ def _moments_kernel(arguments, storage, compute):
                     partial[sums + c] += load(rows, m * channels + c, compute) - mean[c]
 
 
+_run_settle = kernel(_settle_kernel)
 _run_forward = kernel(_forward_kernel)
 _run_backward = kernel(_backward_kernel)
 _run_moments = kernel(_moments_kernel)
@@ -240,3 +259,22 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
     active = int(count)
     rows = input.permute(0, 2, 3, 1).reshape(-1, input.shape[1])
     torch.index_select(rows, 0, index[:active], out=out[:active])
+
+
+def settle(result: Tensor, index: Tensor, count: Tensor, inactive: Tensor | None, out: Tensor | None) -> None:
+    """Overwrite the skipped sites of a dense `result`, or copy its active sites into `out`; all channels_last."""
+    active, channels = int(count), result.shape[1]
+    sites = result.numel() // max(1, channels)
+    target, source = (result, inactive) if out is None else (out, result)
+    if active == 0:
+        fill_all(target, source, out is not None)
+        return
+    if active == sites:
+        if out is not None:
+            out.copy_(result)
+        return
+    threads = workers(result.numel() // SERIAL)
+    chunk = max(_BLOCK, ceil(active, 8 * threads))
+    is_large = result.numel() * result.element_size() > LARGE
+    sizes = (active, sites, channels, chunk, out is not None, is_large)
+    _run_settle(result.dtype, threads, target.data_ptr(), address(source), index.data_ptr(), *sizes)

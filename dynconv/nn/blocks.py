@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import calibration
 from .._backend import backend_for
 from .._geometry import Geometry
+from ..ops._common import activate_, gate_of, settle
 from ..ops.masked_chain import Layer, masked_chain, prepare
 from ..ops.masked_conv import masked_conv2d
 from ..reference import ACTIVATIONS
@@ -88,8 +91,18 @@ class MaskedBlock(nn.Module):
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._masked_dense(input, sites)
         features = input.contiguous(memory_format=torch.channels_last)
-        if layers is not None and used == "cpu" and not _needs_grad(sites.gate):
-            return self._chain(features, layers, sites, inplace)
+        if layers is None or _needs_grad(sites.gate):
+            return self._packed(features, layers, sites, sizes, geometries, inplace)
+        _check_sites(sites, input, layers)
+        call = _BlockCall(self, features, layers, sites, inplace, used, (sizes, geometries))
+        if any(geometry.padding != geometry.padding_end for geometry in geometries):
+            return call.sparse()
+        return calibration.run(calibration.mode(), call)
+
+    def _packed(
+        self, features, layers: list[Layer] | None, sites: ActiveSites, sizes: list, geometries: list, inplace: bool
+    ) -> Tensor:
+        """Stage by stage: features are packed from the first convolution to the last."""
         computed = [sites]
         for size, geometry in zip(sizes[-2:0:-1], geometries[:0:-1], strict=True):
             later = computed[0]
@@ -97,9 +110,10 @@ class MaskedBlock(nn.Module):
             computed.insert(0, later.ungated if pointwise else later._touched_by(size, geometry))
         last = len(self.stages) - 1
         finish = self._finish(features, inplace)
+        on_cpu = features.device.type == "cpu" and backend_for(features.device) == "cpu"
         for number, active in enumerate(computed):
             after = finish if number == last else {"activation": self.stages[number].activation}
-            layer = None if layers is None or used == "cpu" else layers[number]  # the CPU's are for its one kernel
+            layer = None if layers is None or on_cpu else layers[number]  # the CPU's are for its one kernel
             features = self._run(self.stages[number], layer, features, active, packed=number < last, **after)
         return features
 
@@ -139,7 +153,7 @@ class MaskedBlock(nn.Module):
         return self._kept[1]
 
     def _chain(self, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace: bool) -> Tensor:
-        _check_sites(sites, input, layers)
+        """In one kernel, on the CPU."""
         if inplace:
             return masked_chain(input, layers, sites, inplace=True)
         shortcut = None if self.shortcut is None else self._dense_shortcut(input)
@@ -226,6 +240,60 @@ class MaskedBlock(nn.Module):
         for name, child in module.named_children():
             block.add_module(name, child)
         return block.train(module.training)
+
+
+class _BlockCall:
+    """A block in inference, as `dynconv.calibration.Call`."""
+
+    def __init__(self, block, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace, used, shapes) -> None:
+        self.block, self.input, self.layers, self.active = block, input, layers, sites
+        self.inplace, self.used, self.shapes = inplace, used, shapes
+        self.count, self.sites = sites.count, sites.capacity
+
+    def key(self) -> tuple:
+        block, layers = self.block, []
+        for layer in self.layers:
+            where = [*layer.geometry.stride, *layer.geometry.padding, *layer.geometry.dilation]
+            layers.append(f"{list(layer.weight.shape)} {where} {layer.groups} {layer.activation}")
+        what = "block in place" if self.inplace else "block"
+        gated = self.active.gate is not None
+        shape = (self.used, str(self.input.dtype), *self.input.shape)
+        return what, *shape, "; ".join(layers), block.shortcut is None, block.shortcut == "identity", gated
+
+    def name(self) -> str:
+        samples, channels, height, width = self.input.shape
+        what = [f"{type(self.block).__name__} {height}x{width} {channels}->{self.layers[-1].weight.shape[0]}"]
+        what += [f"batch {samples}", str(self.input.dtype)[6:]] + ["in place"] * self.inplace
+        return ", ".join(what + ["gate"] * (self.active.gate is not None))
+
+    def sparse(self) -> Tensor:
+        if self.used == "cpu":
+            return self.block._chain(self.input, self.layers, self.active, self.inplace)
+        return self.block._packed(self.input, self.layers, self.active, *self.shapes, self.inplace)
+
+    def dense(self) -> Tensor:
+        with torch.no_grad():
+            value = self.input
+            for layer in self.layers:
+                weight, bias, where = layer.weight, layer.prepared[1], layer.geometry
+                bias = None if bias is None else bias.to(weight.dtype)
+                value = F.conv2d(value, weight, bias, where.stride, where.padding, where.dilation, layer.groups)
+                if layer is not self.layers[-1]:
+                    value = activate_(value, layer.activation)
+            shortcut = None if self.block.shortcut is None else self.block._dense_shortcut(self.input)
+            sites, out = self.active, self.input if self.inplace else None
+            inactive = None if self.inplace else shortcut
+            gate = gate_of(sites, value.dtype)
+            activation = self.layers[-1].activation
+            return settle(value, sites.mask, sites.index, sites.count, gate, shortcut, inactive, activation, out)
+
+    def at(self, density: float) -> _BlockCall:
+        mask = calibration.blobs(self.active.mask.shape, density, self.input.device)
+        sites = ActiveSites._of(mask)
+        if self.active.gate is not None:
+            sites.gate = mask.to(self.active.gate.dtype)
+        input = self.input.clone(memory_format=torch.preserve_format)
+        return _BlockCall(self.block, input, self.layers, sites, self.inplace, self.used, self.shapes)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

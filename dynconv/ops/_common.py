@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._backend import module
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 
@@ -32,6 +34,50 @@ def fill(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
         out.zero_()
     else:
         out.copy_(inactive)
+
+
+_IN_PLACE = {
+    "none": lambda x: x,
+    "relu": torch.relu_,
+    "relu6": lambda x: F.relu6(x, inplace=True),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "gelu": F.gelu,
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+}
+
+
+def activate_(result: Tensor, activation: str | None) -> Tensor:
+    """The activation of a tensor that nobody else sees."""
+    return _IN_PLACE[activation or "none"](result)
+
+
+def settle(
+    result: Tensor,
+    mask: Tensor,
+    index: Tensor,
+    count: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    inactive: Tensor | None,
+    activation: str | None,
+    out: Tensor | None,
+) -> Tensor:
+    """What a masked convolution gives, from a dense one's `result`, which is used up; inference.
+
+    `mask`, `index`, `count` and `gate` are those of the sites. `out` is updated at the active sites and returned.
+    """
+    if gate is not None:
+        result.copy_(result * gate)
+    if residual is not None:
+        result += residual
+    result = in_rows(activate_(result, activation))
+    if result.device.type == "cpu":
+        module(".cpu.epilogue").settle(result, index, count, in_rows(inactive), out)
+    elif out is not None:
+        out.copy_(torch.where(mask, result, out))
+    else:
+        result = in_rows(torch.where(mask, result, 0 if inactive is None else inactive))
+    return result if out is None else out
 
 
 def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import reference
+from .. import calibration, reference
 from .._backend import backend_for, module
 from .._geometry import Geometry, IntPair, Padding, is_depthwise
 from ..packed import PackedFeatures
@@ -25,12 +27,13 @@ from ._common import (
     fill,
     gate_of,
     in_rows,
+    settle,
 )
 from .epilogue import epilogue
 
 # A packed input brings `source`: the packed row of each pixel [N, 1, H, W] (-1: none), its sites' index and count.
 # `shared` is what layers with the same sites share, or nothing: what `_shared` returns.
-_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend"
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend, str execution"
 _OPERANDS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[] shared, "
     "Tensor[] source, Tensor? gate"
@@ -92,6 +95,17 @@ def _forward_into(
 def _forward(
     input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed, *geometry
 ) -> Tensor:
+    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    *geometry, execution = geometry
+    if packed:
+        return _sparse(*operands, residual, inactive, activation, packed, *geometry)
+    call = _Forward(operands, (residual, inactive, activation), None, geometry)
+    return calibration.run(execution, call) if call.has_choice else call.sparse()
+
+
+def _sparse(
+    input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed, *geometry
+) -> Tensor:
     if packed:
         out = input.new_empty(index.shape[0], weight.shape[0])
     else:
@@ -103,13 +117,14 @@ def _forward(
 
 def _backward(
     grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, backend,
-    wanted,
+    execution, wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, input = in_rows(grad), in_rows(input)
-    run = _cpu_backward if backend == "cpu" else _triton_backward
-    grads = run(
-        grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
-    )
+    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    call = _Backward(operands, grad, wanted, (stride, padding, dilation, groups, backend))
+    # A gate's gradient needs the convolution's own result: only the sparse way keeps the cost of that down.
+    has_choice = grad.dim() == 4 and not wanted[3] and call.has_choice
+    grads = calibration.run(execution, call) if has_choice else call.sparse()
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
@@ -164,6 +179,130 @@ def _triton_backward(
     return grad_input, grad_weight, grad_bias, grad_gate
 
 
+class _Call:
+    """What the two directions share as `dynconv.calibration.Call`."""
+
+    def __init__(self, operands: tuple, geometry: Sequence) -> None:
+        self.operands, self.geometry = operands, geometry
+        self.count, self.sites = operands[5], operands[4].shape[0]
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether it is a call of F.conv2d: from dense to dense, with the same padding on both sides."""
+        input, weight, _, mask, _, _, _, source, _ = self.operands
+        stride, padding, dilation = self.geometry[:3]
+        return not source and all(
+            mask.shape[i] == (input.shape[i] + 2 * p - d * (weight.shape[i] - 1) - 1) // s + 1
+            for i, s, p, d in zip((2, 3), stride, padding, dilation)
+        )
+
+    def _key(self) -> tuple:
+        input, weight, *_, shared, _source, gate = self.operands
+        stride, padding, dilation, groups, backend = self.geometry
+        return (
+            backend, str(input.dtype), *input.shape, *weight.shape, *stride, *padding, *dilation, groups, len(shared),
+            gate is not None,
+        )  # fmt: skip
+
+    def _name(self, *details: str) -> str:
+        input, weight, *_, shared, _source, gate = self.operands
+        stride, _, dilation, groups, _ = self.geometry
+        height, width = input.shape[2:]
+        what = [f"{height}x{width} {input.shape[1]}->{weight.shape[0]} {weight.shape[2]}x{weight.shape[3]}"]
+        what += [f"{n} {list(v)}" for n, v in (("stride", stride), ("dilation", dilation)) if tuple(v) != (1, 1)]
+        what += [f"groups {groups}"] * (groups > 1) + [f"batch {input.shape[0]}", str(input.dtype)[6:]]
+        what += ["shared sites"] * bool(shared) + ["gate"] * (gate is not None)
+        return "conv " + ", ".join([*what, *details])
+
+    def _operands_at(self, density: float) -> tuple:
+        input, weight, bias, mask, _, _, shared, source, gate = self.operands
+        sites = ActiveSites._of(calibration.blobs(mask.shape, density, mask.device))
+        if shared:
+            stride, padding, dilation, _, backend = self.geometry
+            geometry = Geometry.of(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+            has_all = len(shared) > 1 or backend != "cpu"
+            shared = _shared_tables(sites, tuple(input.shape[2:]), None, geometry, backend, has_all)
+        gate = None if gate is None else sites.mask.to(gate.dtype)
+        return input, weight, bias, sites.mask, sites.index, sites.count, shared, source, gate
+
+
+class _Forward(_Call):
+    """A dense output from a dense input, of its own or in place."""
+
+    def __init__(self, operands: tuple, epilogue: tuple, out: Tensor | None, geometry: Sequence) -> None:
+        super().__init__(operands, geometry)
+        self.epilogue, self.out = epilogue, out
+
+    def key(self) -> tuple:
+        residual, inactive, activation = self.epilogue
+        what = "conv in place" if self.out is not None else "conv"
+        return what, *self._key(), residual is not None, inactive is not None, activation
+
+    def name(self) -> str:
+        residual, inactive, activation = self.epilogue
+        details = ["in place"] * (self.out is not None) + [activation] * (activation != "none")
+        return self._name(*details, *["residual"] * (residual is not None), *["inactive"] * (inactive is not None))
+
+    def sparse(self) -> Tensor:
+        if self.out is None:
+            return _sparse(*self.operands, *self.epilogue, False, *self.geometry)
+        residual, _, activation = self.epilogue
+        _forward_into(self.out, *self.operands, residual, None, True, activation, *self.geometry)
+        return self.out
+
+    def dense(self) -> Tensor:
+        input, weight, bias, mask, index, count, _, _, gate = self.operands
+        residual, inactive, activation = self.epilogue
+        result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
+        return settle(result, mask, index, count, gate, residual, inactive, activation, self.out)
+
+    def at(self, density: float) -> _Forward:
+        out = None if self.out is None else self.out.clone(memory_format=torch.preserve_format)
+        return _Forward(self._operands_at(density), self.epilogue, out, self.geometry)
+
+
+class _Backward(_Call):
+    """The gradients of a dense output's convolution over a dense input."""
+
+    def __init__(self, operands: tuple, grad: Tensor, wanted: Sequence[bool], geometry: Sequence) -> None:
+        super().__init__(operands, geometry)
+        self.grad, self.wanted = grad, wanted
+
+    def key(self) -> tuple:
+        return "conv backward", *self._key(), *self.wanted
+
+    def name(self) -> str:
+        wanted = [n for n, want in zip(("input", "weight", "bias"), self.wanted) if want]
+        return self._name("gradients of " + " and ".join(wanted))
+
+    def sparse(self) -> tuple[Tensor | None, ...]:
+        *geometry, backend = self.geometry
+        run = _cpu_backward if backend == "cpu" else _triton_backward
+        return run(self.grad, *self.operands, *geometry, self.wanted)
+
+    def dense(self) -> tuple[Tensor | None, ...]:
+        input, weight, _, mask, _, _, _, _, gate = self.operands
+        stride, padding, dilation, groups, backend = self.geometry
+        grad = torch.where(mask, self.grad, 0)
+        if gate is not None:
+            grad *= gate.to(grad.dtype)
+        if self.wanted[1]:  # zero times NaN, in a pixel that only skipped sites would read, is NaN
+            size = tuple(input.shape[2:])
+            touched = torch.ops.dynconv.touched(mask, size, weight.shape[2:], stride, padding, dilation, backend)
+            if touched.is_cuda or not touched.all():
+                input = torch.where(touched, input, 0)
+        grads = torch.ops.aten.convolution_backward(
+            grad, input, weight, weight.shape[:1], stride, padding, dilation, False, (0, 0), groups, self.wanted[:3]
+        )
+        grad_input, grad_weight, grad_bias = grads
+        if grad_weight is not None and grad_weight.stride() != weight.stride():
+            grad_weight = torch.empty_like(weight).copy_(grad_weight)
+        return in_rows(grad_input), grad_weight, grad_bias, None
+
+    def at(self, density: float) -> _Backward:
+        return _Backward(self._operands_at(density), self.grad, self.wanted, self.geometry)
+
+
 def _allow_tf32() -> bool:
     """The switch that F.conv2d obeys for float32 on CUDA."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
@@ -175,7 +314,9 @@ def _in_place(
     if torch._C._is_alias_of(out, input):
         raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
     operands = (input, weight, bias, mask, index, count, shared, source, gate)
-    _forward_into(out, *operands, out if accumulate else residual, None, True, activation, *geometry)
+    *geometry, execution = geometry
+    call = _Forward(operands, (out if accumulate else residual, None, activation), out, geometry)
+    calibration.run(execution, call) if call.has_choice else call.sparse()
     torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice
 
 
@@ -200,7 +341,7 @@ def _(out, *operands):
 @torch.library.register_fake("dynconv::masked_conv2d_backward", lib=_library)
 def _(
     grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, backend,
-    wanted,
+    execution, wanted,
 ):  # fmt: skip
     like_input = input.new_empty(input.shape) if source else channels_last(input.shape, input)
     return (
@@ -383,7 +524,7 @@ def masked_conv2d(
     if source is not None:
         packed_source += [source.index, source.count]
     operands = (tensor, weight, bias, sites.mask, sites.index, sites.count, shared, packed_source)
-    where = (geometry.stride, geometry.padding, geometry.dilation, groups, backend)
+    where = (geometry.stride, geometry.padding, geometry.dilation, groups, backend, calibration.mode())
     kind = activation or "none"
     if out is not None:
         accumulate = addend is not None and addend.data_ptr() == out.data_ptr()
@@ -429,17 +570,29 @@ def _shared(
     do depthwise filters on the CPU.
     """
     size = tuple(input.shape[2:]) if source is None else source.shape[1:]
-    needs_grad = torch.is_grad_enabled() and input.requires_grad
+    needs_grad = _needs_grad(input)
+    if is_depthwise(weight.shape, groups):
+        if backend == "cpu" and not _needs_grad(input, weight):
+            return []
+    elif backend == "cpu":
+        needs_grad = False
+    return _shared_tables(sites, size, source, geometry, backend, needs_grad)
+
+
+def _shared_tables(
+    sites: ActiveSites,
+    size: tuple[int, int],
+    source: ActiveSites | None,
+    geometry: Geometry,
+    backend: str,
+    with_input_grad: bool,
+) -> list[Tensor]:
     shared = []
-    if backend == "cpu" and is_depthwise(weight.shape, groups) and not _needs_grad(input, weight):
-        return shared
     if backend == "cpu":
         shared.append(
             sites._neighbours(size, geometry) if source is None else sites._packed_neighbours(source, geometry)
         )
-        if not needs_grad or not is_depthwise(weight.shape, groups):
-            return shared
-    elif not needs_grad:
+    if not with_input_grad:
         return shared
     pixels = sites._touched_by(size, geometry) if source is None else source
     shared.append(sites._readers(pixels, geometry) if backend == "cpu" else sites.inverse)

@@ -1,11 +1,14 @@
-"""Time calls that take turns, on the CPU or on the GPU."""
+"""Time calls that take turns, on the CPU or on the GPU, and name the CPU."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -127,3 +130,14 @@ def wait(device: str) -> None:
     """Let the GPU finish."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The CPU's name, as far as the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,394 @@
+"""Dense or sparse, call by call: what was measured to be faster on this machine.
+
+Above some density, the crossover, a dense convolution that computes everything is faster than one that picks its
+sites. Where it lies depends on the machine and on the layer, so it is measured: `calibrate` times both ways of every
+masked layer and block that a model runs, and keeps the times in a file. From then on each call looks at its mask's
+density and takes the faster way. Both give the same values and gradients, up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._timing import cpu_model, take_turns
+from ._version import __version__
+
+MODES = ("automatic", "sparse", "dense")
+DENSITIES = (0.05, 0.25, 0.5, 0.75, 1.0)
+
+
+def _checked(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"execution: expected one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+_mode = _checked(os.environ.get("DYNCONV_EXECUTION") or "automatic")
+
+
+@contextmanager
+def execution(mode: str) -> Iterator[None]:
+    """Choose between dense and sparse inside the `with` block, in the whole process.
+
+    "automatic" (the default, but for the environment variable `DYNCONV_EXECUTION`) takes what `calibrate` measured to
+    be faster at the mask's density, and the sparse way where nothing was measured. "sparse" and "dense" force one:
+    the same kernels whatever the mask, for graphs and for the same bits on every machine. A backward pass goes by the
+    mode of its forward pass. Packed outputs and inputs, and blocks in training, have no dense way.
+
+    On the GPU the mask's count is not waited for: a call goes by the last count that has arrived from earlier calls of
+    its shape, and is sparse where there is none, and in the capture of a graph. Raises ValueError for another mode.
+    """
+    global _mode
+    before, _mode = _mode, _checked(mode)
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def mode() -> str:
+    """The mode that calls take now."""
+    return _mode
+
+
+class Call(Protocol):
+    """A masked layer or block with its operands, and the two ways to run it."""
+
+    count: Tensor  # int32 [1]: active sites
+    sites: int  # all of them
+
+    def key(self) -> tuple:
+        """What the times depend on beside the density, in numbers, bools and strings."""
+
+    def name(self) -> str:
+        """The same for people, in short."""
+
+    def sparse(self):
+        """The result, from the active sites alone."""
+
+    def dense(self):
+        """The same from everything, the skipped sites overwritten."""
+
+    def at(self, density: float) -> Call:
+        """The same call with a mask of that density and operands that nobody else sees change."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of the two ways of a call at some densities, ascending."""
+
+    name: str
+    densities: Sequence[float]
+    sparse: Sequence[float]
+    dense: Sequence[float]
+
+    def predict(self, density: float) -> tuple[float, float]:
+        """(sparse, dense) at a density, linear between what was measured: the cost is linear in the sites."""
+        points = self.densities
+        last = len(points) - 1
+        right = next((i for i, point in enumerate(points) if point >= density), last)
+        left = max(0, right - 1)
+        span = points[right] - points[left]
+        share = min(1.0, max(0.0, (density - points[left]) / span)) if span else 0.0
+        return tuple(times[left] + share * (times[right] - times[left]) for times in (self.sparse, self.dense))
+
+    @property
+    def crossover(self) -> float | None:
+        """The lowest density from which on dense is faster; None where it never is."""
+        gaps = [sparse - dense for sparse, dense in zip(self.sparse, self.dense, strict=True)]
+        if gaps[-1] <= 0:
+            return None
+        i = max((i for i, gap in enumerate(gaps) if gap <= 0), default=None)
+        if i is None:
+            return 0.0
+        return self.densities[i] + (self.densities[i + 1] - self.densities[i]) * gaps[i] / (gaps[i] - gaps[i + 1])
+
+
+@dataclass
+class Decision:
+    """How one call was run, and why. Times in milliseconds; None where nothing was measured."""
+
+    call: str
+    path: str  # "sparse" or "dense"
+    reason: str
+    density: float | None
+    predicted_sparse: float | None
+    predicted_dense: float | None
+    measured: float | None = None
+
+    def __str__(self) -> str:
+        def cell(value: float | None, digits: int) -> str:
+            return "-" if value is None else f"{value:.{digits}f}"
+
+        predicted = f"{cell(self.predicted_sparse, 3):>9} {cell(self.predicted_dense, 3):>9}"
+        numbers = f"{cell(self.density, 3):>7} {predicted} {cell(self.measured, 3):>9}"
+        return f"{self.path:<6} {numbers}  {self.call}: {self.reason}"
+
+
+@dataclass
+class Explanation:
+    """The decisions of a run, in order; `print` shows them as a table."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        heading = f"{'path':<6} {'density':>7} {'sparse ms':>9} {'dense ms':>9} {'took ms':>9}  call: reason"
+        return "\n".join([heading, *map(str, self.decisions)])
+
+
+_explanations: list[Explanation] = []
+_recorded: dict[tuple, Call] | None = None
+_tables: dict[str, dict[tuple, Times]] | None = None  # by machine; None: not read yet
+_arriving: dict[tuple, tuple[Tensor, object]] = {}  # counts on their way from the GPU, and the events to ask
+_known: dict[tuple, int] = {}
+
+
+@contextmanager
+def explain() -> Iterator[Explanation]:
+    """Collect how every masked call inside the `with` block is run: which way, why, predicted and measured cost.
+
+    Measured on the CPU, around the call; on the GPU not, as that would wait for it. What has no dense way (packed
+    features, blocks in training) is not listed.
+    """
+    explanation = Explanation()
+    _explanations.append(explanation)
+    try:
+        yield explanation
+    finally:
+        _explanations.remove(explanation)
+
+
+def run(execution: str, call: Call):
+    """The call's result by its faster way, or the forced one."""
+    global _tables
+    if _tables is None:
+        _tables = _read()
+    if call.sites == 0:
+        return call.sparse()
+    if execution == "automatic" and not _tables and _recorded is None and not _explanations:
+        return call.sparse()  # nothing to go by
+    if execution != "automatic":
+        decision = Decision("", execution, "forced", None, None, None)
+    else:
+        decision = _decide(call)
+    way = call.dense if decision.path == "dense" else call.sparse
+    if not _explanations:
+        return way()
+    return _explained(call, decision, way)
+
+
+def _explained(call: Call, decision: Decision, way: Callable):
+    decision.call = call.name()
+    begin = time.perf_counter()
+    result = way()
+    if call.count.device.type == "cpu":
+        decision.measured = (time.perf_counter() - begin) * 1e3
+    for explanation in _explanations:
+        explanation.decisions.append(decision)
+    return result
+
+
+def _decide(call: Call) -> Decision:
+    key = call.key()
+    if _recorded is not None:
+        _recorded.setdefault(key, call)
+        return Decision("", "sparse", "being calibrated", None, None, None)
+    times = _tables.get(machine(call.count.device), {}).get(key)
+    if times is None:
+        return Decision("", "sparse", "not calibrated", None, None, None)
+    count = _count(key, call.count)
+    if count is None:
+        return Decision("", "sparse", "no count has arrived yet", None, None, None)
+    density = count / max(1, call.sites)
+    sparse, dense = times.predict(density)
+    if dense < sparse:
+        return Decision("", "dense", "faster at this density", density, sparse, dense)
+    return Decision("", "sparse", "faster at this density", density, sparse, dense)
+
+
+def _count(key: tuple, count: Tensor) -> int | None:
+    """The active sites; of an earlier call of this key where the count is not on the CPU, None where none is known."""
+    if count.device.type == "cpu":
+        return int(count)
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return _latest(key, count, torch.cuda.Event)
+
+
+def _latest(key: tuple, count: Tensor, event_type: Callable) -> int | None:
+    """The last count of this key that has arrived; sends this call's on its way where none is travelling."""
+    host, event = _arriving.get(key, (None, None))
+    if event is not None and event.query():
+        _known[key] = int(host)
+    elif event is not None:
+        return _known.get(key)
+    if host is None:
+        host, event = torch.empty(1, dtype=count.dtype, pin_memory=count.is_cuda), event_type()
+        _arriving[key] = host, event
+    host.copy_(count, non_blocking=True)
+    event.record()
+    return _known.get(key)
+
+
+def machine(device: torch.device) -> str:
+    """What times hold for: the device, its threads, and the versions of PyTorch and dynconv."""
+    return _machine(device.type, device.index, torch.get_num_threads())
+
+
+@functools.cache
+def _machine(kind: str, index: int | None, threads: int) -> str:
+    name = f"{cpu_model()}, {threads} threads" if kind == "cpu" else torch.cuda.get_device_name(index)
+    return f"{name}; torch {torch.__version__}; dynconv {__version__}"
+
+
+def calibration_file() -> Path:
+    """Where the times are kept: `DYNCONV_CALIBRATION`, or `dynconv/calibration.json` in the user's cache folder.
+
+    A JSON file by machine, layer and density, to look at and to delete.
+    """
+    given = os.environ.get("DYNCONV_CALIBRATION")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynconv" / "calibration.json"
+
+
+def _read() -> dict[str, dict[tuple, Times]]:
+    try:
+        content = json.loads(calibration_file().read_text())
+        return {
+            name: {tuple(e["key"]): Times(e["call"], e["densities"], e["sparse_ms"], e["dense_ms"]) for e in entries}
+            for name, entries in content.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{calibration_file()} is not a calibration and is ignored: {error!r}", stacklevel=4)
+        return {}
+
+
+def _write() -> None:
+    content = {
+        name: [
+            {
+                "call": times.name,
+                "crossover": times.crossover,
+                "densities": times.densities,
+                "sparse_ms": times.sparse,
+                "dense_ms": times.dense,
+                "key": key,
+            }
+            for key, times in table.items()
+        ]
+        for name, table in _tables.items()
+    }
+    target = calibration_file()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(target)  # at once: another process may be reading
+
+
+def calibrate(
+    run: Callable[[], object],
+    *,
+    densities: Sequence[float] = DENSITIES,
+    seconds: float = 0.1,
+    store: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, float | None]:
+    """Measure where dense becomes faster than sparse, for every masked layer and block that `run` runs.
+
+    `run` is called once, for example `lambda: model(image)`, with a training step in it where that is to be
+    calibrated; each of its calls that has a dense way is then timed both ways, on its own operands with masks of blobs.
+    Times of earlier calibrations are kept, but for calls measured anew.
+
+    Args:
+        run: the model on an input of the shape that it will meet.
+        densities: at which to measure, above 0 and at most 1.
+        seconds: for each call and density, roughly.
+        store: also write `calibration_file()`, for other processes; this one knows at once either way.
+        progress: told the number of calls measured, of all, and the next one's description.
+
+    Returns:
+        The crossover density of each call: the one from which on the dense way is faster, None where it never is.
+
+    Raises ValueError where a density is not in (0, 1] or `run` has no masked call with a dense way.
+    """
+    global _recorded, _tables
+    densities = sorted(set(densities))
+    if not densities or not 0 < densities[0] <= densities[-1] <= 1:
+        raise ValueError(f"densities: expected numbers above 0 and at most 1, got {densities}")
+    before, _recorded = _recorded, {}
+    try:
+        with execution("automatic"):
+            run()
+        recorded = _recorded
+    finally:
+        _recorded = before
+    if not recorded:
+        raise ValueError("run: expected at least one masked layer or block with a dense way, got none")
+    if _tables is None or store:
+        _tables = _merged(_read(), _tables or {})
+    crossovers = {}
+    for number, (key, call) in enumerate(recorded.items()):
+        if progress is not None:
+            progress(number, len(recorded), call.name())
+        times = _measured(call, densities, seconds)
+        _tables.setdefault(machine(call.count.device), {})[key] = times
+        crossovers[times.name] = times.crossover
+    if store:
+        _write()
+    return crossovers
+
+
+def _merged(*tables: dict[str, dict[tuple, Times]]) -> dict[str, dict[tuple, Times]]:
+    merged: dict[str, dict[tuple, Times]] = {}
+    for table in tables:
+        for name, entries in table.items():
+            merged.setdefault(name, {}).update(entries)
+    return merged
+
+
+def forget() -> None:
+    """Drop what this process knows; the file, if there is one, is read again at the next call."""
+    global _tables
+    _tables = None
+    _arriving.clear()
+    _known.clear()
+
+
+def _measured(call: Call, densities: Sequence[float], seconds: float) -> Times:
+    sparse, dense = [], []
+    device = call.count.device.type
+    with torch.no_grad():
+        for density in densities:
+            at = call.at(density)
+            ways = {"sparse": lambda _, at=at: at.sparse(), "dense": lambda _, at=at: at.dense()}
+            timings = take_turns(ways, device, 15, seconds)
+            sparse.append(round(timings["sparse"].median, 6))
+            dense.append(round(timings["dense"].median, 6))
+    return Times(call.name(), list(densities), sparse, dense)
+
+
+def blobs(shape: Sequence[int], density: float, device: torch.device) -> Tensor:
+    """A bool mask [N, 1, H, W] with about that share of its sites active, in blobs as real masks are."""
+    samples, _, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(samples, 1, max(2, height // 8), max(2, width // 8), generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).flatten()
+    mask = torch.zeros(smooth.numel(), dtype=torch.bool)
+    mask[smooth.topk(round(density * smooth.numel())).indices] = True
+    return mask.view(samples, 1, height, width).to(device)

@@ -1,0 +1,330 @@
+"""Dense or sparse: both ways give the same, and what was measured decides."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dynconv
+from dynconv import calibration
+from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+
+
+@pytest.fixture(autouse=True)
+def own_file(tmp_path, monkeypatch):
+    """A calibration file of its own for each test, and nothing known."""
+    monkeypatch.setenv("DYNCONV_CALIBRATION", str(tmp_path / "folder" / "calibration.json"))
+    calibration.forget()
+    yield tmp_path / "folder" / "calibration.json"
+    calibration.forget()
+
+
+def _integers(*shape, low=-3, high=4, dtype=torch.float32):
+    return torch.randint(low, high, shape).to(dtype)
+
+
+def _mask(*shape, density=0.5):
+    return torch.rand(*shape) < density
+
+
+GEOMETRIES = {
+    "3x3": dict(weight=(8, 6, 3, 3), padding=1),
+    "1x1": dict(weight=(8, 6, 1, 1)),
+    "strided": dict(weight=(8, 6, 3, 3), padding=1, stride=2),
+    "dilated": dict(weight=(8, 6, 3, 3), padding=2, dilation=2),
+    "grouped": dict(weight=(8, 3, 3, 3), padding=1, groups=2),
+    "depthwise": dict(weight=(6, 1, 3, 3), padding=1, groups=6),
+    "uneven padding": dict(weight=(8, 6, 2, 2), padding="same"),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_both_ways_give_the_same_values_and_gradients(target, geometry, density):
+    options = dict(GEOMETRIES[geometry])
+    shape = options.pop("weight")
+    torch.manual_seed(0)
+    input, weight, bias = _integers(2, 6, 7, 8), _integers(*shape), _integers(shape[0])
+    # PyTorch warns where "same" has to pad one side more.
+    size = (2, 8, 7, 8) if options.get("padding") == "same" else F.conv2d(input, weight, bias, **options).shape
+    gate = _mask(2, 1, *size[2:], density=density) * _integers(2, 1, *size[2:], low=1)
+    grad = _integers(*size)
+    results = {}
+    for mode in ("sparse", "dense"):
+        operands = [t.clone().to(target.device).requires_grad_() for t in (input, weight, bias)]
+        with target.use(), dynconv.execution(mode):
+            output = dynconv.masked_conv2d(*operands, **options, mask=gate.to(target.device))
+        # The backward pass outside of the block: it goes by the mode of its forward pass.
+        with target.use(), dynconv.explain() as explanation:
+            grads = torch.autograd.grad(output, operands, grad.to(target.device))
+        paths = {decision.path for decision in explanation.decisions}
+        assert paths == (set() if geometry == "uneven padding" else {mode})
+        results[mode] = [output.detach(), *grads]
+    for sparse, dense in zip(results["sparse"], results["dense"], strict=True):
+        assert torch.equal(sparse, dense)
+        assert sparse.stride() == dense.stride()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "inactive", "in place"])
+def test_the_dense_way_has_the_whole_epilogue(target, activation, kind):
+    torch.manual_seed(0)
+    input, weight = torch.randn(2, 6, 7, 8), torch.randn(8, 6, 3, 3)
+    mask = _mask(2, 1, 7, 8)
+    like = torch.randn(2, 8, 7, 8).contiguous(memory_format=torch.channels_last)
+    results = {}
+    for mode in ("sparse", "dense"):
+        options = {"residual": dict(residual=like), "inactive": dict(inactive=like)}.get(kind, {})
+        if kind == "in place":
+            options = dict(out=like.clone(memory_format=torch.preserve_format).to(target.device))
+        options = {name: tensor.to(target.device) for name, tensor in options.items()}
+        with target.use(), dynconv.execution(mode), torch.no_grad(), dynconv.explain() as explanation:
+            results[mode] = dynconv.masked_conv2d(
+                input.to(target.device), weight.to(target.device), padding=1, mask=mask.to(target.device),
+                activation=activation, **options,
+            )  # fmt: skip
+        assert [decision.path for decision in explanation.decisions] == [mode]
+    # Sums of 54 products of either way, each within 54 roundings of the exact one; then GELU's slope of at most 1.13.
+    bound = 2 * 1.13 * 54 * torch.finfo(torch.float32).eps * F.conv2d(input.abs(), weight.abs(), padding=1)
+    bound = bound + 1e-6 * (1 + like.abs())
+    assert torch.all((results["sparse"].cpu() - results["dense"].cpu()).abs() <= bound)
+    skipped = ~mask.expand(2, 8, 7, 8)
+    expected = like if kind in ("inactive", "in place") else torch.zeros_like(like)
+    assert torch.equal(results["dense"].cpu()[skipped], expected[skipped])
+
+
+def test_the_dense_way_keeps_nan_of_skipped_sites_out(target):
+    torch.manual_seed(0)
+    input, weight = _integers(2, 6, 9, 9), _integers(8, 6, 3, 3)
+    mask = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    mask[0, 0, :4, :4] = True
+    poisoned = input.clone()
+    poisoned[:, :, 6:], poisoned[1] = torch.nan, torch.inf
+    results = []
+    for values in (input, poisoned):
+        operands = [
+            values.clone().to(target.device).requires_grad_(),
+            weight.clone().to(target.device).requires_grad_(),
+        ]
+        with target.use(), dynconv.execution("dense"):
+            output = dynconv.masked_conv2d(*operands, padding=1, mask=mask.to(target.device))
+            grad = torch.full_like(output, torch.nan).masked_fill(mask.to(target.device), 2.0)
+            results.append([output, *torch.autograd.grad(output, operands, grad)])
+    for clean, other in zip(*results, strict=True):
+        assert torch.equal(clean, other)
+
+
+def _block(name: str):
+    torch.manual_seed(0)
+    made = {
+        "basic": lambda: MaskedBasicBlock(8, 8),
+        "bottleneck": lambda: MaskedBottleneck(16, 4),
+        "downsampling": lambda: MaskedBottleneck(
+            8, 4, 2, torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, 2, bias=False), torch.nn.BatchNorm2d(16))
+        ),
+        "inverted": lambda: MaskedInvertedResidual(8, 8, 1, 6),
+        "no shortcut": lambda: MaskedInvertedResidual(8, 16, 2, 6),
+    }[name]()
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "downsampling", "inverted", "no shortcut"])
+@pytest.mark.parametrize("gated", [False, True], ids=["mask", "gate"])
+def test_blocks_have_a_dense_way(target, name, gated):
+    block = _block(name).to(target.device)
+    channels = 16 if name == "bottleneck" else 8
+    input = torch.randn(2, channels, 8, 8, device=target.device).contiguous(memory_format=torch.channels_last)
+    size = block(input).shape
+    mask = _mask(2, 1, *size[2:]).to(target.device)
+    if gated:
+        mask = mask * torch.rand(mask.shape, device=target.device)
+    results = {}
+    for mode in ("sparse", "dense"):
+        with target.use(), dynconv.execution(mode), dynconv.explain() as explanation:
+            results[mode] = [block(input, mask)]
+            if block.shortcut == "identity":
+                results[mode].append(block(input.clone(memory_format=torch.preserve_format), mask, inplace=True))
+        assert {decision.path for decision in explanation.decisions} == {mode}
+    for sparse, dense in zip(results["sparse"], results["dense"], strict=True):
+        # Three layers of at most 72 products whose sums stay below 10: a rounding of each.
+        torch.testing.assert_close(dense, sparse, rtol=0, atol=3 * 72 * 10 * torch.finfo(torch.float32).eps)
+        assert torch.equal(dense[~mask.bool().expand(size)], sparse[~mask.bool().expand(size)])
+
+
+def _calibrated(monkeypatch, sparse, dense):
+    """A layer whose times are given, and a call of it at a density that takes a decision."""
+    monkeypatch.setattr(
+        calibration,
+        "_measured",
+        lambda call, densities, seconds: calibration.Times(call.name(), [0.1, 1.0], sparse, dense),
+    )
+    input, weight = torch.randn(1, 4, 10, 10), torch.randn(4, 4, 3, 3)
+
+    def call(density):
+        mask = torch.arange(100).view(1, 1, 10, 10) < round(100 * density)
+        with dynconv.backend("cpu"), torch.no_grad(), dynconv.explain() as explanation:
+            dynconv.masked_conv2d(input, weight, padding=1, mask=mask)
+        return explanation.decisions[0]
+
+    return call
+
+
+def test_the_calibration_decides(monkeypatch, own_file):
+    call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
+    assert call(0.9).reason == "not calibrated" and call(0.9).path == "sparse"
+    assert dynconv.calibration_file() == own_file
+    crossovers = dynconv.calibrate(lambda: call(0.5))
+    assert crossovers == {"conv 10x10 4->4 3x3, batch 1, float32": pytest.approx(0.55)}
+    low, high = call(0.5), call(0.6)
+    assert (low.path, high.path) == ("sparse", "dense")
+    assert low.density == pytest.approx(0.5) and low.predicted_sparse == pytest.approx(5.0)
+    assert high.predicted_sparse == pytest.approx(6.0) and high.predicted_dense == pytest.approx(5.5)
+    assert low.measured > 0
+    assert call(0.0).path == "sparse"
+    with dynconv.execution("sparse"):
+        assert call(1.0).path == "sparse"
+    # In another process: what is in the file.
+    calibration.forget()
+    assert call(0.6).path == "dense"
+    content = json.loads(own_file.read_text())
+    (machine,) = content
+    assert "threads" in machine and torch.__version__ in machine
+    own_file.unlink()
+    calibration.forget()
+    assert call(0.6).path == "sparse"
+
+
+def test_a_calibration_need_not_be_stored(monkeypatch, own_file):
+    call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
+    dynconv.calibrate(lambda: call(0.5), store=False)
+    assert not own_file.exists()
+    assert call(0.6).path == "dense"
+
+
+def test_calibrations_add_up(monkeypatch, own_file):
+    call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
+    dynconv.calibrate(lambda: call(0.5))
+    calibration.forget()
+    block, input = _block("basic"), torch.randn(1, 8, 8, 8)
+    with dynconv.backend("cpu"):
+        dynconv.calibrate(lambda: block(input, _mask(1, 1, 8, 8)))
+    (entries,) = json.loads(own_file.read_text()).values()
+    assert [entry["call"].split()[0] for entry in entries] == ["conv", "MaskedBasicBlock"]
+    assert call(0.6).path == "dense"
+
+
+def test_calibrate_measures(own_file):
+    input, weight = torch.randn(1, 16, 32, 32), torch.randn(16, 16, 3, 3, requires_grad=True)
+    told = []
+
+    def step():
+        dynconv.masked_conv2d(input, weight, padding=1, mask=_mask(1, 1, 32, 32)).sum().backward()
+
+    with dynconv.backend("cpu"):
+        dynconv.calibrate(step, densities=(0.01, 1.0), seconds=0.01, progress=lambda *args: told.append(args))
+    assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2)]
+    assert told[1][2] == "conv 32x32 16->16 3x3, batch 1, float32, gradients of weight"
+    (entries,) = json.loads(own_file.read_text()).values()
+    for entry in entries:
+        assert entry["densities"] == [0.01, 1.0]
+        assert min(entry["sparse_ms"] + entry["dense_ms"]) > 0
+        # A hundred times the sites: were the masks not what they are called, this would be about 1.
+        assert entry["sparse_ms"][1] > 2 * entry["sparse_ms"][0]
+
+
+def test_calibrating_changes_nothing_of_the_callers(own_file):
+    torch.manual_seed(0)
+    input = torch.randn(1, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 8, 1, 1)
+    mask, out = _mask(1, 1, 8, 8), torch.zeros_like(input)
+    block, cache = _block("basic"), input.clone(memory_format=torch.preserve_format)
+
+    def run():
+        with torch.no_grad():
+            dynconv.masked_conv2d(input, weight, mask=mask, out=out)
+            block(cache, mask, inplace=True)
+
+    with dynconv.backend("cpu"):
+        run()
+        expected = out.clone(), block(cache.clone(memory_format=torch.preserve_format), mask, inplace=True)
+        dynconv.calibrate(run, densities=(1.0,), seconds=0.01)
+    assert torch.equal(out, expected[0]) and torch.equal(cache, expected[1])
+
+
+def test_times_between_and_beyond_the_measured_densities():
+    times = calibration.Times("", [0.2, 0.6, 1.0], [1.0, 3.0, 7.0], [4.0, 4.0, 4.0])
+    assert times.predict(0.4) == pytest.approx((2.0, 4.0))
+    assert times.predict(0.1) == pytest.approx((1.0, 4.0)) and times.predict(1.0) == pytest.approx((7.0, 4.0))
+    assert times.crossover == pytest.approx(0.7)
+    assert calibration.Times("", [0.2, 1.0], [1.0, 3.0], [4.0, 4.0]).crossover is None
+    assert calibration.Times("", [0.2, 1.0], [5.0, 9.0], [4.0, 4.0]).crossover == 0.0
+    assert calibration.Times("", [1.0], [5.0], [4.0]).predict(0.3) == (5.0, 4.0)
+
+
+def test_counts_on_another_device_arrive_later():
+    """What a call goes by on the GPU, where nothing waits for the count: an earlier call's."""
+
+    class Event:
+        done = False
+
+        def record(self):
+            self.recorded = True
+
+        def query(self):
+            return Event.done
+
+    key, counts = ("layer",), [torch.tensor([n], dtype=torch.int32) for n in (7, 8, 9)]
+    assert calibration._latest(key, counts[0], Event) is None
+    assert calibration._latest(key, counts[1], Event) is None  # the first one's count is still on its way
+    Event.done = True
+    assert calibration._latest(key, counts[2], Event) == 7
+    assert calibration._latest(key, counts[0], Event) == 9
+    assert calibration._latest(("other",), counts[0], Event) is None
+
+
+def test_a_broken_file_is_ignored_with_a_warning(own_file):
+    own_file.parent.mkdir(parents=True)
+    own_file.write_text("[1, 2")
+    with dynconv.backend("cpu"), pytest.warns(UserWarning, match="is not a calibration"):
+        dynconv.masked_conv2d(torch.randn(1, 4, 4, 4), torch.randn(4, 4, 1, 1), mask=_mask(1, 1, 4, 4))
+
+
+def test_errors():
+    expected = "execution: expected one of automatic, sparse, dense, got 'fast'"
+    with pytest.raises(ValueError, match=expected), dynconv.execution("fast"):
+        pass
+    with pytest.raises(ValueError, match="run: expected at least one masked layer"):
+        dynconv.calibrate(lambda: None)
+    for densities in ((), (0.0, 0.5), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="densities: expected numbers above 0 and at most 1"):
+            dynconv.calibrate(lambda: None, densities=densities)
+
+
+def test_explanations_are_readable(monkeypatch):
+    call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
+    dynconv.calibrate(lambda: call(0.5))
+    with dynconv.explain() as explanation:
+        call(0.6)
+    heading, line = str(explanation).splitlines()
+    assert heading.split()[0] == "path"
+    assert line.split()[:4] == ["dense", "0.600", "6.000", "5.500"]
+    assert line.endswith("conv 10x10 4->4 3x3, batch 1, float32: faster at this density")
+
+
+def test_a_compiled_graph_decides_when_it_runs(monkeypatch):
+    call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
+    dynconv.calibrate(lambda: call(0.5), store=False)
+    input, weight = torch.randn(1, 4, 10, 10), torch.randn(4, 4, 3, 3)
+    compiled = torch.compile(lambda mask: dynconv.masked_conv2d(input, weight, padding=1, mask=mask), fullgraph=True)
+    paths = []
+    for active in (30, 90):
+        mask = torch.arange(100).view(1, 1, 10, 10) < active
+        with dynconv.backend("cpu"), torch.no_grad():
+            compiled(mask)
+            with dynconv.explain() as explanation:
+                output = compiled(mask)
+            expected = dynconv.reference.masked_conv2d(input, weight, padding=1, mask=mask)
+        paths += [decision.path for decision in explanation.decisions]
+        torch.testing.assert_close(output, expected)
+    assert paths == ["sparse", "dense"]
