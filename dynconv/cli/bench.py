@@ -19,7 +19,7 @@ import dynconv
 from .._timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 from . import console, extra, table
 from .blocks import BlockBench, BlockCheck, PoseBench
-from .bounds import Verdict, arithmetic, judge
+from .bounds import Verdict, arithmetic, judge, worst_of
 from .environment import environment, write_json
 from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer
 
@@ -165,7 +165,7 @@ class Check:
             judge(a, e, self.arithmetic.bound(e, m, n, self.precision))
             for a, e, m, n in zip(actual, expected, magnitude, terms)
         ]
-        return max(verdicts, key=lambda verdict: (not verdict.passed, verdict.worst))
+        return worst_of(verdicts)
 
     def _gradients(self, operands: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
         padding = [self.bench.layer.padding] * 2

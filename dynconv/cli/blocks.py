@@ -11,13 +11,10 @@ from dynconv.nn import MaskedBottleneck, MaskedInvertedResidual
 from dynconv.nn.blocks import MaskedBlock, fold
 
 from .._timing import input_sets
-from .bounds import Verdict, arithmetic, judge
+from .bounds import BoundedChain, Link, Verdict, arithmetic, judge, judge_training, worst_of
 from .layers import MASKS, POSE_DENSITIES, POSE_SIZES, Block
 
 _CLAMPS = {None: lambda x: x, "relu": lambda x: F.relu(x, inplace=True), "relu6": lambda x: F.relu6(x, inplace=True)}
-# How much larger than the error of plain PyTorch a training block's may be: both add up the same products, in other
-# orders, and normalise by statistics that are off by as much.
-_TRAINING_ERROR = 4
 
 
 class BlockBench:
@@ -99,48 +96,24 @@ class BlockCheck:
         self.precision = torch.float64 if bench.device == "cuda" else torch.float32
         self.arithmetic = arithmetic(bench.dtype, bench.device)
         with torch.no_grad():
-            folded = [(w.to(self.precision), b.to(self.precision), c, a) for w, b, c, a in bench.folded]
-            self.dense, self.bound = self._bounded(folded, bench.inputs[0].to(self.precision))
-
-    def _bounded(self, folded: list, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's value, and a bound of an implementation's error: each layer adds its own to what it passes on.
-
-        Activations do not let an error grow: ReLU and ReLU6 never change a difference by more than itself.
-        """
-        value, error = input, torch.zeros_like(input)
-        for weight, bias, conv, activation in folded:
-            where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            terms = weight[0].numel() + 3  # bias, folding, residual
-            magnitude = F.conv2d(value.abs() + error, weight.abs(), bias.abs(), *where)
-            passed = F.conv2d(error, weight.abs(), None, *where)
-            value = F.conv2d(value, weight, bias, *where)
-            error = passed + self.arithmetic.bound(value, magnitude, terms, self.precision).to(self.precision)
-            value = _CLAMPS[activation](value)
-        total = value + input
-        error = error + self.arithmetic.bound(total, value.abs() + input.abs(), 2, self.precision)
-        return _CLAMPS[self.bench.block.activation](total), error
+            links = [
+                Link(weight.to(self.precision), bias.to(self.precision), geometry_of(conv), activation)
+                for weight, bias, conv, activation in bench.folded
+            ]
+            input = bench.inputs[0].to(self.precision)
+            self.bounded = BoundedChain(self.arithmetic, links, input, bench.block.activation, shortcut=input).output
 
     def output(self, actual: Tensor, mask: Tensor, inactive: Tensor | None = None) -> Verdict:
         """The skipped sites have to be the input's, exactly."""
         input = self.bench.inputs[0].to(self.precision)
-        return judge(actual, torch.where(mask, self.dense, input), torch.where(mask, self.bound, 0))
+        return judge(actual, torch.where(mask, self.bounded.value, input), torch.where(mask, self.bounded.error, 0))
 
     def gradients(self, actual: tuple[Tensor, ...], mask: Tensor) -> Verdict:
-        """Against the reference in float64, as far as the reference in the bench's own type is from it.
-
-        The normalisation's statistics make an elementwise bound meaningless; the worst quotient of error norms is
-        judged. A rounding can put a value on the other side of its activation's kink, which changes the gradients of
-        its channel and pixel by a lot: the 2 % of each tensor that are furthest off are left out.
-        """
+        """Against the reference in float64, as far as the reference in the bench's own type is from it."""
         bench = self.bench
         with dynconv.backend("reference"):
             plain, expected = bench.gradients(bench.sparse, 0, mask), self._in_double(mask)
-        worst = 0.0
-        for mine, theirs, wanted in zip(actual, plain, expected, strict=True):
-            size = wanted.norm().clamp(min=1e-30)
-            error, other = ((_without_the_worst(a.double() - wanted).norm() / size).item() for a in (mine, theirs))
-            worst = max(worst, error / max(other, torch.finfo(bench.dtype).eps))
-        return Verdict(worst, _TRAINING_ERROR, worst / _TRAINING_ERROR, worst <= _TRAINING_ERROR)
+        return judge_training(actual, plain, expected, bench.dtype, left_out=0.02)
 
     def _in_double(self, mask: Tensor) -> tuple[Tensor, ...]:
         bench = BlockBench.__new__(BlockBench)
@@ -150,13 +123,6 @@ class BlockCheck:
         bench.block.load_state_dict(self.bench.block.state_dict())
         bench.inputs, bench.grads = [self.bench.inputs[0].double()], [self.bench.grads[0].double()]
         return bench.gradients(bench.sparse, 0, mask)
-
-
-def _without_the_worst(error: Tensor) -> Tensor:
-    """The elements but for the 2 % that are largest, at least one."""
-    error = error.flatten().abs()
-    left_out = max(1, error.numel() // 50)
-    return error[error < error.kthvalue(error.numel() - left_out + 1).values]
 
 
 class PoseBench:
@@ -189,7 +155,7 @@ class PoseBench:
         """The worst verdict of all blocks."""
         with torch.no_grad():
             verdicts = [BlockCheck(bench).output(bench.sparse(0, mask), mask) for bench, mask in self.blocks]
-        return max(verdicts, key=lambda verdict: (not verdict.passed, verdict.worst))
+        return worst_of(verdicts)
 
     def dense(self, number: int) -> None:
         """Every block, dense."""
@@ -231,10 +197,15 @@ def folded_layers(block: MaskedBlock) -> list[tuple[Tensor, Tensor, nn.Conv2d, s
     return layers
 
 
+def geometry_of(conv: nn.Conv2d) -> tuple:
+    """F.conv2d's arguments after the bias."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
 def dense_block(block: MaskedBlock, folded: list, input: Tensor) -> Tensor:
     """What a user of PyTorch runs in inference: folded, in place, channels_last."""
     value = input
     for weight, bias, conv, activation in folded:
-        value = F.conv2d(value, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        value = F.conv2d(value, weight, bias, *geometry_of(conv))
         value = _CLAMPS[activation](value)
     return _CLAMPS[block.activation](value.add_(input))

@@ -8,10 +8,14 @@ for each element. Half types are summed in float32 and rounded once: one half un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..reference import ACTIVATIONS
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -66,6 +70,178 @@ class Arithmetic:
             )
         return summed + rounding + growth * magnitude
 
+    @property
+    def unstored(self) -> Arithmetic:
+        """Of what stays in the accumulator's type and is not rounded to the tensors'."""
+        return replace(self, dtype=self.accumulator)
+
+    def product(
+        self,
+        operation: Callable[[Tensor, Tensor], Tensor],
+        a: Tensor | Bounded,
+        b: Tensor | Bounded,
+        terms: int,
+        shift: Tensor | Bounded | None = None,
+    ) -> Bounded:
+        """A bilinear operation of sums of `terms` products (a convolution, its gradients, a scaling), plus a shift."""
+        a, b = Bounded.of(a), Bounded.of(b)
+        value = operation(a.value, b.value)
+        magnitude = operation(a.magnitude, b.magnitude)
+        passed = operation(a.error, b.value.abs())
+        if b.error.any():
+            passed = passed + operation(a.magnitude, b.error)
+        if shift is not None:
+            shift = Bounded.of(shift)
+            value, magnitude, passed = value + shift.value, magnitude + shift.magnitude, passed + shift.error
+            terms += 1
+        return Bounded(value, passed + self.bound(value, magnitude, terms, value.dtype).to(value.dtype))
+
+    def activate(self, a: Bounded, name: str | None) -> Bounded:
+        """activation(a), rounded to the tensors' type."""
+        value, curve = ACTIVATIONS[name](a.value), CURVES[name]
+        rounding = self.bound(value, torch.zeros_like(value), 0, value.dtype).to(value.dtype)
+        return Bounded(value, curve.slope * a.error + self._evaluation(a, curve) + rounding)
+
+    def slope(self, a: Bounded, name: str | None) -> Bounded:
+        """activation'(a). Where the error reaches across a kink, either side's slope is right."""
+        curve = CURVES[name]
+        with torch.enable_grad():
+            point = a.value.detach().requires_grad_()
+            (value,) = torch.autograd.grad(ACTIVATIONS[name](point).sum(), point)
+        error = curve.curvature * a.error + self._evaluation(a, curve)
+        for kink, jump in curve.kinks:
+            error = error + jump * ((a.value - kink).abs() <= a.error)
+        return Bounded(value, error)
+
+    def _evaluation(self, a: Bounded, curve: Curve) -> Tensor:
+        return curve.evaluation * torch.finfo(self.accumulator).eps * a.value.abs().clamp(min=1)
+
+
+class Curve(NamedTuple):
+    """An activation: its largest slope and curvature, the (place, jump of the slope) of its kinks.
+
+    `evaluation`: its own error in units of eps * max(1, |x|): exp to a relative 1e-7, erf to an absolute 1.5e-7.
+    """
+
+    slope: float
+    curvature: float = 0.0
+    kinks: tuple[tuple[float, float], ...] = ()
+    evaluation: float = 0.0
+
+
+CURVES = {
+    None: Curve(1.0),
+    "relu": Curve(1.0, kinks=((0.0, 1.0),)),
+    "relu6": Curve(1.0, kinks=((0.0, 1.0), (6.0, 1.0))),
+    "silu": Curve(1.1, 0.5, evaluation=8.0),
+    "gelu": Curve(1.13, 0.8, evaluation=8.0),
+    "hardswish": Curve(1.5, 1 / 3, ((-3.0, 0.5), (3.0, 0.5)), 8.0),
+}
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A value in the reference's precision, and how far from it an implementation's may be, element by element.
+
+    A running error analysis (Higham, section 3.3): each step of a chain adds its own error to what it passes on.
+    """
+
+    value: Tensor
+    error: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor | Bounded) -> Bounded:
+        """A tensor is exact."""
+        return value if isinstance(value, Bounded) else cls(value, torch.zeros_like(value))
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The most that an implementation's absolute value can be."""
+        return self.value.abs() + self.error
+
+
+class Link(NamedTuple):
+    """A convolution of a chain, `geometry` being F.conv2d's arguments after the bias, and what follows it."""
+
+    weight: Tensor | Bounded
+    bias: Tensor | Bounded | None
+    geometry: tuple
+    activation: str | None
+
+
+class BoundedChain:
+    """activation(gate * chain(input) + shortcut) with a bound of its error, and its gradients with theirs.
+
+    The last link's own activation is the `activation` here. Every link's result, before and after its activation, is
+    taken as rounded to the tensors' type: an implementation that keeps it wider is closer.
+
+    Args:
+        rules: how an implementation computes.
+        links: the convolutions.
+        input: [N, C, H, W], as the other tensors in the reference's precision.
+        activation: the last one.
+        gate: [N, 1, Ho, Wo].
+        shortcut: [N, Cout, Ho, Wo].
+    """
+
+    def __init__(
+        self,
+        rules: Arithmetic,
+        links: Sequence[Link],
+        input: Tensor | Bounded,
+        activation: str | None,
+        gate: Tensor | None = None,
+        shortcut: Tensor | Bounded | None = None,
+    ) -> None:
+        self.rules, self.links, self.activation, self.gate = rules, links, activation, gate
+        self.inputs, self.sums = [Bounded.of(input)], []
+        for link in links:
+            weight = Bounded.of(link.weight).value
+            convolve = lambda x, w, geometry=link.geometry: torch.nn.functional.conv2d(x, w, None, *geometry)
+            shift = None if link.bias is None else _channelwise(Bounded.of(link.bias))
+            self.sums.append(rules.product(convolve, self.inputs[-1], link.weight, weight[0].numel(), shift))
+            self.inputs.append(rules.activate(self.sums[-1], link.activation))
+        # These stay in the accumulator.
+        ones = torch.ones((), dtype=self.sums[-1].value.dtype, device=self.sums[-1].value.device)
+        self.total = rules.unstored.product(torch.mul, self.sums[-1], ones if gate is None else gate, 1, shortcut)
+        self.output = rules.activate(self.total, activation)
+
+    def backward(self, grad: Tensor | Bounded) -> dict[str, Bounded]:
+        """The gradients, by name: "input", "shortcut", "gate", and "weight 0", "bias 0" of the first link."""
+        rules = self.rules
+        grad = rules.product(torch.mul, rules.slope(self.total, self.activation), grad, 1)
+        grads = {"shortcut": grad}
+        if self.gate is not None:
+            channels = grad.value.shape[1]
+            grads["gate"] = rules.product(lambda g, z: (g * z).sum(1, keepdim=True), grad, self.sums[-1], channels)
+            grad = rules.product(torch.mul, grad, self.gate, 1)
+        for number in range(len(self.links) - 1, -1, -1):
+            link, input = self.links[number], self.inputs[number]
+            weight = Bounded.of(link.weight).value
+            sites = max(1, int(grad.magnitude.amax(1).count_nonzero()))
+            by_weight, by_input = _adjoints(input.value.shape, weight.shape, link.geometry)
+            grads[f"weight {number}"] = rules.product(by_weight, input, grad, sites)
+            ones = torch.ones_like(grad.value[:, :1])
+            grads[f"bias {number}"] = rules.product(lambda g, one: (g * one).sum((0, 2, 3)), grad, ones, sites)
+            grad = rules.product(by_input, grad, link.weight, weight.numel() // weight.shape[1])
+            if number:
+                slope = rules.slope(self.sums[number - 1], self.links[number - 1].activation)
+                grad = rules.product(torch.mul, grad, slope, 1)
+        grads["input"] = grad
+        return grads
+
+
+def _channelwise(bias: Bounded) -> Bounded:
+    return Bounded(bias.value.view(1, -1, 1, 1), bias.error.view(1, -1, 1, 1))
+
+
+def _adjoints(input_shape, weight_shape, geometry) -> tuple[Callable, Callable]:
+    """The gradients of a convolution as bilinear operations: of (input, grad), and of (grad, weight)."""
+    return (
+        lambda x, g: torch.nn.grad.conv2d_weight(x, weight_shape, g, *geometry),
+        lambda g, w: torch.nn.grad.conv2d_input(input_shape, w, g, *geometry),
+    )
+
 
 def arithmetic(dtype: torch.dtype, device: str, gated: bool = False) -> Arithmetic:
     """How dynconv computes with `dtype` on "cpu" or "cuda", by the TF32 switch as it stands.
@@ -107,6 +283,56 @@ def judge(actual: Tensor, expected: Tensor, bound: Tensor) -> Verdict:
     passed = bool((error <= bound).all()) and bool(bound.isfinite().all())
     share = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=float("inf"))
     return Verdict(_largest(error), _largest(bound), share.max().item(), passed)
+
+
+def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """The one that failed, or came closest to it."""
+    return max(verdicts, key=lambda verdict: (not verdict.passed, verdict.worst))
+
+
+# How much larger than the error of plain PyTorch a training block's may be: both add up the same products, in other
+# orders, and normalise by statistics that are off by as much.
+TRAINING_ERROR = 4
+
+
+def judge_training(
+    actual: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    dtype: torch.dtype,
+    left_out: float = 0.0,
+) -> Verdict:
+    """Compare tensors in norm, as far as plain PyTorch's of some type are from the reference in float64.
+
+    The normalisation's statistics make an elementwise bound meaningless; the worst quotient of error norms is judged.
+
+    Args:
+        actual: of `dtype`.
+        plain: of `dtype`, or of a lower precision: its error is then taken to shrink with the unit roundoff.
+        expected: in float64.
+        dtype: the type under test.
+        left_out: the share of each tensor, the elements furthest off, that does not count. A rounding can put a value
+            on the other side of its activation's kink, which changes the gradients of its channel and pixel by a lot.
+    """
+    worst = 0.0
+    for mine, theirs, wanted in zip(actual, plain, expected, strict=True):
+        if mine.shape != wanted.shape or not mine.isfinite().all():
+            return Verdict(float("inf"), 0.0, float("inf"), False)
+        size = wanted.norm().clamp(min=1e-30)
+        error, other = (
+            (_without_the_worst(a.double() - wanted, left_out).norm() / size).item() for a in (mine, theirs)
+        )
+        other *= min(1.0, torch.finfo(dtype).eps / torch.finfo(theirs.dtype).eps)
+        worst = max(worst, error / max(other, torch.finfo(dtype).eps))
+    return Verdict(worst, TRAINING_ERROR, worst / TRAINING_ERROR, worst <= TRAINING_ERROR)
+
+
+def _without_the_worst(error: Tensor, left_out: float) -> Tensor:
+    """The elements but for the largest; of a share above zero, at least one."""
+    if left_out == 0:
+        return error
+    error = error.flatten().abs().sort().values
+    return error[: error.numel() - max(1, int(left_out * error.numel()))]
 
 
 def _largest(values: Tensor) -> float:
