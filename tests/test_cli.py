@@ -13,14 +13,23 @@ import torch.nn.functional as F
 
 import dynconv
 from dynconv.__main__ import main
-from dynconv.cli import bounds, demo, extra, scaling, timing, verify
+from dynconv.cli import bounds, chains, demo, extra, scaling, timing, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, summarise
 from dynconv.cli.layers import LAYERS, Block, Layer, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Layer("tiny", 12, 10, 8, 16, 3)
-QUANTITIES = {"output", "in place", "grad input", "grad weight", "grad bias", "grad gate", "grad inactive"}
+FORWARD = {"output", "output, autograd", "in place"}
+QUANTITIES = {
+    "masked_conv2d": {
+        "output", "in place", "grad input", "grad weight", "grad bias", "grad gate", "grad inactive",
+    },
+    "fused epilogue": FORWARD | {f"grad {name}" for name in ("input", "weight", "bias", "residual", "inactive")},
+    "packed chain": FORWARD | {f"grad {name}" for name in ("input", "weight", "bias", "gate", "residual", "inactive")},
+    "Bottleneck, eval": FORWARD | {"grad input", "grad weight", "grad norm", "grad gate"},
+    "Bottleneck, train": {"output", "grad input", "grad gate", "grad parameters", "running statistics"},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,6 +39,8 @@ def broken(monkeypatch):
 
     def wrong(*arguments, **options):
         result = right(*arguments, **options)
+        if isinstance(result, dynconv.PackedFeatures):
+            return result._replace(rows=result.rows * 1.001)
         return result * 1.001 if options.get("out") is None else result.mul_(1.001)
 
     monkeypatch.setattr(dynconv, "masked_conv2d", wrong)
@@ -204,9 +215,11 @@ def test_verify_passes_and_records_every_quantity(tmp_path, capsys):
     assert "FAIL" not in printed
     record = json.loads(target.read_text())
     assert record["passed"]
-    assert {row["quantity"] for row in record["rows"]} == QUANTITIES
+    for op, quantities in QUANTITIES.items():
+        assert {row["quantity"] for row in record["rows"] if row["op"] == op} == quantities
     for row in record["rows"]:
-        assert (row["op"], row["backend"], row["dtype"]) == ("masked_conv2d", "cpu", "float32")
+        assert row["op"] in QUANTITIES
+        assert (row["backend"], row["dtype"]) == ("cpu", "float32")
         assert row["passed"]
         assert row["cases"] > 0
         assert row["elements"] > 0
@@ -218,7 +231,25 @@ def test_verify_passes_and_records_every_quantity(tmp_path, capsys):
 
 def test_verify_fails_a_wrong_op(broken, capsys):
     assert main(["verify", "--quick", "--backends", "cpu", "--dtypes", "float32"]) == 1
-    assert "FAILED masked_conv2d cpu float32 output" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for op in ("masked_conv2d", "fused epilogue", "packed chain"):
+        assert f"FAILED {op} cpu float32 output: out of bound" in printed
+
+
+def test_verify_fails_a_wrong_block(monkeypatch, capsys):
+    right = MaskedBottleneck.forward
+
+    def wrong(self, input, mask=None, **options):
+        output = right(self, input, mask, **options)
+        return output if dynconv._backend._forced == "reference" else output * 1.001
+
+    monkeypatch.setattr(MaskedBottleneck, "forward", wrong)
+    assert main(["verify", "--quick", "--backends", "cpu", "--dtypes", "float32"]) == 1
+    printed = capsys.readouterr().out
+    for op in ("Bottleneck, eval", "Bottleneck, train"):
+        for quantity in ("output", "grad input"):
+            assert f"FAILED {op} cpu float32 {quantity}: out of bound" in printed
+    assert "FAILED masked_conv2d" not in printed
 
 
 def test_verify_fails_an_op_that_raises(monkeypatch, capsys):
@@ -230,20 +261,78 @@ def test_verify_fails_an_op_that_raises(monkeypatch, capsys):
     assert "ValueError: no such thing, in 5 of 5 cases" in capsys.readouterr().out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("quantity", sorted(QUANTITIES))
-def test_verify_sees_one_wrong_element_of_any_quantity(monkeypatch, quantity):
-    right = verify.MaskedConv2d.run
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (verify.MaskedConv2d, "3x3 gate"),
+        (chains.MaskedChain, "relu 3x3 gate"),
+        (chains.MaskedChain, "inverted residual packed"),
+        (chains.EvalBlock, "bottleneck"),
+        (chains.BlockTraining, "bottleneck"),
+    ],
+)
+def test_verify_sees_one_wrong_element_of_any_quantity(monkeypatch, kind, name):
+    cases = [case for case in kind.cases if case.name == name]
+    right = kind.actual
 
-    def wrong(self, operation, transform):
-        results = right(self, operation, transform)
-        if operation is dynconv.masked_conv2d and quantity in results:
-            results[quantity][(-1,) * results[quantity].dim()] += 0.01
-        return results
+    def failed(wrong):
+        def actual(self):
+            results = right(self)
+            if wrong is not None:
+                values = results[wrong]
+                last = (values if isinstance(values, torch.Tensor) else values[-1]).clone()
+                last[(-1,) * last.dim()] += 0.01
+                results[wrong] = last if isinstance(values, torch.Tensor) else (*values[:-1], last)
+            return results
 
-    monkeypatch.setattr(verify.MaskedConv2d, "run", wrong)
-    gated = [case for case in verify.CASES if case.name == "3x3 gate"]
-    failed = {row.quantity for row in verify.verify("cpu", "float32", gated) if not row.passed}
-    assert failed == {quantity}
+        monkeypatch.setattr(kind, "actual", actual)
+        rows = list(verify.verify("cpu", "float64", [(kind, cases)]))
+        return {row.quantity for row in rows if not row.passed}, {row.quantity for row in rows}
+
+    nothing, quantities = failed(None)
+    assert nothing == set()
+    for quantity in quantities:
+        assert failed(quantity)[0] == {quantity}
+
+
+@pytest.mark.parametrize("kind", [chains.MaskedChain, chains.EvalBlock])
+def test_expectations_of_chains_are_the_reference(kind):
+    """The dense float64 values, and gradients written out by hand, are those of autograd on the reference backend."""
+    for case in kind.cases:
+        checked = kind(case, torch.float64, "cpu")
+        checked.expect(lambda: bounds.Arithmetic(torch.float64), "cpu")
+        with dynconv.backend("reference"):
+            actual = checked.actual()
+        assert actual.keys() == checked.expected.keys()
+        for quantity, expected in checked.expected.items():
+            for one, other in zip(actual[quantity], expected, strict=True):
+                assert torch.allclose(one, other, rtol=1e-10, atol=1e-12), (case.name, quantity)
+
+
+def test_a_slope_is_open_where_an_error_reaches_across_the_kink():
+    value, error = torch.tensor([-1.0, -1e-3, 1e-3, 1.0]), torch.tensor([1e-2] * 4)
+    slope = bounds.Arithmetic(torch.float32).slope(bounds.Bounded(value, error), "relu")
+    assert slope.value.tolist() == [0, 0, 1, 1]
+    assert slope.error.tolist() == [0, 1, 1, 0]
+
+
+def test_training_is_judged_by_plain_pytorch():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(1000, generator=generator, dtype=torch.float64)
+    rounded = exact.float()
+    judged = lambda actual, left_out=0.0: bounds.judge_training([actual], [rounded], [exact], actual.dtype, left_out)
+    assert judged(rounded).passed
+    assert not judged(rounded * (1 + 1e-5)).passed
+    one_off = rounded.clone()
+    one_off[3] += 1
+    assert not judged(one_off).passed
+    assert judged(one_off, left_out=0.02).passed
+    one_off[3] = math.nan
+    assert not judged(one_off, left_out=0.02).passed
+    assert not judged(rounded[1:]).passed
+    # The error of float32 stands for that of float64, 2^29 times smaller.
+    assert judged(exact * (1 + 2.0**-52)).passed
+    assert not judged(exact * (1 + 1e-12)).passed
 
 
 def test_verify_says_what_it_cannot_run(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ import dynconv
 from .._geometry import Geometry
 from . import console, table
 from .bounds import Arithmetic, Verdict, arithmetic, judge
+from .chains import BlockTraining, EvalBlock, MaskedChain
 from .environment import environment, is_installed, write_json
 from .layers import MASKS
 
@@ -101,7 +102,8 @@ class Row:
 class MaskedConv2d:
     """masked_conv2d: forward, in place, and the gradient of every operand."""
 
-    name = "masked_conv2d"
+    op = "masked_conv2d"
+    cases = CASES
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
         self.case, self.dtype = case, dtype
@@ -138,6 +140,31 @@ class MaskedConv2d:
         self.products, self.outputs = terms, case.out_channels // case.groups * case.kernel[0] * case.kernel[1]
         self.sites = int(self.mask.expand(shape[0], 1, *shape[2:]).sum())
 
+    def source(self, quantity: str) -> str:
+        """What n of the bound counts."""
+        return self.terms(quantity)[1]
+
+    def expect(self, rules: Callable[..., Arithmetic], backend: str) -> None:
+        """The float64 reference and, of the same sums over absolute values, the bounds."""
+        reference = dynconv.reference.masked_conv2d
+        self.expected = self.run(reference, lambda tensor: tensor.double())
+        magnitude = self.run(reference, lambda tensor: tensor.double().abs())
+        gated = backend == "triton" and self.case.gate
+        self.bounds = {
+            quantity: self.bound(
+                quantity, value, magnitude[quantity], rules(gated and quantity in ("grad input", "grad weight"))
+            )
+            for quantity, value in self.expected.items()
+        }
+
+    def actual(self) -> dict[str, Tensor]:
+        """Every quantity of the op under test."""
+        return self.run(dynconv.masked_conv2d, lambda tensor: tensor)
+
+    def judge(self, quantity: str, actual: Tensor) -> Verdict:
+        """Of one quantity."""
+        return judge(actual, self.expected[quantity], self.bounds[quantity])
+
     def terms(self, quantity: str) -> tuple[int, str]:
         """How many roundings a product goes through in a quantity, and in words what is summed."""
         bias_and_gate = 2
@@ -172,7 +199,9 @@ class MaskedConv2d:
         return torch.where(self.mask, bound, 0) if quantity in ("output", "in place", "grad gate") else bound
 
 
-OPERATIONS = (MaskedConv2d,)
+# Each is made of (case, dtype, device) and has `cases`, the `op` that the table names, source(quantity),
+# expect(rules, backend), `expected` by quantity, actual(), and judge(quantity, actual).
+OPERATIONS = (MaskedConv2d, MaskedChain, EvalBlock, BlockTraining)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -196,39 +225,42 @@ def unavailable(backend: str, dtype: str) -> str | None:
     return "the interpreter has no TF32; needs a GPU" if dtype == "tf32" else None
 
 
-QUICK_CASES = tuple(case for case in CASES if case.name in ("3x3", "3x3 gate", "3x3 stride 2", "1x1", "3x3 empty"))
+QUICK = (
+    "3x3", "3x3 gate", "3x3 stride 2", "1x1", "3x3 empty", "relu6 depthwise 3x3", "inverted residual packed",
+    "bottleneck",
+)  # fmt: skip
 
 
-def verify(backend: str, dtype: str, cases: tuple[Case, ...] = CASES) -> Iterator[Row]:
+def cases_of(quick: bool) -> list[tuple[type, Sequence]]:
+    """The operations with their cases."""
+    return [(kind, [case for case in kind.cases if not quick or case.name in QUICK]) for kind in OPERATIONS]
+
+
+def verify(backend: str, dtype: str, operations: Sequence[tuple[type, Sequence]]) -> Iterator[Row]:
     """Compare every op with the reference; a row for each quantity. An exception is a failure of that case."""
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    for operation in OPERATIONS:
-        rows: dict[str, Row] = {}
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    for operation, cases in operations:
+        rows: dict[tuple[str, str], Row] = {}
         for case in cases:
-            checked = operation(case, torch.float32 if dtype == "tf32" else getattr(torch, dtype), device)
-            # In float64: the reference, and the same sums over absolute values.
-            reference = getattr(dynconv.reference, operation.name)
-            expected = checked.run(reference, lambda tensor: tensor.double())
-            magnitude = checked.run(reference, lambda tensor: tensor.double().abs())
+            checked = operation(case, kind, device)
+            with _tf32(dtype == "tf32"):
+                checked.expect(lambda gated=False: arithmetic(kind, device, gated), backend)
             try:
                 # Memory that an op does not write holds NaN, so an element it forgets is seen.
                 with dynconv.backend(backend), _tf32(dtype == "tf32"), _poisoned_memory():
-                    actual = checked.run(getattr(dynconv, operation.name), lambda tensor: tensor)
+                    actual = checked.actual()
             except Exception as error:
                 actual = {}
                 reason = f"{type(error).__name__}: {error}"
-            for quantity, value in expected.items():
-                row = rows.setdefault(
-                    quantity, Row(operation.name, backend, dtype, quantity, checked.terms(quantity)[1])
-                )
+            for quantity, value in checked.expected.items():
+                made = Row(checked.op, backend, dtype, quantity, checked.source(quantity))
+                row = rows.setdefault((checked.op, quantity), made)
                 if quantity not in actual:
                     row.add(case.name, Verdict(float("inf"), 0.0, float("inf"), False), 0, reason)
                     continue
-                gated = backend == "triton" and case.gate and quantity in ("grad input", "grad weight")
-                with _tf32(dtype == "tf32"):
-                    rules = arithmetic(checked.dtype, device, gated)
-                bound = checked.bound(quantity, value, magnitude[quantity], rules)
-                row.add(case.name, judge(actual[quantity], value, bound), value.numel())
+                tensors = value if isinstance(value, tuple) else (value,)
+                row.add(case.name, checked.judge(quantity, actual[quantity]), sum(t.numel() for t in tensors))
         yield from rows.values()
 
 
@@ -264,7 +296,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--quick", action="store_true", help=f"{len(QUICK_CASES)} cases of {len(CASES)}")
+    few, all = (sum(len(cases) for _, cases in cases_of(quick)) for quick in (True, False))
+    parser.add_argument("--quick", action="store_true", help=f"{few} cases of {all}")
     parser.add_argument("--json", metavar="FILE", help="write every row there")
 
 
@@ -274,7 +307,8 @@ def main(arguments: argparse.Namespace) -> int:
         "dynconv verify: against the float64 reference on the same rounded inputs",
         "<op|<backend|<dtype|<quantity|cases|elements|max error|max bound|error/bound|<bound: gamma(n), n =|<result",
         "error/bound: the worst element. Bound: gamma(n) · sum of absolute products, for each element on the actual "
-        "data; half types add one rounding of the result.",
+        "data; half types add one rounding of the result. Chains and blocks in eval mode: what each layer adds, passed "
+        "on through the next ones. Training: error norms in units of plain PyTorch's.",
     )
     rows: list[Row] = []
     skipped: list[dict] = []
@@ -285,7 +319,7 @@ def main(arguments: argparse.Namespace) -> int:
                 skipped.append({"backend": backend, "dtype": dtype, "reason": reason})
                 continue
             status.update(f"{backend} {dtype}")
-            made = list(verify(backend, dtype, QUICK_CASES if arguments.quick else CASES))
+            made = list(verify(backend, dtype, cases_of(arguments.quick)))
             rows += made
             for row in made:
                 result = "[green]PASS" if row.passed else "[red]FAIL"
