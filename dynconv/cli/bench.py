@@ -154,8 +154,9 @@ class Check:
         expected = torch.where(mask, self.dense, 0 if inactive is None else inactive.to(self.precision))
         return judge(actual, expected, torch.where(mask, self.output_bound, 0))
 
-    def gradients(self, actual: Sequence[Tensor], mask: Tensor) -> Verdict:
+    def gradients(self, mask: Tensor) -> Verdict:
         """Of input and weight; the worse of the two verdicts."""
+        actual = self.bench.gradients(self.bench.sparse, 0, mask)
         grad = torch.where(mask, self.bench.grads[0], 0).to(self.precision)
         expected = self._gradients(self.operands, grad)
         magnitude = self._gradients(self._absolute(), grad.abs())
@@ -270,7 +271,7 @@ def check_mode(bench: Bench, check: Check, mask: Tensor, mode: str) -> tuple[Ver
     """The verdict on one mode, and what to print where it is not good."""
     try:
         if mode == "backward":
-            verdict = check.gradients(bench.gradients(bench.sparse, 0, mask), mask)
+            verdict = check.gradients(mask)
         else:
             with torch.no_grad():
                 out = bench.cache() if mode == "in-place" else None

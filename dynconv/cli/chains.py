@@ -13,7 +13,7 @@ import dynconv
 from dynconv import nn as modules
 from dynconv.nn.blocks import MaskedBlock
 
-from .blocks import geometry_of
+from .blocks import geometry_of, smooth
 from .bounds import (
     Arithmetic,
     Bounded,
@@ -356,9 +356,7 @@ class BlockTraining(_Block):
         super().__init__(case, dtype, device)
         self.op = f"{self.name}, train"
         if dtype != torch.float64:
-            block = self.block
-            block.stages = tuple(stage._replace(activation=stage.activation and "silu") for stage in block.stages)
-            block.activation = block.activation and "silu"
+            smooth(self.block)
 
     def expect(self, rules: Callable[..., Arithmetic], backend: str) -> None:
         """The reference in float64, and in the type under test for the size of its errors."""
