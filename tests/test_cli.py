@@ -51,6 +51,11 @@ def tiny(monkeypatch):
     monkeypatch.setitem(LAYERS, "resnet50", (TINY,))
 
 
+@pytest.fixture
+def tiny_block(monkeypatch):
+    monkeypatch.setitem(LAYERS, "resnet50", (TINY, Block("resnet50", "bottleneck", 6, 5, 16)))
+
+
 # --- bounds
 
 
@@ -367,6 +372,12 @@ def test_bench_writes_consistent_results(tiny, tmp_path, capsys):
     assert str(ROOT) not in results.read_text()
     printed = capsys.readouterr().out
     assert "6 of 6 results within their bounds" in printed
+
+
+def test_bench_draws_blocks_beside_layers(tiny_block, tmp_path):
+    plot = tmp_path / "bench.png"
+    assert run_bench("--density", "0.5", "--modes", "plain", "--plot", str(plot)) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_prints_no_speedup_of_a_wrong_op(tiny, broken, tmp_path, capsys):

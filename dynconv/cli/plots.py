@@ -41,7 +41,7 @@ def plot_rows(rows: Sequence[Row], summary: dict, subtitle: str, path: str) -> N
     drawn = curves(rows)
     for i, family in enumerate(families):
         layers = list(dict.fromkeys(row.layer for row in rows if row.family == family))
-        shades = {1: plt.cm.Oranges, 3: plt.cm.Blues}
+        shades = {0: plt.cm.Greens, 1: plt.cm.Oranges, 3: plt.cm.Blues}  # blocks, 1x1 and 3x3 layers
         kernels = {row.layer: row.kernel for row in rows if row.family == family}
         for j, mode in enumerate(modes):
             ax = axes[i][j]
