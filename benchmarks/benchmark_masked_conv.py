@@ -9,9 +9,9 @@ import os
 
 import pytest
 import torch
-from layers import LAYERS
+from layers import LAYERS, modes_of
 
-from dynconv.cli.bench import DENSITIES, MODES, Bench, Check, check_mode
+from dynconv.cli.bench import DENSITIES, MODES, check_mode, prepare
 
 FULL = os.environ.get("DYNCONV_BENCHMARKS") == "full"
 BATCH = 4  # of layers without a published one
@@ -25,20 +25,20 @@ def cases():
     for layer in layers:
         densities = layer.densities or DENSITIES
         for density in densities if FULL else (densities[len(densities) // 2], densities[-1]):
-            for mode in MODES:
+            for mode in modes_of(layer, MODES):
                 group = f"{layer.family} {layer.name} {density:g} {mode}".replace("->", "to").replace(" ", "-")
                 for who in CALLS:
                     yield pytest.param(layer, density, mode, group, who, id=f"{group}-{who}")
 
 
-def dense(bench, mask, mode):
+def dense(bench, check, mask, mode):
     if mode == "backward":
         return lambda: bench.gradients(bench.dense, 0)
     return lambda: bench.dense(0)
 
 
-def dynconv(bench, mask, mode):
-    _, failure = check_mode(bench, Check(bench), mask, mode)
+def dynconv(bench, check, mask, mode):
+    _, failure = check_mode(bench, check, mask, mode)
     assert failure is None, failure
     if mode == "backward":
         return lambda: bench.gradients(bench.sparse, 0, mask)
@@ -53,11 +53,11 @@ CALLS = {"dense": dense, "dynconv": dynconv}
 
 @pytest.mark.parametrize("layer, density, mode, group, who", list(cases()))
 def test_masked_conv2d(layer, density, mode, group, who, benchmark):
-    bench = Bench(layer, layer.batch or BATCH, torch.float32, "cpu")
+    bench, check = prepare(layer, layer.batch or BATCH, torch.float32, "cpu")
     mask = layer.active(density, "blob", bench.batch, bench.generator)
     benchmark.group = group
     benchmark.extra_info.update(density=mask.float().mean().item(), ideal=1 / mask.float().mean().item())
-    call = CALLS[who](bench, mask, mode)
+    call = CALLS[who](bench, check, mask, mode)
     call()
     with torch.set_grad_enabled(mode == "backward"):
         benchmark.pedantic(call, rounds=7, warmup_rounds=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import dynconv
 from dynconv.__main__ import main
 from dynconv.cli import bounds, chains, demo, extra, scaling, timing, verify
-from dynconv.cli.bench import Row, crossover, geometric_mean, measure, summarise
+from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
 from dynconv.cli.layers import LAYERS, Block, Layer, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
 
@@ -127,7 +127,10 @@ def test_reached_is_what_a_change_changes(kernel, stride):
 
 def test_published_layers():
     assert [layer.name for layer in LAYERS["resnet50"][:2]] == ["56x56 64->64 3x3", "28x28 128->128 3x3"]
-    assert {layer.kernel for layer in LAYERS["sbnet"]} == {1, 3}
+    assert {layer.kernel for layer in LAYERS["sbnet"] if isinstance(layer, Layer)} == {1, 3}
+    blocks = {family: [layer.name for layer in LAYERS[family] if isinstance(layer, Block)] for family in LAYERS}
+    assert blocks["sbnet"][0] == "400x700 256 bottleneck"
+    assert blocks["lasnet"][::3] == ["56x56 256 bottleneck in cells of 4x4", "7x7 2048 bottleneck"]
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         import layers
@@ -411,6 +414,27 @@ def test_bench_checks_and_times_whole_blocks(kind):
     rows = list(measure(block, [0.5, 0.2], ["plain", "in-place", "backward"], batch=2, repeats=1))
     assert [row.failure for row in rows] == [None] * 6
     assert all(row.ratio > 0 and 1 < row.ideal <= 1 / row.density for row in rows)
+
+
+def test_a_block_may_be_measured_in_inference_alone():
+    block = Block("tiny", "bottleneck", 9, 8, 16, inference=True)
+    rows = list(measure(block, [0.5], ["plain", "backward"], batch=1, repeats=1))
+    assert [row.mode for row in rows] == ["plain"]
+
+
+def test_masks_of_cells():
+    block = Block("tiny", "bottleneck", 9, 8, 16, granularity=4)
+    mask = block.active(0.5, "random", 3, torch.Generator().manual_seed(0))
+    assert mask.shape == (3, 1, 9, 8)
+    assert mask[..., ::4, ::4].float().mean() == pytest.approx(0.5)
+    for y in range(0, 9, 4):
+        for x in range(0, 8, 4):
+            cell = mask[..., y : y + 4, x : x + 4].flatten(1)
+            assert torch.equal(cell.all(1), cell.any(1))
+    bench, _ = prepare(block, 3, torch.float32, "cpu")
+    assert torch.equal(bench.compact(mask).mask, mask)
+    for row in measure(block, [0.5], ["plain", "in-place", "backward"], batch=2, repeats=1):
+        assert row.failure is None
 
 
 @pytest.mark.parametrize("mode", ["plain", "in-place", "backward"])

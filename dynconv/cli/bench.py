@@ -21,7 +21,7 @@ from . import console, extra, table
 from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge, worst_of
 from .environment import environment, write_json
-from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer
+from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer, modes_of
 
 MODES = ("plain", "in-place", "backward")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -175,8 +175,15 @@ class Check:
         )[:2]
 
 
+def prepare(layer: Layer | Block, batch: int, dtype: torch.dtype, device: str):
+    """What times a layer or a block, and what checks it."""
+    kinds = (BlockBench, BlockCheck) if isinstance(layer, Block) else (Bench, Check)
+    bench = kinds[0](layer, batch, dtype, device)
+    return bench, kinds[1](bench)
+
+
 def measure(
-    layer: Layer,
+    layer: Layer | Block,
     densities: Sequence[float],
     modes: Sequence[str],
     *,
@@ -193,9 +200,8 @@ def measure(
 
     `automatic` lets each call choose between dense and sparse, by a calibration made first and not stored.
     """
-    kinds = (BlockBench, BlockCheck) if isinstance(layer, Block) else (Bench, Check)
-    bench = kinds[0](layer, batch, dtype, device)
-    check = kinds[1](bench)
+    modes = modes_of(layer, modes)
+    bench, check = prepare(layer, batch, dtype, device)
     if automatic and not (isinstance(layer, Block) and tuple(modes) == ("backward",)):  # which has no choice
         mask = layer.active(0.5, masks, batch, torch.Generator().manual_seed(1)).to(device)
         dynconv.calibrate(lambda: _each_once(bench, mask, modes), store=False)
@@ -532,7 +538,9 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
     )
     found = {(c["family"], c["layer"], c["mode"]): c["text"] for c in summary["crossover"]}
     for family, layer in dict.fromkeys((row.family, row.layer) for row in rows):
-        crossings.add_row(family, layer, *(found.get((family, layer, mode), "failed") for mode in arguments.modes))
+        measured = {row.mode for row in rows if (row.family, row.layer) == (family, layer)}
+        texts = [found.get((family, layer, mode), "failed" if mode in measured else "-") for mode in arguments.modes]
+        crossings.add_row(family, layer, *texts)
     out.print(crossings)
     software = f"torch {machine['torch']}, dynconv {machine['dynconv']} ({machine['commit'] or 'no commit'})"
     out.print(f"{where}; {arguments.dtype}; {software}")

@@ -59,6 +59,8 @@ class BlockBench:
 
     def sparse(self, number: int, mask: Tensor | dynconv.ActiveSites, out: Tensor | None = None) -> Tensor:
         """The masked block; in place where `out` is given."""
+        if self.layer.granularity > 1 and isinstance(mask, Tensor):
+            mask = self.compact(mask)
         if out is not None:
             return self.block(out, mask, inplace=True)
         return self.block(self.inputs[number], mask)
@@ -75,8 +77,9 @@ class BlockBench:
             self.block.eval().requires_grad_(False)
 
     def compact(self, mask: Tensor) -> dynconv.ActiveSites:
-        """What blocks that share a mask pay once."""
-        return dynconv.ActiveSites(mask)
+        """What blocks that share a mask pay once; made of the mask's cells, where it has such."""
+        cell = self.layer.granularity
+        return dynconv.ActiveSites(mask[..., ::cell, ::cell], (self.batch, *mask.shape[2:]), granularity=cell)
 
     def work(self, mask: Tensor) -> float:
         """The share of the dense block's products that the active sites need, layer by layer."""

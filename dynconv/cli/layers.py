@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class Layer:
     densities: tuple[float, ...] | None = None
     batch: int | None = None  # None: the user's
     groups: int = 1
+    inference: bool = False  # not measured in training
 
     @property
     def name(self) -> str:
@@ -60,7 +62,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block of a published network: "bottleneck" (1x1, 3x3, 1x1) or "inverted" (1x1, depthwise 3x3, 1x1)."""
+    """A residual block of a published network: "bottleneck" (1x1, 3x3, 1x1) or "inverted" (1x1, depthwise 3x3, 1x1).
+
+    `mask` is "field" or "rectangle", as of a layer. With a `granularity` a field is of cells of that many lines and
+    columns, each computed as a whole or not at all.
+    """
 
     family: str
     kind: str
@@ -70,12 +76,15 @@ class Block:
     mask: str = "field"
     densities: tuple[float, ...] | None = None
     batch: int | None = None
+    granularity: int = 1
+    inference: bool = False  # not measured in training
     kernel: int = 0  # of no single size: not in the means over 3x3 layers
 
     @property
     def name(self) -> str:
-        """For example "56x56 256 bottleneck"."""
-        return f"{self.height}x{self.width} {self.channels} {self.kind}"
+        """For example "56x56 256 bottleneck" or "56x56 256 bottleneck in cells of 4x4"."""
+        cells = f" in cells of {self.granularity}x{self.granularity}" if self.granularity > 1 else ""
+        return f"{self.height}x{self.width} {self.channels} {self.kind}{cells}"
 
     @property
     def products(self) -> int:
@@ -93,7 +102,9 @@ class Block:
         """As `Layer.active`."""
         if self.mask == "rectangle":
             return patch(self.height, self.width, density).expand(batch, -1, -1, -1).contiguous()
-        return MASKS[kind](batch, self.height, self.width, density, generator)
+        cell = self.granularity
+        coarse = MASKS[kind](batch, -(-self.height // cell), -(-self.width // cell), density, generator)
+        return coarse.repeat_interleave(cell, 2).repeat_interleave(cell, 3)[..., : self.height, : self.width]
 
 
 def _resnet50() -> tuple[Layer | Block, ...]:
@@ -115,13 +126,24 @@ def _sige_ddpm() -> tuple[Layer, ...]:
     )
 
 
-def _sbnet() -> tuple[Layer, ...]:
-    """Bottlenecks over a bird's-eye view (SBNet): one rectangle, published sparsities 0.6 to 0.99."""
-    blocks = ((400, 700, 256, 64), (200, 350, 512, 128), (100, 175, 1024, 256), (50, 88, 2048, 512))
-    return tuple(
-        Layer("sbnet", height, width, cin, cout, kernel, "rectangle", (0.4, 0.1, 0.01), 1)
-        for height, width, channels, inner in blocks
-        for cin, cout, kernel in ((channels, inner, 1), (inner, inner, 3))
+def _sbnet() -> tuple[Layer | Block, ...]:
+    """Bottlenecks over a bird's-eye view (SBNet): one rectangle, published sparsities 0.6 to 0.99.
+
+    Whole blocks in inference alone, which is what the network is for: to check a training step at 400x700 takes a
+    minute and 20 GB.
+    """
+    maps = ((400, 700, 256, 64), (200, 350, 512, 128), (100, 175, 1024, 256), (50, 88, 2048, 512))
+    masks = ("rectangle", (0.4, 0.1, 0.01), 1)
+    return (
+        *(
+            Layer("sbnet", height, width, cin, cout, kernel, *masks)
+            for height, width, channels, inner in maps
+            for cin, cout, kernel in ((channels, inner, 1), (inner, inner, 3))
+        ),
+        *(
+            Block("sbnet", "bottleneck", height, width, channels, *masks, inference=True)
+            for height, width, channels, _ in maps
+        ),
     )
 
 
@@ -136,11 +158,17 @@ def _inverted(family: str, maps: tuple[tuple[int, int], ...], batch: int) -> tup
     )
 
 
-def _lasnet() -> tuple[Layer, ...]:
-    """RegNetY-800MF (LASNet): 3x3 layers in groups of 16 channels."""
-    return tuple(
-        Layer("lasnet", size, size, channels, channels, 3, groups=channels // 16)
-        for size, channels in ((56, 64), (28, 128), (14, 288), (7, 672))
+def _lasnet() -> tuple[Layer | Block, ...]:
+    """LASNet: RegNetY-800MF's 3x3 layers in groups of 16 channels; ResNet-101's bottlenecks, masks 4-4-2-1 coarser."""
+    return (
+        *(
+            Layer("lasnet", size, size, channels, channels, 3, groups=channels // 16)
+            for size, channels in ((56, 64), (28, 128), (14, 288), (7, 672))
+        ),
+        *(
+            Block("lasnet", "bottleneck", size, size, channels, granularity=cell)
+            for size, channels, cell in ((56, 256, 4), (28, 512, 4), (14, 1024, 2), (7, 2048, 1))
+        ),
     )
 
 
@@ -160,6 +188,12 @@ POSE_DENSITIES = tuple(
         1, 14, 18, 27, 31, 32, 27, 59, 45, 95, 50, 34, 31, 21, 0, 4, 10, 28, 15, 29, 26, 51, 47, 58, 44, 20, 21, 13,
     )
 )  # fmt: skip
+
+
+def modes_of(layer: Layer | Block, modes: Sequence[str]) -> list[str]:
+    """Those of some modes in which a layer is measured."""
+    return [mode for mode in modes if not (layer.inference and mode == "backward")]
+
 
 # DynConv's training batch is 32, for pose estimation as published; its MobileNetV2 layers are measured at the same.
 LAYERS: dict[str, tuple[Layer | Block, ...]] = {
