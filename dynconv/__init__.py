@@ -5,6 +5,7 @@ from . import nn, reference
 from ._backend import backend
 from ._version import __version__
 from .calibration import calibrate, calibration_file, execution, explain
+from .nn.ponder import ponder_map
 from .ops.masked_conv import masked_conv2d
 from .packed import PackedFeatures, pack
 from .sites import ActiveSites
@@ -21,5 +22,6 @@ __all__ = [
     "masked_conv2d",
     "nn",
     "pack",
+    "ponder_map",
     "reference",
 ]
