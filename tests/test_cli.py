@@ -510,6 +510,40 @@ def test_attend_equals_the_masked_dense_network(monkeypatch, tmp_path):
     assert (tmp_path / "attend.png").read_bytes().startswith(b"\x89PNG")
 
 
+@torch.no_grad()
+def test_ponder_draws_how_often_a_pixel_was_computed(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 64, 96)
+    image[..., 48:] = 0.5  # nothing to see on the right
+    result = demo.ponder(image, 0.25, (3, 1, 1, 2))
+    assert result.passed
+    count = result.pictures["ponder"]
+    assert count.shape == (1, 1, 64, 96)
+    assert result.pictures["calls"] == 7
+    assert count.max() == 7
+    assert count.min() == 4  # the first block of each stage computes everything
+    assert count[..., :32].mean() > count[..., 64:].mean() == 4
+    assert "a pixel is computed by" in result.notes[-1]
+    assert all(line.dense_flops > line.flops > 0 for line in (result.lines[0], result.lines[3]))
+    demo.draw("title", result, str(tmp_path / "ponder.png"))
+    assert (tmp_path / "ponder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+def test_ponder_sees_a_wrong_block(monkeypatch):
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    right = MaskedBottleneck.forward
+
+    def wrong(self, input, mask=None, **options):
+        output = right(self, input, mask, **options)
+        return output if mask is None else output * 1.001
+
+    monkeypatch.setattr(MaskedBottleneck, "forward", wrong)
+    torch.manual_seed(0)
+    assert not demo.ponder(torch.rand(1, 3, 64, 64), 0.25, (2, 1, 1, 1)).passed
+
+
 # --- the command itself
 
 

@@ -13,7 +13,7 @@ from dynconv.nn import MaskedBottleneck, MaskedInvertedResidual
 from dynconv.nn.blocks import MaskedBlock, fold
 
 from .._timing import input_sets
-from .bounds import BoundedChain, Link, Verdict, arithmetic, judge, judge_training, worst_of
+from .bounds import Arithmetic, Bounded, BoundedChain, Link, Verdict, arithmetic, judge, judge_training, worst_of
 from .layers import MASKS, POSE_DENSITIES, POSE_SIZES, Block
 
 _CLAMPS = {None: lambda x: x, "relu": lambda x: F.relu(x, inplace=True), "relu6": lambda x: F.relu6(x, inplace=True)}
@@ -101,12 +101,7 @@ class BlockCheck:
         self.precision = torch.float64 if bench.device == "cuda" else torch.float32
         self.arithmetic = arithmetic(bench.dtype, bench.device)
         with torch.no_grad():
-            links = [
-                Link(weight.to(self.precision), bias.to(self.precision), geometry_of(conv), activation)
-                for weight, bias, conv, activation in bench.folded
-            ]
-            input = bench.inputs[0].to(self.precision)
-            self.bounded = BoundedChain(self.arithmetic, links, input, bench.block.activation, shortcut=input).output
+            self.bounded = bounded_block(bench.block, bench.folded, bench.inputs[0].to(self.precision), self.arithmetic)
 
     def output(self, actual: Tensor, mask: Tensor, inactive: Tensor | None = None) -> Verdict:
         """The skipped sites have to be the input's, exactly."""
@@ -210,6 +205,12 @@ def folded_layers(block: MaskedBlock) -> list[tuple[Tensor, Tensor, nn.Conv2d, s
         conv, norm = block.get_submodule(stage.conv), block.get_submodule(stage.norm)
         layers.append((*fold(conv, norm), conv, stage.activation))
     return layers
+
+
+def bounded_block(block: MaskedBlock, folded: list, input: Tensor, rules: Arithmetic) -> Bounded:
+    """The dense block's value in the input's precision, and the bound of an implementation's error."""
+    links = [Link(w.to(input.dtype), b.to(input.dtype), geometry_of(conv), a) for w, b, conv, a in folded]
+    return BoundedChain(rules, links, input, block.activation, shortcut=input).output
 
 
 def geometry_of(conv: nn.Conv2d) -> tuple:

@@ -11,11 +11,14 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynconv
+from dynconv.nn import MaskedBottleneck
 
 from . import console, extra, table
+from .blocks import bounded_block, dense_block, folded_layers
 from .bounds import Arithmetic, judge
 from .layers import patch, reached
 
@@ -208,6 +211,107 @@ def attend(image: Tensor, density: float) -> Result:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Step:
+    """A block of a network; where it has a mask, the layers that the dense network runs in its place."""
+
+    group: str
+    block: MaskedBottleneck
+    mask: Tensor | None = None
+    folded: list | None = None
+
+    def dense(self, input: Tensor) -> Tensor:
+        """Every site, normalisation folded in."""
+        return self.block(input) if self.mask is None else dense_block(self.block, self.folded, input)
+
+
+def gated_resnet(energy: Tensor, density: float, blocks: Sequence[int] = (3, 4, 6, 3)) -> list[Step]:
+    """ResNet-50's bottlenecks, random weights. The first of a stage is computed everywhere, as it changes the shape.
+
+    The others look at less and less of the photo: the first at up to twice the density, on average at the density.
+    """
+    steps, channels = [], 64
+    for stage, count in enumerate(blocks):
+        width = 64 * 2**stage
+        pooled = F.avg_pool2d(energy, 4 * 2**stage)
+        group = f"stage {stage + 1}: {count} bottlenecks of {4 * width}"
+        for number in range(count):
+            stride, downsample = 1, None
+            if number == 0:
+                stride = 2 if stage else 1
+                downsample = nn.Sequential(
+                    nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+                )
+            block = MaskedBottleneck(channels, width, stride, downsample)
+            for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
+                nn.init.kaiming_normal_(conv.weight)
+            nn.init.constant_(block.bn3.weight, 0.2)  # the sum of many branches stays near one
+            block.eval().to(memory_format=torch.channels_last)
+            share = min(1.0, 2 * density * (count - number) / count)
+            threshold = pooled.flatten().kthvalue(max(1, round(pooled.numel() * (1 - share)))).values
+            chooses = () if number == 0 else (pooled > threshold, folded_layers(block))
+            steps.append(Step(group, block, *chooses))
+            channels = 4 * width
+    return steps
+
+
+def ponder(image: Tensor, density: float, blocks: Sequence[int] = (3, 4, 6, 3)) -> Result:
+    """Each block has a mask of its own; the ponder map adds them up over the photo.
+
+    The reference is the same network computed everywhere, each block's result being its input outside of the mask.
+    """
+    stem = Conv.random("stem", 3, 64, 7, 2)
+    start = channels_last(F.max_pool2d(torch.relu(stem.dense(channels_last(image))), 3, 2, 1))
+    steps = gated_resnet(gradient_energy(image), density, blocks)
+
+    def dense(watch: Stopwatch) -> None:
+        value = start
+        for step in steps:
+            value = watch(step.group, step.dense, value)
+
+    def sparse(watch: Stopwatch) -> None:
+        value = start
+        sites = watch(
+            "active sets", lambda: [step.mask is not None and dynconv.ActiveSites(step.mask) for step in steps]
+        )
+        for step, active in zip(steps, sites):
+            value = watch(step.group, step.block, value, active or None)
+
+    with dynconv.ponder_map() as record:
+        sparse(Stopwatch())
+    lines = {step.group: Line(step.group) for step in steps}
+    value = reference = start
+    for step in steps:
+        line = lines[step.group]
+        with FlopCounterMode(display=False) as counter:
+            everything = step.dense(reference)
+        line.dense_flops += counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            result = step.block(value, step.mask)
+        line.flops += counter.get_total_flops()
+        line.density += (1.0 if step.mask is None else step.mask.float().mean().item()) / blocks[int(step.group[6]) - 1]
+        if step.mask is not None:
+            everything = torch.where(step.mask, everything, reference)
+            bounded = bounded_block(step.block, step.folded, value, Arithmetic(torch.float32))
+            expected = torch.where(step.mask, bounded.value, value)
+            verdict = judge(result, expected, torch.where(step.mask, bounded.error, 0))
+            line.passed &= verdict.passed
+            line.of_bound = max(line.of_bound, verdict.worst)
+        line.error = (result - everything).abs().max().item()
+        line.largest = everything.abs().max().item()
+        value, reference = result, everything
+    result = _result(
+        list(lines.values()), alternate(dense, sparse), "active sets",
+        {"photo": image, "ponder": record.count(image.shape[2:]), "calls": len(record.masks)},
+    )  # fmt: skip
+    counted = record.count(image.shape[2:]) / len(record.masks)
+    result.notes.append(
+        f"a pixel is computed by {counted.mean():.0%} of {len(record.masks)} blocks, "
+        f"the least by {counted.min():.0%}, the most by {counted.max():.0%}"
+    )
+    return result
+
+
 def edit_stack() -> list[Conv]:
     """The resolutions and channels of a diffusion model's encoder (DDPM at 256 x 256)."""
     return [
@@ -314,7 +418,7 @@ def report(title: str, result: Result) -> None:
     shown = table(
         f"\n{title}",
         "<layers|active|dense ms|dynconv ms|ratio|ideal|max error|largest value|of its bound|<result",
-        "max error: against the dense network, with those of the layers before. of its bound: one layer by itself.",
+        "max error: against the dense network, with those of the layers before. of its bound: a layer or block alone.",
     )
     for line in [*result.lines, result.total]:
         if line is result.total:
@@ -346,7 +450,6 @@ def draw(title: str, result: Result, path: str) -> None:
         f"(ideal {result.total.ideal:.1f}x), {verdict}", fontsize=12,
     )  # fmt: skip
     image = result.pictures["photo"][0].permute(1, 2, 0).numpy()
-    mask = result.pictures["mask"][0, 0].bool().numpy()
     top = grid[0, 0].subgridspec(1, 2) if "before" in result.pictures else None
     ax = figure.add_subplot(top[1] if top else grid[0, 0])
     ax.imshow(image)
@@ -359,11 +462,14 @@ def draw(title: str, result: Result, path: str) -> None:
         ax.set_axis_off()
         panels = [result.pictures["masks"][i] for i in (0, -1)]
         names = [f"{m.shape[3]} x {m.shape[2]}: {m.float().mean():.1%} computed" for m in panels]
+    elif "mask" in result.pictures:
+        mask = result.pictures["mask"]
+        panels, names = [mask], [f"{mask.bool().float().mean():.0%} computed, the rest skipped"]
     else:
-        panels, names = [result.pictures["mask"]], [f"{mask.mean():.0%} computed, the rest skipped"]
-    below = grid[1, 0].subgridspec(1, len(panels))
+        panels, names = [], []
+        _draw_ponder(figure, figure.add_subplot(grid[1, 0]), image, result.pictures)
     for i, (panel, name) in enumerate(zip(panels, names)):
-        ax = figure.add_subplot(below[i])
+        ax = figure.add_subplot(grid[1, 0].subgridspec(1, len(panels))[i])
         shown = F.interpolate(panel.float(), image.shape[:2])[0, 0].bool().numpy()
         dimmed = image.mean(2, keepdims=True).repeat(3, 2) * 0.25
         ax.imshow(image * shown[..., None] + dimmed * ~shown[..., None])
@@ -390,11 +496,23 @@ def draw(title: str, result: Result, path: str) -> None:
     save(figure, path)
 
 
+def _draw_ponder(figure, ax, image, pictures: dict) -> None:
+    """The ponder map over the photo in grey, so that both are seen."""
+    calls = pictures["calls"]
+    ax.imshow(image.mean(2), cmap="gray")
+    drawn = ax.imshow(pictures["ponder"][0, 0].numpy(), cmap="inferno", alpha=0.65, vmin=0, vmax=calls)
+    figure.colorbar(drawn, ax=ax, fraction=0.03, pad=0.01)
+    ax.set_title(f"ponder map: how many of {calls} blocks computed a pixel", loc="left", fontsize=9)
+    ax.set_axis_off()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `demo`."""
-    parser.add_argument("--scene", choices=("attend", "edit", "both"), default="both")
+    parser.add_argument("--scene", choices=("attend", "ponder", "edit", "all"), default="all")
     parser.add_argument("--photo", choices=("china", "flower"), default="china")
-    parser.add_argument("--density", type=_share, default=0.25, help="attend: the share of the photo to compute")
+    parser.add_argument(
+        "--density", type=_share, default=0.25, help="attend, ponder: the share of the photo to compute"
+    )
     parser.add_argument("--edited", type=_share, default=0.05, help="edit: the share of the photo that changes")
     parser.add_argument("--out", metavar="DIR", default="dynconv-demo", help="for the pictures")
 
@@ -414,12 +532,14 @@ def main(arguments: argparse.Namespace) -> int:
     scenes = {
         "attend": ("Attend: a ResNet-50 that looks where the photo has detail",
                    lambda: attend(photo(arguments.photo), arguments.density)),
+        "ponder": ("Ponder: a ResNet-50 in which every block chooses its pixels",
+                   lambda: ponder(photo(arguments.photo), arguments.density)),
         "edit": ("Edit: cached layers follow a change of the photo",
                  lambda: edit(photo(arguments.photo, 256, 256), arguments.edited)),
     }  # fmt: skip
     passed = True
     for name, (title, run) in scenes.items():
-        if arguments.scene not in (name, "both"):
+        if arguments.scene not in (name, "all"):
             continue
         with console(stderr=True).status(f"{name} ..."):
             result = run()
