@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .calibration import execution
 from .cli import bench, demo, verify
 
 COMMANDS = {
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
     chosen = parser.parse_args(arguments)
-    return COMMANDS[chosen.command][0].main(chosen)
+    with execution("sparse"):  # what is calibrated here must not decide what is measured; commands may ask for more
+        return COMMANDS[chosen.command][0].main(chosen)
 
 
 if __name__ == "__main__":

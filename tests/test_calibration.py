@@ -115,6 +115,23 @@ def test_the_dense_way_keeps_nan_of_skipped_sites_out(target):
         assert torch.equal(clean, other)
 
 
+@pytest.mark.parametrize("epilogue", ["none", "relu", "silu", "residual", "gate"])
+def test_half_types_are_not_rounded_twice(epilogue):
+    """A dense convolution in half precision rounds before what follows it: only a clamp may follow."""
+    input, weight = torch.randn(1, 4, 6, 6).half(), torch.randn(4, 4, 1, 1).half()
+    mask = _mask(1, 1, 6, 6)
+    options = {"mask": mask}
+    if epilogue == "gate":
+        options["mask"] = mask * 0.3
+    elif epilogue == "residual":
+        options["residual"] = torch.randn(1, 4, 6, 6).half()
+    elif epilogue != "none":
+        options["activation"] = epilogue
+    with dynconv.backend("cpu"), dynconv.execution("dense"), torch.no_grad(), dynconv.explain() as explanation:
+        dynconv.masked_conv2d(input, weight, **options)
+    assert [decision.path for decision in explanation.decisions] == ["dense"] * (epilogue in ("none", "relu"))
+
+
 def _block(name: str):
     torch.manual_seed(0)
     made = {

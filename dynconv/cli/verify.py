@@ -22,6 +22,7 @@ from .layers import MASKS
 
 BACKENDS = ("cpu", "triton")
 # "tf32" is float32 with the switch that F.conv2d obeys turned on.
+WAYS = ("sparse", "dense")
 DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16")
 
 
@@ -236,8 +237,13 @@ def cases_of(quick: bool) -> list[tuple[type, Sequence]]:
     return [(kind, [case for case in kind.cases if not quick or case.name in QUICK]) for kind in OPERATIONS]
 
 
-def verify(backend: str, dtype: str, operations: Sequence[tuple[type, Sequence]]) -> Iterator[Row]:
-    """Compare every op with the reference; a row for each quantity. An exception is a failure of that case."""
+def verify(
+    backend: str, dtype: str, operations: Sequence[tuple[type, Sequence]], ways: Sequence[str] = WAYS
+) -> Iterator[Row]:
+    """Compare every op with the reference; a row for each quantity. An exception is a failure of that case.
+
+    Each case runs in each of the ways, "sparse" and "dense", that `dynconv.execution` can force.
+    """
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     for operation, cases in operations:
@@ -246,21 +252,27 @@ def verify(backend: str, dtype: str, operations: Sequence[tuple[type, Sequence]]
             checked = operation(case, kind, device)
             with _tf32(dtype == "tf32"):
                 checked.expect(lambda gated=False: arithmetic(kind, device, gated), backend)
-            try:
-                # Memory that an op does not write holds NaN, so an element it forgets is seen.
-                with dynconv.backend(backend), _tf32(dtype == "tf32"), _poisoned_memory():
-                    actual = checked.actual()
-            except Exception as error:
-                actual = {}
-                reason = f"{type(error).__name__}: {error}"
-            for quantity, value in checked.expected.items():
-                made = Row(checked.op, backend, dtype, quantity, checked.source(quantity))
-                row = rows.setdefault((checked.op, quantity), made)
-                if quantity not in actual:
-                    row.add(case.name, Verdict(float("inf"), 0.0, float("inf"), False), 0, reason)
-                    continue
-                tensors = value if isinstance(value, tuple) else (value,)
-                row.add(case.name, checked.judge(quantity, actual[quantity]), sum(t.numel() for t in tensors))
+            for way in ways:
+                try:
+                    # Memory that an op does not write holds NaN, so an element it forgets is seen.
+                    with (
+                        dynconv.backend(backend),
+                        dynconv.execution(way),
+                        _tf32(dtype == "tf32"),
+                        _poisoned_memory(),
+                    ):
+                        actual = checked.actual()
+                except Exception as error:
+                    actual = {}
+                    reason = f"{type(error).__name__}: {error}"
+                for quantity, value in checked.expected.items():
+                    made = Row(checked.op, backend, dtype, quantity, checked.source(quantity))
+                    row, name = rows.setdefault((checked.op, quantity), made), f"{case.name} ({way})"
+                    if quantity not in actual:
+                        row.add(name, Verdict(float("inf"), 0.0, float("inf"), False), 0, reason)
+                        continue
+                    tensors = value if isinstance(value, tuple) else (value,)
+                    row.add(name, checked.judge(quantity, actual[quantity]), sum(t.numel() for t in tensors))
         yield from rows.values()
 
 
@@ -298,6 +310,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     few, all = (sum(len(cases) for _, cases in cases_of(quick)) for quick in (True, False))
     parser.add_argument("--quick", action="store_true", help=f"{few} cases of {all}")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of execution, forced in turn")
     parser.add_argument("--json", metavar="FILE", help="write every row there")
 
 
@@ -319,7 +332,7 @@ def main(arguments: argparse.Namespace) -> int:
                 skipped.append({"backend": backend, "dtype": dtype, "reason": reason})
                 continue
             status.update(f"{backend} {dtype}")
-            made = list(verify(backend, dtype, cases_of(arguments.quick)))
+            made = list(verify(backend, dtype, cases_of(arguments.quick), arguments.ways))
             rows += made
             for row in made:
                 result = "[green]PASS" if row.passed else "[red]FAIL"

@@ -233,6 +233,15 @@ class _Forward(_Call):
         super().__init__(operands, geometry)
         self.epilogue, self.out = epilogue, out
 
+    @property
+    def has_choice(self) -> bool:
+        """Half types are rounded once, and a dense convolution rounds before a gate, a residual or a curve."""
+        residual, _, activation = self.epilogue
+        is_half = self.operands[0].element_size() == 2
+        if is_half and not (self.operands[-1] is residual is None and activation in ("none", "relu", "relu6")):
+            return False
+        return super().has_choice
+
     def key(self) -> tuple:
         residual, inactive, activation = self.epilogue
         what = "conv in place" if self.out is not None else "conv"
