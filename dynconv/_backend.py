@@ -48,6 +48,30 @@ def backend_for(device: torch.device) -> str:
     return name
 
 
+def unwatched(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op on these tensors may run as the function behind it, without PyTorch's dispatcher.
+
+    Nobody compiles, traces, profiles or intercepts, and no gradient is asked for. The dispatcher takes about 10 us for
+    a call that passes it twice, Autograd and all, which small layers notice.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+        return False
+    if torch.autograd._profiler_enabled():
+        return False
+    is_grad_enabled = torch.is_grad_enabled()
+    return all(
+        t is None
+        or (
+            type(t) in (torch.Tensor, torch.nn.Parameter)
+            and (t.is_cpu or t.is_cuda)
+            and not (is_grad_enabled and t.requires_grad)
+        )
+        for t in tensors
+    )
+
+
 @functools.cache
 def module(name: str):
     """A module of this package by its relative name, imported at its first use.

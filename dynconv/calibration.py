@@ -70,6 +70,7 @@ class Call(Protocol):
 
     count: Tensor  # int32 [1]: active sites
     sites: int  # all of them
+    has_choice: bool  # whether there is a dense way for these operands
 
     def key(self) -> tuple:
         """What the times depend on beside the density, in numbers, bools and strings."""
@@ -177,10 +178,12 @@ def run(execution: str, call: Call):
     global _tables
     if _tables is None:
         _tables = _read()
-    if call.sites == 0:
+    if not _explanations and (
+        execution == "sparse" or (execution == "automatic" and not _tables and _recorded is None)
+    ):
+        return call.sparse()  # forced, or nothing to go by
+    if call.sites == 0 or not call.has_choice:
         return call.sparse()
-    if execution == "automatic" and not _tables and _recorded is None and not _explanations:
-        return call.sparse()  # nothing to go by
     if execution != "automatic":
         decision = Decision("", execution, "forced", None, None, None)
     else:

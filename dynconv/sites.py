@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from ._backend import backend_for, module
+from ._backend import backend_for, module, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -211,7 +211,8 @@ class ActiveSites:
         self._backend = backend_for(mask.device)
         if self._backend == "reference":
             self._backend = "cpu" if mask.device.type == "cpu" else "triton"
-        self.index, self.count = torch.ops.dynconv.compact(self.mask, self._backend)
+        compact = _compact if unwatched(mask) else torch.ops.dynconv.compact
+        self.index, self.count = compact(self.mask, self._backend)
         self._inverse: list[Tensor] = []
         # Lists, not dicts: hashing a symbolic size would tie a compiled graph to that size.
         self._tables: list[tuple] = []

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import dynconv
+from dynconv import _timing as timing
 from dynconv.__main__ import main
-from dynconv.cli import bounds, chains, demo, extra, scaling, timing, verify
+from dynconv.cli import bounds, chains, demo, extra, scaling, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
 from dynconv.cli.layers import LAYERS, Block, Layer, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck

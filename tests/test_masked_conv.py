@@ -825,3 +825,54 @@ def test_backends_agree():
             results.append([t.cpu() for t in run(masked_conv2d, moved, grad.to(target.device), geometry, mask)])
     for one, two in itertools.pairwise(results):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+class TestDispatch:
+    """Calls that nobody watches skip PyTorch's dispatcher; whoever watches sees the ops."""
+
+    def call(self, **options):
+        return masked_conv2d(torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3), padding=1, **options)
+
+    def test_profilers_see_the_ops(self):
+        mask = random_mask(1, 6, 6)
+        with dynconv.backend("cpu"), torch.no_grad(), torch.profiler.profile() as profile:
+            self.call(mask=mask)
+            self.call(mask=mask, out=torch.zeros(1, 4, 6, 6).contiguous(memory_format=torch.channels_last))
+        seen = {event.key for event in profile.key_averages()}
+        assert {"dynconv::compact", "dynconv::masked_conv2d", "dynconv::masked_conv2d_"} <= seen
+
+    def test_modes_see_the_ops(self):
+        seen = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                seen.append(str(function))
+                return function(*arguments, **(options or {}))
+
+        with dynconv.backend("cpu"), torch.no_grad(), Watch():
+            self.call(mask=random_mask(1, 6, 6))
+        assert {"dynconv.compact.default", "dynconv.masked_conv2d.default"} <= set(seen)
+
+    def test_otherwise_they_run_directly(self, monkeypatch):
+        def refused(*arguments):
+            raise AssertionError("through the dispatcher")
+
+        monkeypatch.setattr(torch.ops.dynconv, "masked_conv2d", refused)
+        with dynconv.backend("cpu"):
+            with torch.no_grad():
+                self.call(mask=random_mask(1, 6, 6))
+            with pytest.raises(AssertionError, match="through the dispatcher"):
+                masked_conv2d(
+                    torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3).requires_grad_(), padding=1,
+                    mask=random_mask(1, 6, 6),
+                )  # fmt: skip
+
+    def test_an_update_in_place_is_noticed_either_way(self):
+        with dynconv.backend("cpu"):
+            out = torch.zeros(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(4, requires_grad=True)
+            product = (out * weight.view(1, 4, 1, 1)).sum()  # saves `out`
+            with torch.no_grad():
+                self.call(mask=random_mask(1, 6, 6), out=out)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()

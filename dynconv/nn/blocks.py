@@ -95,8 +95,6 @@ class MaskedBlock(nn.Module):
             return self._packed(features, layers, sites, sizes, geometries, inplace)
         _check_sites(sites, input, layers)
         call = _BlockCall(self, features, layers, sites, inplace, used, (sizes, geometries))
-        if any(geometry.padding != geometry.padding_end for geometry in geometries):
-            return call.sparse()
         return calibration.run(calibration.mode(), call)
 
     def _packed(
@@ -249,6 +247,11 @@ class _BlockCall:
         self.block, self.input, self.layers, self.active = block, input, layers, sites
         self.inplace, self.used, self.shapes = inplace, used, shapes
         self.count, self.sites = sites.count, sites.capacity
+
+    @property
+    def has_choice(self) -> bool:
+        """F.conv2d pads both sides alike."""
+        return all(layer.geometry.padding == layer.geometry.padding_end for layer in self.layers)
 
     def key(self) -> tuple:
         block, layers = self.block, []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._backend import module
+from .._backend import module, unwatched
 from .._geometry import Geometry
 from ..sites import ActiveSites
 from ._common import channels_last, gate_of, in_rows
@@ -148,7 +148,8 @@ def masked_chain(
         [tensor for layer in layers for tensor in layer.prepared], geometry,
         [layer.activation or "none" for layer in layers],
     )  # fmt: skip
+    is_unwatched = unwatched(input, sites.mask, residual, inactive)
     if inplace:
-        torch.ops.dynconv.masked_chain_(input, *operands)
+        (_in_place if is_unwatched else torch.ops.dynconv.masked_chain_)(input, *operands)
         return input
-    return torch.ops.dynconv.masked_chain(input, *operands, residual, inactive)
+    return (_chain if is_unwatched else torch.ops.dynconv.masked_chain)(input, *operands, residual, inactive)

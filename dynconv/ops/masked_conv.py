@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import calibration, reference
-from .._backend import backend_for, module
+from .._backend import backend_for, module, unwatched
 from .._geometry import Geometry, IntPair, Padding, is_depthwise
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
@@ -100,7 +101,7 @@ def _forward(
     if packed:
         return _sparse(*operands, residual, inactive, activation, packed, *geometry)
     call = _Forward(operands, (residual, inactive, activation), None, geometry)
-    return calibration.run(execution, call) if call.has_choice else call.sparse()
+    return calibration.run(execution, call)
 
 
 def _sparse(
@@ -122,10 +123,7 @@ def _backward(
     grad, input = in_rows(grad), in_rows(input)
     operands = (input, weight, bias, mask, index, count, shared, source, gate)
     call = _Backward(operands, grad, wanted, (stride, padding, dilation, groups, backend))
-    # A gate's gradient needs the convolution's own result: only the sparse way keeps the cost of that down.
-    has_choice = grad.dim() == 4 and not wanted[3] and call.has_choice
-    grads = calibration.run(execution, call) if has_choice else call.sparse()
-    return tuple(grad.new_empty(0) if g is None else g for g in grads)
+    return tuple(grad.new_empty(0) if g is None else g for g in calibration.run(execution, call))
 
 
 def _cpu_backward(
@@ -277,6 +275,11 @@ class _Backward(_Call):
         super().__init__(operands, geometry)
         self.grad, self.wanted = grad, wanted
 
+    @property
+    def has_choice(self) -> bool:
+        """A gate's gradient needs the convolution's own result: only the sparse way has that at hand."""
+        return self.grad.dim() == 4 and not self.wanted[3] and super().has_choice
+
     def key(self) -> tuple:
         return "conv backward", *self._key(), *self.wanted
 
@@ -325,7 +328,7 @@ def _in_place(
     operands = (input, weight, bias, mask, index, count, shared, source, gate)
     *geometry, execution = geometry
     call = _Forward(operands, (out if accumulate else residual, None, activation), out, geometry)
-    calibration.run(execution, call) if call.has_choice else call.sparse()
+    calibration.run(execution, call)
     torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice
 
 
@@ -508,7 +511,7 @@ def masked_conv2d(
     shape = (samples, weight.shape[0], *size)
     check_result("inactive", inactive, shape, tensor)
     check_result("out", out, shape, tensor)
-    sites = _sites(mask, tensor, source, shape, geometry)
+    sites = _sites(mask, tensor, source, shape)
     if sites is None and (packed or source is not None):
         raise ValueError("mask: expected sites for packed features, got None")
     if packed and inactive is not None:
@@ -538,13 +541,15 @@ def masked_conv2d(
     if out is not None:
         accumulate = addend is not None and addend.data_ptr() == out.data_ptr()
         addend = None if accumulate else addend
-        torch.ops.dynconv.masked_conv2d_(out, *operands, gate, addend, accumulate, kind, *where)
+        run = _in_place if unwatched(out, tensor, weight, bias, gate, addend) else torch.ops.dynconv.masked_conv2d_
+        run(out, *operands, gate, addend, accumulate, kind, *where)
         return out
     if (addend is not None or activation) and _needs_grad(tensor, weight, bias, gate, addend, inactive):
         rows = torch.ops.dynconv.masked_conv2d(*operands, None, None, None, "none", True, *where)
         features = PackedFeatures(rows, sites)
         return epilogue(features, activation=activation, residual=residual, inactive=inactive, packed=packed)
-    result = torch.ops.dynconv.masked_conv2d(*operands, gate, addend, inactive, kind, packed, *where)
+    run = _forward if unwatched(tensor, weight, bias, gate, addend, inactive) else torch.ops.dynconv.masked_conv2d
+    result = run(*operands, gate, addend, inactive, kind, packed, *where)
     return PackedFeatures(result, sites) if packed else result
 
 
@@ -644,8 +649,21 @@ def _check_operands(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
-    return geometry, geometry.output_size(*input.shape[2:])
+    where = (tuple(weight.shape[2:]), stride, padding, dilation, *input.shape[2:])
+    if torch.compiler.is_compiling():  # hashing a symbolic size would tie the graph to it
+        return _placed(*where)
+    try:
+        return _placed_before(*where)
+    except TypeError:  # lists, and what is refused
+        return _placed(*where)
+
+
+def _placed(kernel, stride, padding, dilation, height, width) -> tuple[Geometry, tuple[int, int]]:
+    geometry = Geometry.of(kernel, stride, padding, dilation)
+    return geometry, geometry.output_size(height, width)
+
+
+_placed_before = functools.lru_cache(1024, typed=True)(_placed)
 
 
 def _check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -659,7 +677,6 @@ def _sites(
     input: Tensor,
     source: ActiveSites | None,
     shape: tuple[int, ...],
-    geometry: Geometry,
 ) -> ActiveSites | None:
     if mask is None:
         return None
@@ -669,5 +686,7 @@ def _sites(
         raise ValueError(f"mask: expected sites of {list(size)} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
         raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
-    sites._check(tuple(input.shape[2:]) if source is None else source.shape[1:], geometry)
+    height, width = input.shape[2:] if source is None else source.shape[1:]
+    if shape[0] * height * width >= 2**31:
+        raise ValueError(f"input: expected fewer than 2^31 pixels, got {shape[0]} x {[height, width]}")
     return sites
