@@ -11,6 +11,7 @@ import pytest
 import torch
 from layers import LAYERS, modes_of
 
+from dynconv import execution
 from dynconv.cli.bench import DENSITIES, MODES, check_mode, prepare
 
 FULL = os.environ.get("DYNCONV_BENCHMARKS") == "full"
@@ -57,7 +58,7 @@ def test_masked_conv2d(layer, density, mode, group, who, benchmark):
     mask = layer.active(density, "blob", bench.batch, bench.generator)
     benchmark.group = group
     benchmark.extra_info.update(density=mask.float().mean().item(), ideal=1 / mask.float().mean().item())
-    call = CALLS[who](bench, check, mask, mode)
-    call()
-    with torch.set_grad_enabled(mode == "backward"):
+    with execution("sparse"), torch.set_grad_enabled(mode == "backward"):  # whatever is calibrated here
+        call = CALLS[who](bench, check, mask, mode)
+        call()
         benchmark.pedantic(call, rounds=7, warmup_rounds=1)
