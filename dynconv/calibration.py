@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ._masks import blob_mask
 from ._timing import cpu_model, take_turns
 from ._version import __version__
+from .sites import ActiveSites
 
 MODES = ("automatic", "sparse", "dense")
 DENSITIES = (0.05, 0.25, 0.5, 0.75, 1.0)
@@ -123,13 +124,13 @@ class Times:
 class Decision:
     """How one call was run, and why. Times in milliseconds; None where nothing was measured."""
 
-    call: str
     path: str  # "sparse" or "dense"
     reason: str
-    density: float | None
-    predicted_sparse: float | None
-    predicted_dense: float | None
+    density: float | None = None
+    predicted_sparse: float | None = None
+    predicted_dense: float | None = None
     measured: float | None = None
+    call: str = ""
 
     def __str__(self) -> str:
         def cell(value: float | None, digits: int) -> str:
@@ -185,7 +186,7 @@ def run(execution: str, call: Call):
     if call.sites == 0 or not call.has_choice:
         return call.sparse()
     if execution != "automatic":
-        decision = Decision("", execution, "forced", None, None, None)
+        decision = Decision(execution, "forced")
     else:
         decision = _decide(call)
     way = call.dense if decision.path == "dense" else call.sparse
@@ -209,18 +210,16 @@ def _decide(call: Call) -> Decision:
     key = call.key()
     if _recorded is not None:
         _recorded.setdefault(key, call)
-        return Decision("", "sparse", "being calibrated", None, None, None)
+        return Decision("sparse", "being calibrated")
     times = _tables.get(machine(call.count.device), {}).get(key)
     if times is None:
-        return Decision("", "sparse", "not calibrated", None, None, None)
+        return Decision("sparse", "not calibrated")
     count = _count(key, call.count)
     if count is None:
-        return Decision("", "sparse", "no count has arrived yet", None, None, None)
+        return Decision("sparse", "no count has arrived yet")
     density = count / max(1, call.sites)
     sparse, dense = times.predict(density)
-    if dense < sparse:
-        return Decision("", "dense", "faster at this density", density, sparse, dense)
-    return Decision("", "sparse", "faster at this density", density, sparse, dense)
+    return Decision("dense" if dense < sparse else "sparse", "faster at this density", density, sparse, dense)
 
 
 def _count(key: tuple, count: Tensor) -> int | None:
@@ -387,12 +386,8 @@ def _measured(call: Call, densities: Sequence[float], seconds: float) -> Times:
     return Times(call.name(), list(densities), sparse, dense)
 
 
-def blobs(shape: Sequence[int], density: float, device: torch.device) -> Tensor:
-    """A bool mask [N, 1, H, W] with about that share of its sites active, in blobs as real masks are."""
-    samples, _, height, width = shape
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(samples, 1, max(2, height // 8), max(2, width // 8), generator=generator)
-    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).flatten()
-    mask = torch.zeros(smooth.numel(), dtype=torch.bool)
-    mask[smooth.topk(round(density * smooth.numel())).indices] = True
-    return mask.view(samples, 1, height, width).to(device)
+def sites_at(density: float, like: Tensor) -> ActiveSites:
+    """Sites for a bool mask of the shape of `like` [N, 1, H, W], about that share of them active, in blobs."""
+    samples, _, height, width = like.shape
+    mask = blob_mask(samples, height, width, density, torch.Generator().manual_seed(0))
+    return ActiveSites._of(mask.to(like.device))

@@ -334,6 +334,9 @@ class ActiveSites:
                 f"mask: expected {list(geometry.output_size(*input_size))} sites for that convolution over an input "
                 f"of {list(input_size)}, got {list(self.shape[1:])}"
             )
+        self._check_pixels(input_size)
+
+    def _check_pixels(self, input_size: tuple[int, int]) -> None:
         if self.shape[0] * input_size[0] * input_size[1] >= 2**31:
             raise ValueError(f"input: expected fewer than 2^31 pixels, got {self.shape[0]} x {list(input_size)}")
 

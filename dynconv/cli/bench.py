@@ -227,11 +227,10 @@ def measure(
 
 
 def _each_once(bench: Bench, mask: Tensor, modes: Sequence[str]) -> None:
-    if "plain" in modes:
-        with torch.no_grad():
+    with torch.no_grad():
+        if "plain" in modes:
             bench.sparse(0, mask)
-    if "in-place" in modes:
-        with torch.no_grad():
+        if "in-place" in modes:
             bench.sparse(0, bench.compact(mask), bench.cache())
     if "backward" in modes:
         bench.gradients(bench.sparse, 0, mask)

@@ -21,8 +21,8 @@ from .environment import environment, is_installed, write_json
 from .layers import MASKS
 
 BACKENDS = ("cpu", "triton")
-# "tf32" is float32 with the switch that F.conv2d obeys turned on.
 WAYS = ("sparse", "dense")
+# "tf32" is float32 with the switch that F.conv2d obeys turned on.
 DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16")
 
 

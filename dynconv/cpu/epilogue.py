@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from ._common import LARGE, SERIAL, address, array, ceil, clear, fill_all, fill_skipped, filling
+from ._common import SERIAL, address, array, ceil, clear, fill_all, fill_skipped, filling
 from ._llvm import ACTIVATIONS, fetch_add, fill_elements, finish_row, load, slope_row, store
 from ._threads import compute_type, kernel, workers
 
@@ -264,7 +264,7 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
 def settle(result: Tensor, index: Tensor, count: Tensor, inactive: Tensor | None, out: Tensor | None) -> None:
     """Overwrite the skipped sites of a dense `result`, or copy its active sites into `out`; all channels_last."""
     active, channels = int(count), result.shape[1]
-    sites = result.numel() // max(1, channels)
+    _, _, sites, is_large = filling(result, inactive, False)
     target, source = (result, inactive) if out is None else (out, result)
     if active == 0:
         fill_all(target, source, out is not None)
@@ -275,6 +275,5 @@ def settle(result: Tensor, index: Tensor, count: Tensor, inactive: Tensor | None
         return
     threads = workers(result.numel() // SERIAL)
     chunk = max(_BLOCK, ceil(active, 8 * threads))
-    is_large = result.numel() * result.element_size() > LARGE
     sizes = (active, sites, channels, chunk, out is not None, is_large)
     _run_settle(result.dtype, threads, target.data_ptr(), address(source), index.data_ptr(), *sizes)

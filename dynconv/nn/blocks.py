@@ -291,10 +291,9 @@ class _BlockCall:
             return settle(value, sites.mask, sites.index, sites.count, gate, shortcut, inactive, activation, out)
 
     def at(self, density: float) -> _BlockCall:
-        mask = calibration.blobs(self.active.mask.shape, density, self.input.device)
-        sites = ActiveSites._of(mask)
+        sites = calibration.sites_at(density, self.active.mask)
         if self.active.gate is not None:
-            sites.gate = mask.to(self.active.gate.dtype)
+            sites.gate = sites.mask.to(self.active.gate.dtype)
         input = self.input.clone(memory_format=torch.preserve_format)
         return _BlockCall(self.block, input, self.layers, sites, self.inplace, self.used, self.shapes)
 

@@ -130,7 +130,9 @@ def _cpu_backward(
     grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
 ):
     reads = _reads(input, weight, mask, source, stride, padding, dilation)
-    table = _table(reads, index, count, shared)
+    # A depthwise filter's own gradient alone reads a table.
+    needs_table = wanted[1] or not is_depthwise(weight.shape, groups)
+    table = _table(reads, index, count, shared) if needs_table else None
     readers, pixels = None, source[1:]
     if wanted[0] and is_depthwise(weight.shape, groups) and len(shared) > 1:
         readers, *pixels = shared[1:]
@@ -214,7 +216,7 @@ class _Call:
 
     def _operands_at(self, density: float) -> tuple:
         input, weight, bias, mask, _, _, shared, source, gate = self.operands
-        sites = ActiveSites._of(calibration.blobs(mask.shape, density, mask.device))
+        sites = calibration.sites_at(density, mask)
         if shared:
             stride, padding, dilation, _, backend = self.geometry
             geometry = Geometry.of(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
@@ -686,7 +688,5 @@ def _sites(
         raise ValueError(f"mask: expected sites of {list(size)} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
         raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
-    height, width = input.shape[2:] if source is None else source.shape[1:]
-    if shape[0] * height * width >= 2**31:
-        raise ValueError(f"input: expected fewer than 2^31 pixels, got {shape[0]} x {[height, width]}")
+    sites._check_pixels(tuple(input.shape[2:]) if source is None else source.shape[1:])
     return sites
