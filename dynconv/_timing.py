@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,10 @@ def take_turns(
             rounds[name] = sets * max(1, min(MOST_CALLS, round(CPU_SAMPLE / max(once * sets, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
+    order = random.Random(0)
     for turn in range(repeats):
-        # Every call is the first after every other one at times: none always finds the same data in the cache.
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        # Any call comes after any other one: none always finds the same data in the cache.
+        for name in order.sample(names, len(names)):
             samples[name].append(measure(calls[name], sets, rounds[name]))
         if turn + 1 >= LEAST_SAMPLES and time.perf_counter() > end:
             break

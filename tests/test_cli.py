@@ -1,10 +1,12 @@
 """`python -m dynconv`: what is right passes, what is wrong fails, and the numbers are what they say."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -150,11 +152,18 @@ def test_quantiles():
 
 def test_calls_take_turns():
     order = []
-    calls = {name: lambda _, name=name: order.append(name) for name in "ab"}
+    calls = {name: lambda _, name=name: order.append(name) for name in "abc"}
     taken = timing.take_turns(calls, "cpu", repeats=8, seconds=0)
-    warm_up, samples = "aaabbb", "".join(name * timing.MOST_CALLS for name in "abbaabbaab")
-    assert "".join(order) == warm_up + samples
     assert taken["a"].samples == timing.LEAST_SAMPLES
+    assert order[:9] == [*"aaabbbccc"]  # the warm-up
+    samples = order[9 :: timing.MOST_CALLS]
+    assert order[9:] == [name for name in samples for _ in range(timing.MOST_CALLS)]
+    assert all(sorted(samples[turn : turn + 3]) == [*"abc"] for turn in range(0, len(samples), 3))
+    order.clear()
+    timing.take_turns(calls, "cpu", repeats=40, seconds=60)
+    samples = order[9 :: timing.MOST_CALLS]
+    before = Counter(itertools.pairwise(samples))
+    assert all(before[one, other] > 5 for one in "abc" for other in "abc" if one != other)
     with pytest.raises(ValueError, match="repeats"):
         timing.take_turns(calls, "cpu", repeats=0)
 
