@@ -21,7 +21,7 @@ from ._llvm import (
     store,
 )
 
-LARGE = 1 << 24  # bytes that are not worth keeping in a cache
+LARGE = 1 << 21  # bytes of an output whose zeros are not worth a place in the cache
 SERIAL = 1 << 15  # elements that a second thread has to save before it is worth waking
 
 
