@@ -38,6 +38,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced_backend() -> str | None:
+    """The backend of the innermost `backend` block, or of the environment variable."""
+    return _forced
+
+
 def backend_for(device: torch.device) -> str:
     """The backend that runs an op on tensors of that device; raises ValueError where the forced one cannot."""
     name = _forced or ("cpu" if device.type == "cpu" else "triton")
@@ -61,15 +66,14 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
     if torch.autograd._profiler_enabled():
         return False
     is_grad_enabled = torch.is_grad_enabled()
-    return all(
-        t is None
-        or (
-            type(t) in (torch.Tensor, torch.nn.Parameter)
-            and (t.is_cpu or t.is_cuda)
-            and not (is_grad_enabled and t.requires_grad)
-        )
-        for t in tensors
-    )
+    for tensor in tensors:  # a loop, not all(): a generator costs more than all that it does here
+        if tensor is not None and (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or (is_grad_enabled and tensor.requires_grad)
+            or not (tensor.is_cpu or tensor.is_cuda)
+        ):
+            return False
+    return True
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 import warnings
@@ -66,15 +67,19 @@ def mode() -> str:
     return _mode
 
 
+def version() -> tuple:
+    """What else the way of a call goes by, beside itself and its mask."""
+    return _mode, _version, bool(_explanations), _recorded is None
+
+
 class Call(Protocol):
     """A masked layer or block with its operands, and the two ways to run it."""
 
-    count: Tensor  # int32 [1]: active sites
-    sites: int  # all of them
+    active: ActiveSites  # or what has its mask, index, count and length
     has_choice: bool  # whether there is a dense way for these operands
 
     def key(self) -> tuple:
-        """What the times depend on beside the density, in numbers, bools and strings."""
+        """What the times and `has_choice` depend on beside the density, in numbers, bools and strings."""
 
     def name(self) -> str:
         """The same for people, in short."""
@@ -108,7 +113,7 @@ class Times:
         share = min(1.0, max(0.0, (density - points[left]) / span)) if span else 0.0
         return tuple(times[left] + share * (times[right] - times[left]) for times in (self.sparse, self.dense))
 
-    @property
+    @functools.cached_property
     def crossover(self) -> float | None:
         """The lowest density from which on dense is faster; None where it never is."""
         gaps = [sparse - dense for sparse, dense in zip(self.sparse, self.dense, strict=True)]
@@ -157,6 +162,7 @@ _recorded: dict[tuple, Call] | None = None
 _tables: dict[str, dict[tuple, Times]] | None = None  # by machine; None: not read yet
 _arriving: dict[tuple, tuple[Tensor, object]] = {}  # counts on their way from the GPU, and the events to ask
 _known: dict[tuple, int] = {}
+_version = 0
 
 
 @contextmanager
@@ -176,30 +182,58 @@ def explain() -> Iterator[Explanation]:
 
 def run(execution: str, call: Call):
     """The call's result by its faster way, or the forced one."""
-    global _tables
-    if _tables is None:
-        _tables = _read()
-    if not _explanations and (
-        execution == "sparse" or (execution == "automatic" and not _tables and _recorded is None)
-    ):
-        return call.sparse()  # forced, or nothing to go by
-    if call.sites == 0 or not call.has_choice:
+    _load()
+    if _explanations or _recorded is not None:
+        return _watched(execution, call)
+    # From here on little is done: layers of a tenth of a millisecond notice each line.
+    if execution == "sparse" or (execution == "automatic" and not _tables):
         return call.sparse()
-    if execution != "automatic":
-        decision = Decision(execution, "forced")
-    else:
-        decision = _decide(call)
+    if execution == "dense":
+        return call.dense() if _has_choice(call) else call.sparse()
+    key = call.key()
+    times = _times(key, call)
+    if times is None or times.crossover is None:
+        return call.sparse()
+    count = _count(key, call.active)
+    is_dense = count is not None and count >= times.crossover * call.active.mask.numel()
+    return call.dense() if is_dense else call.sparse()
+
+
+def least_dense(call: Call) -> float | None:
+    """The active sites from which on such a call goes the dense way; None where each one has to be looked at."""
+    if _explanations or _recorded is not None:
+        return None
+    if _mode == "sparse" or not _has_choice(call):
+        return math.inf
+    if _mode == "dense":
+        return 0
+    _load()
+    times = _times(call.key(), call)
+    return math.inf if times is None or times.crossover is None else times.crossover * call.active.mask.numel()
+
+
+def _watched(execution: str, call: Call):
+    """The same, told to those who calibrate or want it explained."""
+    if not _has_choice(call):
+        return call.sparse()
+    decision = _decide(call) if execution == "automatic" else Decision(execution, "forced")
     way = call.dense if decision.path == "dense" else call.sparse
-    if not _explanations:
-        return way()
-    return _explained(call, decision, way)
+    return _explained(call, decision, way) if _explanations else way()
+
+
+def _has_choice(call: Call) -> bool:
+    return call.active.mask.numel() > 0 and call.has_choice
+
+
+def _times(key: tuple, call: Call) -> Times | None:
+    return _tables.get(machine(call.active.mask.device), {}).get(key)
 
 
 def _explained(call: Call, decision: Decision, way: Callable):
     decision.call = call.name()
     begin = time.perf_counter()
     result = way()
-    if call.count.device.type == "cpu":
+    if call.active.mask.device.type == "cpu":
         decision.measured = (time.perf_counter() - begin) * 1e3
     for explanation in _explanations:
         explanation.decisions.append(decision)
@@ -211,24 +245,24 @@ def _decide(call: Call) -> Decision:
     if _recorded is not None:
         _recorded.setdefault(key, call)
         return Decision("sparse", "being calibrated")
-    times = _tables.get(machine(call.count.device), {}).get(key)
+    times = _times(key, call)
     if times is None:
         return Decision("sparse", "not calibrated")
-    count = _count(key, call.count)
+    count = _count(key, call.active)
     if count is None:
         return Decision("sparse", "no count has arrived yet")
-    density = count / max(1, call.sites)
-    sparse, dense = times.predict(density)
-    return Decision("dense" if dense < sparse else "sparse", "faster at this density", density, sparse, dense)
+    density = count / call.active.mask.numel()
+    is_dense = times.crossover is not None and density >= times.crossover
+    return Decision("dense" if is_dense else "sparse", "faster at this density", density, *times.predict(density))
 
 
-def _count(key: tuple, count: Tensor) -> int | None:
+def _count(key: tuple, active: ActiveSites) -> int | None:
     """The active sites; of an earlier call of this key where the count is not on the CPU, None where none is known."""
-    if count.device.type == "cpu":
-        return int(count)
+    if active.mask.device.type == "cpu":
+        return len(active)
     if torch.cuda.is_current_stream_capturing():
         return None
-    return _latest(key, count, torch.cuda.Event)
+    return _latest(key, active.count, torch.cuda.Event)
 
 
 def _latest(key: tuple, count: Tensor, event_type: Callable) -> int | None:
@@ -266,6 +300,12 @@ def calibration_file() -> Path:
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynconv" / "calibration.json"
+
+
+def _load() -> None:
+    global _tables
+    if _tables is None:
+        _tables = _read()
 
 
 def _read() -> dict[str, dict[tuple, Times]]:
@@ -330,7 +370,7 @@ def calibrate(
 
     Raises ValueError where a density is not in (0, 1] or `run` has no masked call with a dense way.
     """
-    global _recorded, _tables
+    global _recorded, _tables, _version
     densities = sorted(set(densities))
     if not densities or not 0 < densities[0] <= densities[-1] <= 1:
         raise ValueError(f"densities: expected numbers above 0 and at most 1, got {densities}")
@@ -350,8 +390,9 @@ def calibrate(
         if progress is not None:
             progress(number, len(recorded), call.name())
         times = _measured(call, densities, seconds)
-        _tables.setdefault(machine(call.count.device), {})[key] = times
+        _tables.setdefault(machine(call.active.mask.device), {})[key] = times
         crossovers[times.name] = times.crossover
+    _version += 1
     if store:
         _write()
     return crossovers
@@ -367,15 +408,16 @@ def _merged(*tables: dict[str, dict[tuple, Times]]) -> dict[str, dict[tuple, Tim
 
 def forget() -> None:
     """Drop what this process knows; the file, if there is one, is read again at the next call."""
-    global _tables
+    global _tables, _version
     _tables = None
+    _version += 1
     _arriving.clear()
     _known.clear()
 
 
 def _measured(call: Call, densities: Sequence[float], seconds: float) -> Times:
     sparse, dense = [], []
-    device = call.count.device.type
+    device = call.active.mask.device.type
     with torch.no_grad():
         for density in densities:
             at = call.at(density)

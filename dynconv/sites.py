@@ -141,6 +141,8 @@ class ActiveSites:
             ascending order, the others are unspecified.
         count: int32 [1], on the mask's device. Nothing here waits for it, except `len()` and `density`.
 
+    On the CPU both are made when they are first asked for.
+
     Raises:
         TypeError: the mask is neither bool nor floating.
         ValueError: the mask does not broadcast to [N, 1, Ho, Wo] or the coarser grid, or has 2^31 sites or more.
@@ -211,14 +213,30 @@ class ActiveSites:
         self._backend = backend_for(mask.device)
         if self._backend == "reference":
             self._backend = "cpu" if mask.device.type == "cpu" else "triton"
-        compact = _compact if unwatched(mask) else torch.ops.dynconv.compact
-        self.index, self.count = compact(self.mask, self._backend)
+        self._length: int | None = None
+        self._compacted: list[Tensor] = []
+        if self._backend != "cpu":  # now, not in the capture of a graph that only uses it
+            self._compact()
         self._inverse: list[Tensor] = []
         # Lists, not dicts: hashing a symbolic size would tie a compiled graph to that size.
         self._tables: list[tuple] = []
         self._packed_tables: list[tuple] = []
         self._reader_tables: list[tuple] = []
         self._touched: list[tuple] = []
+
+    def _compact(self) -> list[Tensor]:
+        if not self._compacted:
+            compact = _compact if unwatched(self.mask) else torch.ops.dynconv.compact
+            self._compacted.extend(compact(self.mask, self._backend))
+        return self._compacted
+
+    @property
+    def index(self) -> Tensor:
+        return self._compact()[0]
+
+    @property
+    def count(self) -> Tensor:
+        return self._compact()[1]
 
     @property
     def ungated(self) -> ActiveSites:
@@ -237,7 +255,7 @@ class ActiveSites:
     @property
     def capacity(self) -> int:
         """The most sites there can be: what is packed for them has that many rows."""
-        return self.index.shape[0]
+        return self.mask.numel()
 
     @property
     def inverse(self) -> Tensor:
@@ -342,7 +360,9 @@ class ActiveSites:
 
     def __len__(self) -> int:
         """The number of active sites. Waits for the device."""
-        return int(self.count)
+        if self._length is None:
+            self._length = int(self._compacted[1] if self._compacted else torch.count_nonzero(self.mask))
+        return self._length
 
     @property
     def density(self) -> float:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import dynconv
 from dynconv import calibration
 from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+from dynconv.ops import masked_conv
 
 
 @pytest.fixture(autouse=True)
@@ -345,3 +346,50 @@ def test_a_compiled_graph_decides_when_it_runs(monkeypatch):
         paths += [decision.path for decision in explanation.decisions]
         torch.testing.assert_close(output, expected)
     assert paths == ["sparse", "dense"]
+
+
+def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():
+    """Plain calls in inference skip the checks once their like has passed them: everything else must not."""
+    x, weight = torch.randn(2, 8, 9, 7), torch.randn(6, 8, 3, 3)
+    first, second = torch.rand(2, 1, 9, 7) < 0.5, torch.rand(2, 1, 9, 7) < 0.8
+    expected = [torch.where(mask, F.conv2d(x, weight, padding=1), 0) for mask in (first, second)]
+
+    def call(mask, **changes):
+        return dynconv.masked_conv2d(x, **{"weight": weight, "padding": 1, "mask": mask, **changes})
+
+    before = len(masked_conv._passed)
+    with torch.no_grad():
+        for mask, value in 2 * list(zip((first, second), expected, strict=True)):
+            assert torch.allclose(call(mask), value, atol=1e-4)
+            assert torch.allclose(call(dynconv.ActiveSites(mask)), value, atol=1e-4)
+        assert len(masked_conv._passed) == before + 2  # with a mask, and with sites
+        gate = first.float() * 0.5
+        assert torch.allclose(call(gate), 0.5 * expected[0], atol=1e-4)
+        assert torch.allclose(call(dynconv.ActiveSites(gate)), 0.5 * expected[0], atol=1e-4)
+        assert torch.allclose(call(first, activation="relu"), expected[0].relu(), atol=1e-4)
+        spread = first[:1]  # one sample's mask for both
+        both = torch.where(spread, F.conv2d(x, weight, padding=1), 0)
+        assert torch.allclose(call(spread), both, atol=1e-4)
+        assert call(first, packed=True).rows.shape == (2 * 9 * 7, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call(first).dtype == torch.bfloat16
+        with dynconv.execution("dense"), dynconv.explain() as explanation:
+            assert torch.allclose(call(first), expected[0], atol=1e-4)
+        assert [decision.path for decision in explanation.decisions] == ["dense"]
+        with dynconv.backend("reference"):
+            assert torch.allclose(call(first), expected[0], atol=1e-4)
+        with pytest.raises(TypeError, match="weight"):
+            call(first, weight=weight.double())
+        with pytest.raises(ValueError, match="mask"):
+            call(first[:, :, 1:])
+        with pytest.raises(TypeError, match="mask"):
+            call(first.int())
+        with pytest.raises(ValueError, match="meta"):
+            call(first.to("meta"))
+    result = call(first, weight=weight.clone().requires_grad_())
+    assert result.requires_grad
+    x[:, 0, 0, 0] = float("nan")  # read by sites that are not active, or by nobody
+    first[:, :, :2, :2] = False
+    with torch.no_grad():
+        assert call(first).isfinite().all()
+        assert torch.allclose(call(first.clone().fill_(False)), torch.zeros(()))

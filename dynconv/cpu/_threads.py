@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import zlib
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -87,12 +88,12 @@ def kernel(body: Callable) -> Callable[..., None]:
         return compiled_entry.address
 
     def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:
-        packed = (ctypes.c_int64 * (len(arguments) + 2))(0, 0, *arguments)
-        address = compiled(dtype)
+        numbers = array("q", (0, 0, *arguments))
+        address, (packed, _) = compiled(dtype), numbers.buffer_info()
         if _parallel is not None and threads > 1:
             _parallel(address, packed, threads, 0)
         else:
-            _FUNCTION(address)(ctypes.addressof(packed))
+            _FUNCTION(address)(packed)
 
     return run
 

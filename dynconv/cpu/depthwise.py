@@ -29,9 +29,9 @@ _SITES_PER_BLOCK = 256  # of the weight's gradient: their rows stay in the cache
 
 
 @njit(inline="always")
-def _read_by_table(a, table, first, last, pixels, row_size):
+def _read_by_table(a, table, first, last, pixels, zeros, row_size):
     """pixels[tap, i] = the address that row min(first + i, last) of the table reads, for STENCIL_ROWS rows i."""
-    taps, zeros = a[14], a[10]
+    taps = a[13]
     for i in range(STENCIL_ROWS):
         entry = min(first + i, last) * taps
         for tap in range(taps):
@@ -40,15 +40,15 @@ def _read_by_table(a, table, first, last, pixels, row_size):
 
 
 @njit(inline="always")
-def _read_by_geometry(a, index, first, last, offsets, pixels, state, row_size):
+def _read_by_geometry(a, index, first, last, offsets, pixels, state, zeros, row_size):
     """The same for the sites index[first + i], from the geometry alone.
 
     offsets[tap] lies between a site's first tap and the tap, in bytes; `state` is the line that the last site was in.
     """
-    lookup, is_packed, zeros = array(a[26], np.int32), a[26] != 0, a[10]
-    out_height, out_width, height, width = a[27], a[28], a[29], a[30]
-    kernel_height, kernel_width, stride_y, stride_x = a[31], a[32], a[33], a[34]
-    pad_y, pad_x, dilation_y, dilation_x = a[35], a[36], a[37], a[38]
+    lookup, is_packed = array(a[25], np.int32), a[25] != 0
+    out_height, out_width, height, width = a[26], a[27], a[28], a[29]
+    kernel_height, kernel_width, stride_y, stride_x = a[30], a[31], a[32], a[33]
+    pad_y, pad_x, dilation_y, dilation_x = a[34], a[35], a[36], a[37]
     last_y, last_x = height - (kernel_height - 1) * dilation_y, width - (kernel_width - 1) * dilation_x
     line_begin, line_end, y, start = state[0], state[1], state[2], state[3]
     for i in range(STENCIL_ROWS):
@@ -81,34 +81,33 @@ def _read_by_geometry(a, index, first, last, offsets, pixels, state, row_size):
 
 @njit
 def _stencil_kernel(arguments, storage, compute):
-    a = carray(arguments, (42,))
+    a = carray(arguments, (40,))
     source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    given, bias, gate = array(a[5], storage), array(a[6], compute), array(a[7], compute)
+    given, gate = array(a[5], storage), array(a[7], compute)
     table, index = array(a[8], np.int32), array(a[9], np.int32)
-    grad, gate_grad = array(a[11], compute), array(a[12], compute)
-    has_table, has_gate, wants_gate_grad, has_residual, is_packed = a[8] != 0, a[7] != 0, a[12] != 0, a[4] != 0, a[21]
-    sites, taps, channels, element_size = a[13], a[14], a[15], a[16]
-    chunk_rows, activation = a[17], a[18]
-    scratch, scratch_size = array(a[19], compute), a[20]
-    fill, inactive, all_sites, is_large = a[22], array(a[23], storage), a[24], a[25] != 0
-    infinity, nothing = compute(np.inf), array(a[10], compute)
+    grad, gate_grad = array(a[10], compute), array(a[11], compute)
+    has_table, has_gate, wants_gate_grad, has_residual, is_packed = a[8] != 0, a[7] != 0, a[11] != 0, a[4] != 0, a[20]
+    sites, taps, channels, row_size, sums_size = a[12], a[13], a[14], a[14] * a[15], a[14] * a[38]
+    chunk_rows, activation = a[16], a[17]
+    fill, inactive, all_sites, is_large = a[21], array(a[22], storage), a[23], a[24] != 0
+    infinity = compute(np.inf)
     # What only shifts and clamps is done with the sums still in registers, and written where it belongs.
     is_clamp = activation <= 2 and not (has_gate or has_residual or wants_gate_grad)
     low = compute(0) if is_clamp and activation > 0 else -infinity
     high = compute(6) if is_clamp and activation == 2 else infinity
-    worker = fetch_add(a[1:], 1)
-    sums = worker * scratch_size + taps * channels
-    sums_address, sums_size, row_size = a[19] + sums * a[39], channels * a[39], channels * element_size
-    weight = array(a[19] + worker * scratch_size * a[39], compute)
+    # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
+    memory = a[18] + fetch_add(a[1:], 1) * a[19]
+    state, offsets, pixels = array(memory, np.int64), array(memory + 32, np.int64), array(memory + a[39], np.int64)
+    sums_at = memory + a[39] + 8 * (taps + 1) * STENCIL_ROWS
+    zeros, weight_at = sums_at + STENCIL_ROWS * sums_size, sums_at + (STENCIL_ROWS + 1) * sums_size
+    scratch, nothing, weight = array(sums_at, compute), array(zeros, compute), array(weight_at, compute)
+    clear(nothing, 0, channels, compute)
+    bias = array(a[6] if a[6] != 0 else zeros, compute)
     for channel in range(channels):  # taps before channels
         for tap in range(taps):
             store(weight, tap * channels + channel, load(given, channel * taps + tap, compute))
-    # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
-    numbers = a[40] + 8 * worker * a[41]
-    state, offsets = array(numbers, np.int64), array(numbers + 32, np.int64)
-    pixels = array(numbers + 32 + 8 * taps, np.int64)
     for tap in range(taps if not has_table else 0):
-        offsets[tap] = (tap // a[32] * a[37] * a[30] + tap % a[32] * a[38]) * row_size
+        offsets[tap] = (tap // a[31] * a[36] * a[29] + tap % a[31] * a[37]) * row_size
     state[1] = 0
     while True:
         begin = fetch_add(a, 1) * chunk_rows
@@ -118,9 +117,9 @@ def _stencil_kernel(arguments, storage, compute):
         fill_skipped(fill, inactive, out, index, begin, end - begin, sites, all_sites, channels, is_large)
         for first in range(begin, end, STENCIL_ROWS):
             if has_table:
-                _read_by_table(a, table, first, end - 1, pixels, row_size)
+                _read_by_table(a, table, first, end - 1, pixels, zeros, row_size)
             else:
-                _read_by_geometry(a, index, first, end - 1, offsets, pixels, state, row_size)
+                _read_by_geometry(a, index, first, end - 1, offsets, pixels, state, zeros, row_size)
             if is_clamp:
                 for i in range(STENCIL_ROWS):
                     m = min(first + i, end - 1)
@@ -129,10 +128,10 @@ def _stencil_kernel(arguments, storage, compute):
                 stencil_rows(pixels, source, weight, taps, channels, bias, low, high, out)
                 continue
             for i in range(STENCIL_ROWS):
-                pixels[taps * STENCIL_ROWS + i] = sums_address + i * sums_size
+                pixels[taps * STENCIL_ROWS + i] = sums_at + i * sums_size
             stencil_rows(pixels, source, weight, taps, channels, bias, low, high, scratch)
             for i in range(min(STENCIL_ROWS, end - first)):
-                m, at = first + i, sums + i * channels
+                m, at = first + i, i * channels
                 if wants_gate_grad:
                     total = compute(0)
                     for c in range(channels):
@@ -229,21 +228,21 @@ def _stencil(
     table, lookup, geometry = (None, *reads) if isinstance(reads, tuple) else (reads, None, (0,) * 12)
     dtype, compute = source.dtype, compute_type(source.dtype)
     weight = weight.contiguous()
-    zeros = torch.zeros(channels, dtype=compute)
-    bias = zeros if bias is None else bias.to(compute).contiguous()
+    bias = None if bias is None else bias.to(compute).contiguous()
     threads = workers(count * channels * taps // SERIAL)
     # Long chunks: at each cut, lines that another thread has in its cache are read again.
     chunk_rows = ceil(ceil(count, _CHUNKS_PER_THREAD * threads), STENCIL_ROWS) * STENCIL_ROWS
-    size = (taps + STENCIL_ROWS) * channels
-    scratch = torch.empty(threads * size, dtype=compute)
-    number_size = ceil(4 + taps + (taps + 1) * STENCIL_ROWS, 16) * 16  # no cache line of two threads
-    numbers = torch.empty(threads * number_size, dtype=torch.int64)
+    compute_size = 8 if compute == torch.float64 else 4
+    # A line's state, the taps' offsets, addresses, sums, zeros and the weight; no cache line of two threads.
+    head = 8 * (4 + taps)
+    size = ceil(head + 8 * (taps + 1) * STENCIL_ROWS + compute_size * (taps + STENCIL_ROWS + 1) * channels, 128) * 128
+    memory = torch.empty(threads * size, dtype=torch.uint8)
     _run_stencil(
-        dtype, threads, source.data_ptr(), address(out), address(residual), weight.data_ptr(), bias.data_ptr(),
-        address(gate), address(table), address(index), zeros.data_ptr(), address(grad), address(gate_grad),
-        count, taps, channels, source.element_size(), chunk_rows, activation, scratch.data_ptr(), size,
+        dtype, threads, source.data_ptr(), address(out), address(residual), weight.data_ptr(), address(bias),
+        address(gate), address(table), address(index), address(grad), address(gate_grad),
+        count, taps, channels, source.element_size(), chunk_rows, activation, memory.data_ptr(), size,
         out is not None and out.dim() == 2, *((0, 0, 0, 0) if out is None else filling(out, inactive, in_place)),
-        address(lookup), *geometry, scratch.element_size(), numbers.data_ptr(), number_size,
+        address(lookup), *geometry, compute_size, head,
     )  # fmt: skip
 
 

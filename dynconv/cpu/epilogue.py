@@ -52,19 +52,19 @@ def _forward_kernel(arguments, storage, compute):
 @njit
 def _settle_kernel(arguments, storage, compute):
     a = carray(arguments, (16,))
-    out, other, index = array(a[2], storage), array(a[3], storage), array(a[4], np.int32)
-    active, sites, channels, chunk, copies, is_large = a[5], a[6], a[7], a[8], a[9] != 0, a[10] != 0
+    out, other, mask = array(a[2], storage), array(a[3], storage), array(a[4], np.uint8)
+    sites, channels, chunk, copied, is_large = a[5], a[6], a[7], a[8], a[9] != 0
     while True:
         begin = fetch_add(a, 1) * chunk
-        if begin >= active:
+        if begin >= sites:
             return
-        rows = min(chunk, active - begin)
-        if not copies:
-            fill_skipped(1, other, out, index, begin, rows, active, sites, channels, is_large)
-            continue
-        for m in range(begin, begin + rows):
-            site = np.int64(index[m])
-            fill_elements(other, out, site * channels, (site + 1) * channels, False)
+        end, site = min(sites, begin + chunk), begin
+        while site < end:  # run by run
+            first, is_copied = site, mask[site] == copied
+            while site < end and (mask[site] == copied) == is_copied:
+                site += 1
+            if is_copied:
+                fill_elements(other, out, first * channels, site * channels, is_large)
 
 
 @njit
@@ -261,19 +261,14 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
     torch.index_select(rows, 0, index[:active], out=out[:active])
 
 
-def settle(result: Tensor, index: Tensor, count: Tensor, inactive: Tensor | None, out: Tensor | None) -> None:
+def settle(result: Tensor, active_sites, inactive: Tensor | None, out: Tensor | None) -> None:
     """Overwrite the skipped sites of a dense `result`, or copy its active sites into `out`; all channels_last."""
-    active, channels = int(count), result.shape[1]
+    channels = result.shape[1]
     _, _, sites, is_large = filling(result, inactive, False)
+    if len(active_sites) == sites and out is None:
+        return
     target, source = (result, inactive) if out is None else (out, result)
-    if active == 0:
-        fill_all(target, source, out is not None)
-        return
-    if active == sites:
-        if out is not None:
-            out.copy_(result)
-        return
     threads = workers(result.numel() // SERIAL)
-    chunk = max(_BLOCK, ceil(active, 8 * threads))
-    sizes = (active, sites, channels, chunk, out is not None, is_large)
-    _run_settle(result.dtype, threads, target.data_ptr(), address(source), index.data_ptr(), *sizes)
+    addresses = (target.data_ptr(), address(source), active_sites.mask.data_ptr())
+    chunk = max(_BLOCK, ceil(sites, 8 * threads))
+    _run_settle(result.dtype, threads, *addresses, sites, channels, chunk, out is not None, is_large and out is None)

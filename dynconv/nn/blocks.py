@@ -246,7 +246,6 @@ class _BlockCall:
     def __init__(self, block, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace, used, shapes) -> None:
         self.block, self.input, self.layers, self.active = block, input, layers, sites
         self.inplace, self.used, self.shapes = inplace, used, shapes
-        self.count, self.sites = sites.count, sites.capacity
 
     @property
     def has_choice(self) -> bool:
@@ -288,7 +287,7 @@ class _BlockCall:
             inactive = None if self.inplace else shortcut
             gate = gate_of(sites, value.dtype)
             activation = self.layers[-1].activation
-            return settle(value, sites.mask, sites.index, sites.count, gate, shortcut, inactive, activation, out)
+            return settle(value, sites, gate, shortcut, inactive, activation, out)
 
     def at(self, density: float) -> _BlockCall:
         sites = calibration.sites_at(density, self.active.mask)

@@ -53,9 +53,7 @@ def activate_(result: Tensor, activation: str | None) -> Tensor:
 
 def settle(
     result: Tensor,
-    mask: Tensor,
-    index: Tensor,
-    count: Tensor,
+    sites: ActiveSites,
     gate: Tensor | None,
     residual: Tensor | None,
     inactive: Tensor | None,
@@ -64,7 +62,8 @@ def settle(
 ) -> Tensor:
     """What a masked convolution gives, from a dense one's `result`, which is used up; inference.
 
-    `mask`, `index`, `count` and `gate` are those of the sites. `out` is updated at the active sites and returned.
+    `sites` has the mask, index and count of an ActiveSites, and `gate` is theirs. `out` is updated at the active sites
+    and returned.
     """
     if gate is not None:
         result.copy_(result * gate)
@@ -72,11 +71,11 @@ def settle(
         result += residual
     result = in_rows(activate_(result, activation))
     if result.device.type == "cpu":
-        module(".cpu.epilogue").settle(result, index, count, in_rows(inactive), out)
+        module(".cpu.epilogue").settle(result, sites, in_rows(inactive), out)
     elif out is not None:
-        out.copy_(torch.where(mask, result, out))
+        out.copy_(torch.where(sites.mask, result, out))
     else:
-        result = in_rows(torch.where(mask, result, 0 if inactive is None else inactive))
+        result = in_rows(torch.where(sites.mask, result, 0 if inactive is None else inactive))
     return result if out is None else out
 
 

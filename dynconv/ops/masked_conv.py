@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import calibration, reference
-from .._backend import backend_for, module, unwatched
+from .._backend import backend_for, forced_backend, module, unwatched
 from .._geometry import Geometry, IntPair, Padding, is_depthwise
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
@@ -71,12 +72,23 @@ def _table(reads, index, count, shared) -> Tensor | None:
     return module(".cpu.sites").neighbours(index, count, geometry, lookup)
 
 
+class _Compacted:
+    """What an op gets of an `ActiveSites`."""
+
+    def __init__(self, mask: Tensor, index: Tensor, count: Tensor) -> None:
+        self.mask, self.index, self.count = mask, index, count
+
+    def __len__(self) -> int:
+        return int(self.count)
+
+
 def _forward_into(
-    out, input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, in_place, activation,
+    out, input, weight, bias, sites, shared, source, gate, residual, inactive, in_place, activation,
     stride, padding, dilation, groups, backend,
 ) -> None:  # fmt: skip
     """What the functional and the in-place forward share."""
     input, residual = in_rows(input), in_rows(residual)
+    mask, index, count = sites.mask, sites.index, sites.count
     if backend == "cpu":
         reads = _reads(input, weight, mask, source, stride, padding, dilation)
         table = None if is_depthwise(weight.shape, groups) else _table(reads, index, count, shared)
@@ -93,10 +105,14 @@ def _forward_into(
         )  # fmt: skip
 
 
-def _forward(
-    input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed, *geometry
+def _forward(input, weight, bias, mask, index, count, *rest) -> Tensor:
+    return _forward_at(input, weight, bias, _Compacted(mask, index, count), *rest)
+
+
+def _forward_at(
+    input, weight, bias, sites, shared, source, gate, residual, inactive, activation, packed, *geometry
 ) -> Tensor:
-    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    operands = (input, weight, bias, sites, shared, source, gate)
     *geometry, execution = geometry
     if packed:
         return _sparse(*operands, residual, inactive, activation, packed, *geometry)
@@ -105,13 +121,15 @@ def _forward(
 
 
 def _sparse(
-    input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed, *geometry
+    input, weight, bias, sites, shared, source, gate, residual, inactive, activation, packed, *geometry
 ) -> Tensor:
+    shape = sites.mask.shape
+    # Before anything else is allocated: the memory that the last call's output has left is then still in one piece.
     if packed:
-        out = input.new_empty(index.shape[0], weight.shape[0])
+        out = input.new_empty(shape.numel(), weight.shape[0])
     else:
-        out = channels_last((mask.shape[0], weight.shape[0], mask.shape[2], mask.shape[3]), input)
-    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+        out = channels_last((shape[0], weight.shape[0], shape[2], shape[3]), input)
+    operands = (input, weight, bias, sites, shared, source, gate)
     _forward_into(out, *operands, residual, inactive, False, activation, *geometry)
     return out
 
@@ -121,14 +139,13 @@ def _backward(
     execution, wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, input = in_rows(grad), in_rows(input)
-    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    operands = (input, weight, bias, _Compacted(mask, index, count), shared, source, gate)
     call = _Backward(operands, grad, wanted, (stride, padding, dilation, groups, backend))
     return tuple(grad.new_empty(0) if g is None else g for g in calibration.run(execution, call))
 
 
-def _cpu_backward(
-    grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
-):
+def _cpu_backward(grad, input, weight, bias, sites, shared, source, gate, stride, padding, dilation, groups, wanted):
+    mask, index, count = sites.mask, sites.index, sites.count
     reads = _reads(input, weight, mask, source, stride, padding, dilation)
     # A depthwise filter's own gradient alone reads a table.
     needs_table = wanted[1] or not is_depthwise(weight.shape, groups)
@@ -137,10 +154,10 @@ def _cpu_backward(
     if wanted[0] and is_depthwise(weight.shape, groups) and len(shared) > 1:
         readers, *pixels = shared[1:]
     elif wanted[0] and is_depthwise(weight.shape, groups):
-        sites, size = module(".cpu.sites"), _input_size(input, source)
+        kernels, size = module(".cpu.sites"), _input_size(input, source)
         if not source:
-            pixels = sites.compact(sites.touched(mask, size, weight.shape[2:], stride, padding, dilation))
-        readers = sites.readers(*pixels, reads[1], sites.inverse(index, count))
+            pixels = kernels.compact(kernels.touched(mask, size, weight.shape[2:], stride, padding, dilation))
+        readers = kernels.readers(*pixels, reads[1], kernels.inverse(index, count))
     # Sites so many lines apart read no common line of the input.
     overlap = max(1, -(-(dilation[0] * (weight.shape[2] - 1) + 1) // stride[0]) - 1)
     return module(".cpu.masked_conv").backward(
@@ -149,9 +166,8 @@ def _cpu_backward(
     )  # fmt: skip
 
 
-def _triton_backward(
-    grad, input, weight, bias, mask, index, count, shared, source, gate, stride, padding, dilation, groups, wanted
-):
+def _triton_backward(grad, input, weight, bias, sites, shared, source, gate, stride, padding, dilation, groups, wanted):
+    mask, index, count = sites.mask, sites.index, sites.count
     kernels, compaction = module(".kernels.masked_conv"), module(".kernels.compaction")
     lookup = source[0].view(-1) if source else None
     sizes = dict(input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]))
@@ -184,24 +200,24 @@ class _Call:
 
     def __init__(self, operands: tuple, geometry: Sequence) -> None:
         self.operands, self.geometry = operands, geometry
-        self.count, self.sites = operands[5], operands[4].shape[0]
+        self.active = operands[3]
 
     @property
     def has_choice(self) -> bool:
         """Whether it is a call of F.conv2d: from dense to dense, with the same padding on both sides."""
-        input, weight, _, mask, _, _, _, source, _ = self.operands
+        input, weight, _, sites, _, source, _ = self.operands
         stride, padding, dilation = self.geometry[:3]
         return not source and all(
-            mask.shape[i] == (input.shape[i] + 2 * p - d * (weight.shape[i] - 1) - 1) // s + 1
+            sites.mask.shape[i] == (input.shape[i] + 2 * p - d * (weight.shape[i] - 1) - 1) // s + 1
             for i, s, p, d in zip((2, 3), stride, padding, dilation)
         )
 
     def _key(self) -> tuple:
-        input, weight, *_, shared, _source, gate = self.operands
+        input, weight, _, sites, shared, source, gate = self.operands
         stride, padding, dilation, groups, backend = self.geometry
         return (
-            backend, str(input.dtype), *input.shape, *weight.shape, *stride, *padding, *dilation, groups, len(shared),
-            gate is not None,
+            backend, str(input.dtype), *input.shape, *weight.shape, *sites.mask.shape[2:], *stride, *padding, *dilation,
+            groups, len(shared), len(source), gate is not None,
         )  # fmt: skip
 
     def _name(self, *details: str) -> str:
@@ -215,15 +231,15 @@ class _Call:
         return "conv " + ", ".join([*what, *details])
 
     def _operands_at(self, density: float) -> tuple:
-        input, weight, bias, mask, _, _, shared, source, gate = self.operands
-        sites = calibration.sites_at(density, mask)
+        input, weight, bias, sites, shared, source, gate = self.operands
+        sites = calibration.sites_at(density, sites.mask)
         if shared:
             stride, padding, dilation, _, backend = self.geometry
             geometry = Geometry.of(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
             has_all = len(shared) > 1 or backend != "cpu"
             shared = _shared_tables(sites, tuple(input.shape[2:]), None, geometry, backend, has_all)
         gate = None if gate is None else sites.mask.to(gate.dtype)
-        return input, weight, bias, sites.mask, sites.index, sites.count, shared, source, gate
+        return input, weight, bias, sites, shared, source, gate
 
 
 class _Forward(_Call):
@@ -260,10 +276,10 @@ class _Forward(_Call):
         return self.out
 
     def dense(self) -> Tensor:
-        input, weight, bias, mask, index, count, _, _, gate = self.operands
+        input, weight, bias, sites, _, _, gate = self.operands
         residual, inactive, activation = self.epilogue
         result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
-        return settle(result, mask, index, count, gate, residual, inactive, activation, self.out)
+        return settle(result, sites, gate, residual, inactive, activation, self.out)
 
     def at(self, density: float) -> _Forward:
         out = None if self.out is None else self.out.clone(memory_format=torch.preserve_format)
@@ -295,8 +311,9 @@ class _Backward(_Call):
         return run(self.grad, *self.operands, *geometry, self.wanted)
 
     def dense(self) -> tuple[Tensor | None, ...]:
-        input, weight, _, mask, _, _, _, _, gate = self.operands
+        input, weight, _, sites, _, _, gate = self.operands
         stride, padding, dilation, groups, backend = self.geometry
+        mask = sites.mask
         grad = torch.where(mask, self.grad, 0)
         if gate is not None:
             grad *= gate.to(grad.dtype)
@@ -322,12 +339,16 @@ def _allow_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def _in_place(
-    out, input, weight, bias, mask, index, count, shared, source, gate, residual, accumulate, activation, *geometry
+def _in_place(out, input, weight, bias, mask, index, count, *rest) -> None:
+    _in_place_at(out, input, weight, bias, _Compacted(mask, index, count), *rest)
+
+
+def _in_place_at(
+    out, input, weight, bias, sites, shared, source, gate, residual, accumulate, activation, *geometry
 ) -> None:
     if torch._C._is_alias_of(out, input):
         raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
-    operands = (input, weight, bias, mask, index, count, shared, source, gate)
+    operands = (input, weight, bias, sites, shared, source, gate)
     *geometry, execution = geometry
     call = _Forward(operands, (out if accumulate else residual, None, activation), out, geometry)
     calibration.run(execution, call)
@@ -503,6 +524,11 @@ def masked_conv2d(
         ValueError: an argument of the wrong shape, device or memory format, or arguments that exclude each other.
             Nothing has been written then.
     """
+    signature = None
+    if out is residual is inactive is None and not packed:
+        signature = _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation)
+        if signature in _passed:
+            return _passed[signature](input, weight, bias, mask)
     geometry, size = _check_operands(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
     source = input.sites if isinstance(input, PackedFeatures) else None
@@ -513,7 +539,9 @@ def masked_conv2d(
     shape = (samples, weight.shape[0], *size)
     check_result("inactive", inactive, shape, tensor)
     check_result("out", out, shape, tensor)
-    sites = _sites(mask, tensor, source, shape)
+    gate = mask.gate if isinstance(mask, ActiveSites) else mask
+    is_unwatched = unwatched(out, tensor, weight, bias, gate, inactive, residual)
+    sites = _sites(mask, tensor, source, shape, is_unwatched and not packed)
     if sites is None and (packed or source is not None):
         raise ValueError("mask: expected sites for packed features, got None")
     if packed and inactive is not None:
@@ -537,22 +565,87 @@ def masked_conv2d(
     packed_source = [] if source is None else [source.inverse.view(samples, 1, *source.shape[1:])]
     if source is not None:
         packed_source += [source.index, source.count]
-    operands = (tensor, weight, bias, sites.mask, sites.index, sites.count, shared, packed_source)
+    rest = (shared, packed_source, gate)
     where = (geometry.stride, geometry.padding, geometry.dilation, groups, backend, calibration.mode())
     kind = activation or "none"
+    accumulate = out is not None and addend is not None and addend.data_ptr() == out.data_ptr()
+    addend = None if accumulate else addend
+    if is_unwatched and out is not None:
+        _in_place_at(out, tensor, weight, bias, sites, *rest, addend, accumulate, kind, *where)
+        return out
+    if signature is not None and (sites is mask or sites.mask is mask):
+        _remember(signature, _Forward((tensor, weight, bias, sites, *rest), (None, None, kind), None, where[:-1]))
+    if is_unwatched:
+        result = _forward_at(tensor, weight, bias, sites, *rest, addend, inactive, kind, packed, *where)
+        return PackedFeatures(result, sites) if packed else result
+    operands = (tensor, weight, bias, sites.mask, sites.index, sites.count, *rest)
     if out is not None:
-        accumulate = addend is not None and addend.data_ptr() == out.data_ptr()
-        addend = None if accumulate else addend
-        run = _in_place if unwatched(out, tensor, weight, bias, gate, addend) else torch.ops.dynconv.masked_conv2d_
-        run(out, *operands, gate, addend, accumulate, kind, *where)
+        torch.ops.dynconv.masked_conv2d_(out, *operands, addend, accumulate, kind, *where)
         return out
     if (addend is not None or activation) and _needs_grad(tensor, weight, bias, gate, addend, inactive):
-        rows = torch.ops.dynconv.masked_conv2d(*operands, None, None, None, "none", True, *where)
+        rows = torch.ops.dynconv.masked_conv2d(*operands[:-1], None, None, None, "none", True, *where)
         features = PackedFeatures(rows, sites)
         return epilogue(features, activation=activation, residual=residual, inactive=inactive, packed=packed)
-    run = _forward if unwatched(tensor, weight, bias, gate, addend, inactive) else torch.ops.dynconv.masked_conv2d
-    result = run(*operands, gate, addend, inactive, kind, packed, *where)
+    result = torch.ops.dynconv.masked_conv2d(*operands, addend, inactive, kind, packed, *where)
     return PackedFeatures(result, sites) if packed else result
+
+
+class _Passed:
+    """A plain call in inference on the CPU whose like has passed all checks before: straight to the kernels.
+
+    What a call does before them takes 0.1 ms where the layer before has pushed Python out of the cache.
+    """
+
+    def __init__(self, call: _Forward, least_dense: float) -> None:
+        self.geometry, self.activation, self.least_dense = call.geometry, call.epilogue[-1], least_dense
+        _, weight, *_ = call.operands
+        stride, padding, dilation, groups, _ = call.geometry
+        # What several layers share, as `_shared` does.
+        self.has_table = not is_depthwise(weight.shape, groups)
+        self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | ActiveSites) -> Tensor:
+        sites = mask if isinstance(mask, ActiveSites) else ActiveSites._of(mask)
+        if self.least_dense < math.inf and len(sites) >= self.least_dense:
+            result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
+            return settle(result, sites, None, None, None, self.activation, None)
+        shared = []
+        if sites is mask and self.has_table:
+            shared = [sites._neighbours(input.shape[2:], self.taps)]
+        return _sparse(input, weight, bias, sites, shared, [], None, None, None, self.activation, False, *self.geometry)
+
+
+_passed: dict[tuple, _Passed] = {}
+
+
+def _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation) -> tuple | None:
+    """All that the checks and the choice of a plain call in inference on the CPU go by, but for the mask's values."""
+    plain = mask
+    if isinstance(mask, ActiveSites):
+        plain = None if mask.gate is not None else mask.mask
+    if input is None or weight is None or plain is None or not unwatched(input, weight, bias, plain):
+        return None
+    if not input.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    tensors = (input, weight, plain) if bias is None else (input, weight, plain, bias)
+    signature = (
+        calibration.version(), forced_backend(), torch.get_num_threads(), stride, padding, dilation, groups, activation,
+        plain is mask, plain.is_contiguous(), *[t.shape for t in tensors], *[(t.dtype, t.is_cpu) for t in tensors],
+    )  # fmt: skip
+    try:
+        hash(signature)
+    except TypeError:  # lists
+        return None
+    return signature
+
+
+def _remember(signature: tuple, call: _Forward) -> None:
+    least = calibration.least_dense(call)
+    if least is None or call.geometry[-1] != "cpu":
+        return
+    if len(_passed) >= 1024:  # other shapes at every call
+        _passed.clear()
+    _passed[signature] = _Passed(call, least)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -679,14 +772,30 @@ def _sites(
     input: Tensor,
     source: ActiveSites | None,
     shape: tuple[int, ...],
+    borrows: bool,
 ) -> ActiveSites | None:
+    """The mask's sites; `borrows` where they do not outlive the call, so that the mask need not be copied."""
     if mask is None:
         return None
     size = (shape[0], shape[2], shape[3])
-    sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, size)
+    if isinstance(mask, ActiveSites):
+        sites = mask
+    elif borrows and _is_plain(mask, size):
+        sites = ActiveSites._of(mask)
+    else:
+        sites = ActiveSites(mask, size)
     if sites.shape != size:
         raise ValueError(f"mask: expected sites of {list(size)} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
         raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
     sites._check_pixels(tuple(input.shape[2:]) if source is None else source.shape[1:])
     return sites
+
+
+def _is_plain(mask: Tensor, size: tuple[int, int, int]) -> bool:
+    return (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.bool
+        and mask.shape == (size[0], 1, size[1], size[2])
+        and mask.is_contiguous()
+    )
