@@ -26,6 +26,11 @@ def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:
     return groups > 1 and groups == weight_shape[0] and weight_shape[1] == 1
 
 
+def is_stencil(weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether the CPU computes a convolution site by site: with few channels a group, gathering them costs as much."""
+    return groups > 1 and weight_shape[0] // groups <= 32 and weight_shape[1] <= 32
+
+
 class Geometry(NamedTuple):
     """Input pixel of output line oy through tap ky: oy * stride - padding + ky * dilation; likewise columns."""
 

@@ -19,6 +19,7 @@ from ._llvm import (
     multiply_tile,
     pointer,
     store,
+    transpose_vectors,
 )
 
 LARGE = 1 << 21  # bytes of an output whose zeros are not worth a place in the cache
@@ -144,6 +145,25 @@ def finish_rows(a, at, row, rows, depth, weights, panel_stride, panels, shift, l
                 out, out_at + r * width + panel * lanes, width,
                 depth, shift, panel * lanes, low, high,
             )  # fmt: skip
+
+
+@njit
+def pack_panel(weight, source, valid, depth, first, end, packed, at, lanes, compute):
+    """The columns k = first..end of `valid` rows of a weight [Cout, depth] as packed[at:] [k, lane], zero-padded.
+
+    `source` is the offset of the first of these rows, no more than `lanes`.
+    """
+    k = first
+    if valid == lanes:
+        while k + lanes <= end:
+            transpose_vectors(weight, source + k, depth, packed, at + (k - first) * lanes)
+            k += lanes
+    while k < end:
+        target = at + (k - first) * lanes
+        for j in range(valid):
+            store(packed, target + j, load(weight, source + j * depth + k, compute))
+        clear(packed, target + valid, lanes - valid, compute)
+        k += 1
 
 
 @njit

@@ -873,6 +873,114 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, 
     return types.void(pixels, source, weight, i, i, shift, low, high, out), codegen
 
 
+def _group_rows(units: int):
+    @intrinsic
+    def products(
+        typingctx, pixels, source, weight, weight_at, taps, depth, first_at, second_at, shift, first_to, second_to,
+        low, high, out,
+    ):  # fmt: skip
+        storage, result = source.dtype, out.dtype
+
+        def codegen(context, builder, signature, args):
+            element = context.get_value_type(weight.dtype)
+            stored, written = (_data(context, builder, signature, args, which).type.pointee for which in (1, 13))
+            lanes, compute = _lanes(element), weight.dtype
+            vector = ir.VectorType(element, lanes)
+
+            def build(builder, arguments):
+                pixels, weight, taps, depth, shift, low, high, *places = arguments
+                sources, targets = places[:units], places[units : 2 * units]
+                unit_size = builder.mul(builder.mul(taps, depth), _i64(lanes))
+                filters = [builder.gep(weight, [builder.mul(unit_size, _i64(u))]) for u in range(units)]
+
+                def address(builder, tap, i):
+                    number = builder.add(builder.mul(tap, _i64(STENCIL_ROWS)), _i64(i))
+                    return builder.load(builder.gep(pixels, [number]))
+
+                def tap_round(builder, tap, totals):
+                    rows = [_at_address(builder, address(builder, tap, i), stored) for i in range(STENCIL_ROWS)]
+                    rows = [builder.gep(row, [at]) for at in sources for row in rows]
+                    base = builder.mul(tap, builder.mul(depth, _i64(lanes)))
+                    columns = [builder.gep(column, [base]) for column in filters]
+
+                    def channel(builder, k, totals):
+                        at = builder.mul(k, _i64(lanes))
+                        following = []
+                        for u in range(units):
+                            column = _read(builder, columns[u], at, lanes, compute)
+                            for i in range(STENCIL_ROWS):
+                                value = _read(builder, rows[u * STENCIL_ROWS + i], k, 1, storage)
+                                value = _splat(builder, value, vector)
+                                following.append(_call(builder, "fma", value, column, totals[len(following)]))
+                        return following
+
+                    return _for(builder, _i64(0), depth, 1, totals, channel)
+
+                start = [_read(builder, shift, to, lanes, compute) for to in targets for _ in range(STENCIL_ROWS)]
+                totals = _for(builder, _i64(0), taps, 1, start, tap_round)
+                least, most = (_splat(builder, v, vector) for v in (low, high))
+                for u in range(units):
+                    for i in range(STENCIL_ROWS):
+                        target = _at_address(builder, address(builder, taps, i), written)
+                        total = _clamp(builder, totals[u * STENCIL_ROWS + i], least, most)
+                        _write(builder, total, target, targets[u], lanes, result)
+
+            function = _function(
+                builder.module,
+                f"dynconv_group_{units}_{storage}_{compute}_{result}",
+                [_i64.as_pointer(), element.as_pointer(), _i64, _i64, element.as_pointer(), element, element]
+                + [_i64] * (2 * units),
+                build,
+            )
+            builder.call(
+                function,
+                [
+                    _data(context, builder, signature, args, 0),
+                    builder.gep(_data(context, builder, signature, args, 2), [args[3]]),
+                    args[4],
+                    args[5],
+                    _data(context, builder, signature, args, 8),
+                    args[11],
+                    args[12],
+                    *args[6 : 6 + units],
+                    *args[9 : 9 + units],
+                ],
+            )
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(pixels, source, weight, i, i, i, i, i, shift, i, i, low, high, out), codegen
+
+    return products
+
+
+_group_rows1, _group_rows2 = _group_rows(1), _group_rows(2)
+
+
+@njit(inline="always")
+def group_rows(pixels, source, groups, inner, outer, weight, taps, shift, low, high, out, lanes):
+    """target(i)[g, f] = shift[g, f] + sum over taps and channels c of weight[g, tap, c, f] * pixel(tap, i)[g, c].
+
+    No less than low and no more than high, for i < STENCIL_ROWS, `groups` groups g of `inner` channels and `outer`
+    filters. Addresses and types as in `stencil_rows`; `weight` is packed in panels of one vector of filters. Up to
+    lanes - 1 elements past a target's last filter are written, and as many of `shift` read.
+    """
+    panels = (outer + lanes - 1) // lanes
+    size, units = taps * inner * lanes, groups * panels
+    for unit in range(0, units - 1, 2):
+        other = unit + 1
+        _group_rows2(
+            pixels, source, weight, unit * size, taps, inner, unit // panels * inner, other // panels * inner,
+            shift, unit // panels * outer + unit % panels * lanes, other // panels * outer + other % panels * lanes,
+            low, high, out,
+        )  # fmt: skip
+    if units % 2 != 0:
+        unit = units - 1
+        to = unit // panels * outer + unit % panels * lanes
+        at = unit // panels * inner
+        _group_rows1(pixels, source, weight, unit * size, taps, inner, at, at, shift, to, to, low, high, out)
+
+
 def _stencil_weight(tap_count: int):
     @intrinsic
     def products(typingctx, table, entry, taps, source, channel, stride, zeros, grad, grad_at, rows, channels, out, at):

@@ -43,6 +43,7 @@ from ._llvm import (
     stencil_rows,
 )
 from ._threads import compute_type, kernel, workers
+from .packing import packed_weight
 
 BAND_BYTES = 1 << 19  # of features between two layers: half of a 1 MiB L2
 _MOST_ROWS = 96
@@ -366,7 +367,7 @@ def prepare(weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, T
         return torch.empty(*prepared_shape(weight.shape, weight.dtype, groups)[0], dtype=bias_copy.dtype).copy_(
             weight.flatten(1).t()
         ), bias_copy
-    return masked_conv.packed_weight(weight, groups, by_output=True), bias_copy
+    return packed_weight(weight, groups, by_output=True), bias_copy
 
 
 def prepared_shape(shape: Sequence[int], dtype: torch.dtype, groups: int) -> tuple[tuple[int, ...], torch.dtype]:

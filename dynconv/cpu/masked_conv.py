@@ -23,8 +23,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .._geometry import is_depthwise
-from . import depthwise
+from .._geometry import is_depthwise, is_stencil
+from . import stencil
 from ._common import (
     SERIAL,
     add,
@@ -39,88 +39,27 @@ from ._common import (
     gather_rows,
     lower_bound,
     multiply_rows,
+    pack_panel,
     vector_lanes,
 )
 from ._llvm import (
     ACTIVATIONS,
     ROWS,
     TILE_VECTORS,
-    copy_vector,
     fetch_add,
     finish_row,
     load,
     multiply_tile,
     multiply_transposed_tile,
     store,
-    transpose_vectors,
 )
 from ._threads import compute_type, kernel, workers
+from .packing import packed_weight
 
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
 GATHERED = 56 * 1024
 DEPTH = 1152
 _SUMMED_CHUNKS = 8  # of 128 rows, whose products one sum of the weight's gradient adds up
-
-
-@njit
-def _pack_panel(weight, source, valid, depth, first, end, packed, at, lanes, compute):
-    """The columns k = first..end of `valid` rows of a weight [Cout, depth] as packed[at:] [k, lane], zero-padded.
-
-    `source` is the offset of the first of these rows, no more than `lanes`.
-    """
-    k = first
-    if valid == lanes:
-        while k + lanes <= end:
-            transpose_vectors(weight, source + k, depth, packed, at + (k - first) * lanes)
-            k += lanes
-    while k < end:
-        target = at + (k - first) * lanes
-        for j in range(valid):
-            store(packed, target + j, load(weight, source + j * depth + k, compute))
-        clear(packed, target + valid, lanes - valid, compute)
-        k += 1
-
-
-@njit
-def _pack_by_output_kernel(arguments, storage, compute):
-    """weight [group, Cout of a group, depth] -> [group, panel of output channels, depth, lane]."""
-    a = carray(arguments, (16,))
-    weight, packed = array(a[2], storage), array(a[3], compute)
-    groups, filters, depth, lanes, chunk, chunks = a[4], a[5], a[6], a[7], a[8], a[9]
-    panels = (filters + lanes - 1) // lanes
-    while True:
-        item = fetch_add(a, 1)
-        if item >= groups * panels * chunks:
-            return
-        panel, first = item // chunks, item % chunks * chunk
-        filter_ = panel % panels * lanes
-        source, valid = (panel // panels * filters + filter_) * depth, min(lanes, filters - filter_)
-        at = (panel * depth + first) * lanes
-        _pack_panel(weight, source, valid, depth, first, min(depth, first + chunk), packed, at, lanes, compute)
-
-
-@njit
-def _pack_by_input_kernel(arguments, storage, compute):
-    """weight [group, Cout of a group, tap, Cin of a group] -> [group, panel of input channels, tap, Cout, lane]."""
-    a = carray(arguments, (16,))
-    weight, packed = array(a[2], storage), array(a[3], compute)
-    groups, filters, taps, channels, lanes = a[4], a[5], a[6], a[7], a[8]
-    panels = (channels + lanes - 1) // lanes
-    while True:
-        item = fetch_add(a, 1)
-        if item >= groups * panels * taps:
-            return
-        panel, tap = item // taps, item % taps
-        channel, first = panel % panels * lanes, panel // panels * filters
-        valid = min(lanes, channels - channel)
-        for filter_ in range(filters):
-            source = ((first + filter_) * taps + tap) * channels + channel
-            target = (item * filters + filter_) * lanes
-            if valid == lanes:
-                copy_vector(weight, source, packed, target)
-            else:
-                copy(weight, source, valid, packed, target, lanes, compute)
-                clear(packed, target + valid, lanes - valid, compute)
 
 
 @njit
@@ -182,7 +121,7 @@ def _forward_kernel(arguments, storage, compute):
                     vectors = min(TILE_VECTORS, item_panels - panel)
                     for v in range(vectors):
                         filter_ = (first_panel + panel + v) * lanes
-                        _pack_panel(
+                        pack_panel(
                             weight, filter_ * taps * channels, min(lanes, filters - filter_), taps * channels, start,
                             start + depth, scratch, columns + v * depth * lanes, lanes, compute,
                         )  # fmt: skip
@@ -353,32 +292,11 @@ def _weight_grad_kernel(arguments, storage, compute):
                 store(grad_weight, target + out * out_stride + c * in_stride, value)
 
 
-_run_pack_by_output = kernel(_pack_by_output_kernel)
-_run_pack_by_input = kernel(_pack_by_input_kernel)
 _run_forward = kernel(_forward_kernel)
 _run_gather_rows = kernel(_gather_rows_kernel)
 _run_bias_grad = kernel(_bias_grad_kernel)
 _run_input_grad = kernel(_input_grad_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
-
-
-def packed_weight(weight: Tensor, groups: int, by_output: bool) -> Tensor:
-    """The weight's columns (output channels, or input channels) in panels of one vector, as the tiles read them."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    filters, channels = weight.shape[0] // groups, weight.shape[1]
-    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(weight.dtype)
-    panels = groups * ceil(filters if by_output else channels, lanes)
-    size = panels * lanes * taps * (channels if by_output else filters)
-    packed = torch.empty(size, dtype=compute_type(weight.dtype))
-    addresses = (weight.data_ptr(), packed.data_ptr())
-    threads = workers(size // SERIAL)
-    if by_output:
-        chunk = 16 * lanes
-        shape = (groups, filters, taps * channels, lanes, chunk, ceil(taps * channels, chunk))
-        _run_pack_by_output(weight.dtype, threads, *addresses, *shape)
-    else:
-        _run_pack_by_input(weight.dtype, threads, *addresses, groups, filters, taps, channels, lanes)
-    return packed
 
 
 def forward(
@@ -409,9 +327,9 @@ def forward(
         fill_all(out, inactive, in_place)
         return
     activation = ACTIVATIONS.index(activation)
-    if is_depthwise(weight.shape, groups):
-        depthwise.forward(
-            input, weight, bias, reads, index, active, gate, residual, out, inactive, in_place, activation
+    if is_stencil(weight.shape, groups):
+        stencil.forward(
+            input, weight, bias, groups, reads, index, active, gate, residual, out, inactive, in_place, activation
         )
         return
     dtype, compute = input.dtype, compute_type(input.dtype)
@@ -489,24 +407,25 @@ def backward(
         layout = torch.channels_last if input.dim() == 4 else torch.contiguous_format
         grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout)
         grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
-    if is_depthwise(weight.shape, groups):
+    scaled, scale = rows, gate
+    if is_stencil(weight.shape, groups):
         if gate_wanted:
-            products = depthwise.gate_grad(rows, input, weight, bias, reads, index, active)
-        scaled = rows if gate is None else depthwise.scale_rows(rows, gate, index, active)
+            products = stencil.gate_grad(rows, input, weight, bias, groups, reads, index, active)
+        if gate is not None:
+            scaled, scale = stencil.scale_rows(rows, gate, index, active), None
         if input_wanted:
-            depthwise.input_grad(scaled, weight, readers, pixels[0], int(pixels[1]), grad_input)
-        if weight_wanted:
-            grad_weight = depthwise.weight_grad(scaled, input, table, active, weight)
-    else:
-        if (input_wanted or gate_wanted) and active:
-            products = _input_grad(
-                rows, weight, gate, input, table, index, active, overlap_sites, grad_input, gate_wanted, groups
-            )
-            if gate_wanted and bias is not None:
-                products += (rows[:active] * bias.to(compute)).sum(1)
-        if weight_wanted:
-            grad_weight = torch.empty_like(weight)
-            _weight_grad(rows, input, gate, table, index, active, grad_weight, groups)
+            stencil.input_grad(scaled, weight, groups, readers, pixels[0], int(pixels[1]), grad_input)
+    elif (input_wanted or gate_wanted) and active:
+        products = _input_grad(
+            rows, weight, gate, input, table, index, active, overlap_sites, grad_input, gate_wanted, groups
+        )
+        if gate_wanted and bias is not None:
+            products += (rows[:active] * bias.to(compute)).sum(1)
+    if weight_wanted and is_depthwise(weight.shape, groups):
+        grad_weight = stencil.weight_grad(scaled, input, table, active, weight)
+    elif weight_wanted:
+        grad_weight = torch.empty_like(weight)
+        _weight_grad(scaled, input, scale, table, index, active, grad_weight, groups)
     grad_gate = None
     if gate_wanted:
         grad_gate = torch.zeros(gate.shape, dtype=compute)

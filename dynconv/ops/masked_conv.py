@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import calibration, reference
 from .._backend import backend_for, forced_backend, module, unwatched
-from .._geometry import Geometry, IntPair, Padding, is_depthwise
+from .._geometry import Geometry, IntPair, Padding, is_stencil
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
@@ -91,7 +91,7 @@ def _forward_into(
     mask, index, count = sites.mask, sites.index, sites.count
     if backend == "cpu":
         reads = _reads(input, weight, mask, source, stride, padding, dilation)
-        table = None if is_depthwise(weight.shape, groups) else _table(reads, index, count, shared)
+        table = None if is_stencil(weight.shape, groups) else _table(reads, index, count, shared)
         module(".cpu.masked_conv").forward(
             input, weight, bias, table, index, count, gate, residual, out, in_rows(inactive), in_place, groups,
             activation, reads,
@@ -147,13 +147,13 @@ def _backward(
 def _cpu_backward(grad, input, weight, bias, sites, shared, source, gate, stride, padding, dilation, groups, wanted):
     mask, index, count = sites.mask, sites.index, sites.count
     reads = _reads(input, weight, mask, source, stride, padding, dilation)
-    # A depthwise filter's own gradient alone reads a table.
-    needs_table = wanted[1] or not is_depthwise(weight.shape, groups)
+    # A stencil's own gradient alone reads a table.
+    needs_table = wanted[1] or not is_stencil(weight.shape, groups)
     table = _table(reads, index, count, shared) if needs_table else None
     readers, pixels = None, source[1:]
-    if wanted[0] and is_depthwise(weight.shape, groups) and len(shared) > 1:
+    if wanted[0] and is_stencil(weight.shape, groups) and len(shared) > 1:
         readers, *pixels = shared[1:]
-    elif wanted[0] and is_depthwise(weight.shape, groups):
+    elif wanted[0] and is_stencil(weight.shape, groups):
         kernels, size = module(".cpu.sites"), _input_size(input, source)
         if not source:
             pixels = kernels.compact(kernels.touched(mask, size, weight.shape[2:], stride, padding, dilation))
@@ -601,7 +601,7 @@ class _Passed:
         _, weight, *_ = call.operands
         stride, padding, dilation, groups, _ = call.geometry
         # What several layers share, as `_shared` does.
-        self.has_table = not is_depthwise(weight.shape, groups)
+        self.has_table = not is_stencil(weight.shape, groups)
         self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | ActiveSites) -> Tensor:
@@ -674,13 +674,13 @@ def _shared(
 ) -> list[Tensor]:
     """What layers with the same sites share; a call with a mask of its own makes it inside the op.
 
-    The CPU kernels read addresses from the neighbour table, but for depthwise filters in inference. The Triton kernels
-    compute them in registers, and need the inverse map and the pixels that the sites read for the input's gradient, as
-    do depthwise filters on the CPU.
+    The CPU kernels read addresses from the neighbour table, but for stencils in inference. The Triton kernels compute
+    them in registers, and need the inverse map and the pixels that the sites read for the input's gradient, as do the
+    CPU's stencils.
     """
     size = tuple(input.shape[2:]) if source is None else source.shape[1:]
     needs_grad = _needs_grad(input)
-    if is_depthwise(weight.shape, groups):
+    if is_stencil(weight.shape, groups):
         if backend == "cpu" and not _needs_grad(input, weight):
             return []
     elif backend == "cpu":

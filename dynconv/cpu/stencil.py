@@ -1,10 +1,11 @@
-"""Depthwise masked convolution on the CPU: a stencil at the active sites.
+"""Masked convolution with few channels a group on the CPU, depthwise above all: a stencil at the active sites.
 
-With w[tap, c] the filter and table[site, tap] the row of `source` that a site reads, or -1 (the forward sum finds it
-from the geometry: a table would take longer to write than to compute):
+With w the filter and table[site, tap] the row of `source` that a site reads, or -1 (the forward sum finds it from the
+geometry: a table would take longer to write than to compute):
 
-    sum         y[m, c] = sum over taps of w[tap, c] * source[table[m, tap], c]
-    weight grad dW[tap, c] = sum over sites of source[table[m, tap], c] * G[m, c]
+    depthwise   y[m, c] = sum over taps of w[tap, c] * source[table[m, tap], c]
+    grouped     y[m, (g, f)] = sum over taps and channels c of w[g, tap, c, f] * source[table[m, tap], (g, c)]
+    weight grad dW[tap, c] = sum over sites of source[table[m, tap], c] * G[m, c], depthwise; see `masked_conv` else
 
 The input's gradient is the first over the pixels that any active site reads, with the table of their readers: no two
 threads write the same row, and nothing is added up twice.
@@ -19,9 +20,21 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from .._geometry import is_depthwise
 from ._common import SERIAL, add, address, array, ceil, clear, fill_skipped, filling, vector_lanes
-from ._llvm import STENCIL_ROWS, STENCIL_TAPS, fetch_add, finish_row, load, stencil_rows, stencil_weight, store
+from ._llvm import (
+    STENCIL_ROWS,
+    STENCIL_TAPS,
+    fetch_add,
+    finish_row,
+    group_rows,
+    load,
+    stencil_rows,
+    stencil_weight,
+    store,
+)
 from ._threads import compute_type, kernel, workers
+from .packing import packed_weight
 
 _ROWS_PER_CHUNK = 64  # of what needs one row for another
 _CHUNKS_PER_THREAD = 8  # of the stencil
@@ -81,29 +94,39 @@ def _read_by_geometry(a, index, first, last, offsets, pixels, state, zeros, row_
 
 @njit
 def _stencil_kernel(arguments, storage, compute):
-    a = carray(arguments, (40,))
+    a = carray(arguments, (48,))
     source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    given, gate = array(a[5], storage), array(a[7], compute)
+    given, packed, gate = array(a[5], storage), array(a[5], compute), array(a[7], compute)
     table, index = array(a[8], np.int32), array(a[9], np.int32)
     grad, gate_grad = array(a[10], compute), array(a[11], compute)
     has_table, has_gate, wants_gate_grad, has_residual, is_packed = a[8] != 0, a[7] != 0, a[11] != 0, a[4] != 0, a[20]
-    sites, taps, channels, row_size, sums_size = a[12], a[13], a[14], a[14] * a[15], a[14] * a[38]
+    sites, taps, channels, filters, groups, lanes = a[12], a[13], a[14], a[40], a[41], a[42]
+    row_size, out_size, sums_row = channels * a[15], filters * a[15], filters + lanes
+    inner, outer, is_depthwise = channels // groups, filters // groups, a[43] != 0
     chunk_rows, activation = a[16], a[17]
     fill, inactive, all_sites, is_large = a[21], array(a[22], storage), a[23], a[24] != 0
     infinity = compute(np.inf)
     # What only shifts and clamps is done with the sums still in registers, and written where it belongs.
     is_clamp = activation <= 2 and not (has_gate or has_residual or wants_gate_grad)
+    # Groups of filters that do not fill their vectors are written next to each other first.
+    is_direct = is_clamp and (is_depthwise or outer % lanes == 0)
     low = compute(0) if is_clamp and activation > 0 else -infinity
     high = compute(6) if is_clamp and activation == 2 else infinity
     # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
     memory = a[18] + fetch_add(a[1:], 1) * a[19]
     state, offsets, pixels = array(memory, np.int64), array(memory + 32, np.int64), array(memory + a[39], np.int64)
     sums_at = memory + a[39] + 8 * (taps + 1) * STENCIL_ROWS
-    zeros, weight_at = sums_at + STENCIL_ROWS * sums_size, sums_at + (STENCIL_ROWS + 1) * sums_size
-    scratch, nothing, weight = array(sums_at, compute), array(zeros, compute), array(weight_at, compute)
-    clear(nothing, 0, channels, compute)
-    bias = array(a[6] if a[6] != 0 else zeros, compute)
-    for channel in range(channels):  # taps before channels
+    bias_at = sums_at + STENCIL_ROWS * sums_row * a[38]
+    zeros = bias_at + sums_row * a[38]
+    weight_at = zeros + max(channels, filters) * a[38]
+    scratch, bias, nothing, weight = (
+        array(sums_at, compute), array(bias_at, compute), array(zeros, compute), array(weight_at, compute)
+    )  # fmt: skip
+    clear(nothing, 0, max(channels, filters), compute)
+    clear(bias, 0, sums_row, compute)
+    for channel in range(filters if a[6] != 0 else 0):
+        store(bias, channel, load(array(a[6], compute), channel, compute))
+    for channel in range(channels if is_depthwise else 0):  # taps before channels
         for tap in range(taps):
             store(weight, tap * channels + channel, load(given, channel * taps + tap, compute))
     for tap in range(taps if not has_table else 0):
@@ -114,36 +137,42 @@ def _stencil_kernel(arguments, storage, compute):
         if begin >= sites:
             return
         end = min(sites, begin + chunk_rows)
-        fill_skipped(fill, inactive, out, index, begin, end - begin, sites, all_sites, channels, is_large)
+        fill_skipped(fill, inactive, out, index, begin, end - begin, sites, all_sites, filters, is_large)
         for first in range(begin, end, STENCIL_ROWS):
             if has_table:
                 _read_by_table(a, table, first, end - 1, pixels, zeros, row_size)
             else:
                 _read_by_geometry(a, index, first, end - 1, offsets, pixels, state, zeros, row_size)
-            if is_clamp:
-                for i in range(STENCIL_ROWS):
+            for i in range(STENCIL_ROWS):
+                target = sums_at + i * sums_row * a[38]
+                if is_direct:
                     m = min(first + i, end - 1)
-                    place = m if is_packed else np.int64(index[m])
-                    pixels[taps * STENCIL_ROWS + i] = a[3] + place * row_size
+                    target = a[3] + (m if is_packed else np.int64(index[m])) * out_size
+                pixels[taps * STENCIL_ROWS + i] = target
+            if is_direct and is_depthwise:
                 stencil_rows(pixels, source, weight, taps, channels, bias, low, high, out)
                 continue
-            for i in range(STENCIL_ROWS):
-                pixels[taps * STENCIL_ROWS + i] = sums_at + i * sums_size
-            stencil_rows(pixels, source, weight, taps, channels, bias, low, high, scratch)
+            if is_direct:
+                group_rows(pixels, source, groups, inner, outer, packed, taps, bias, low, high, out, lanes)
+                continue
+            if is_depthwise:
+                stencil_rows(pixels, source, weight, taps, channels, bias, low, high, scratch)
+            else:
+                group_rows(pixels, source, groups, inner, outer, packed, taps, bias, low, high, scratch, lanes)
             for i in range(min(STENCIL_ROWS, end - first)):
-                m, at = first + i, i * channels
+                m, at = first + i, i * sums_row
                 if wants_gate_grad:
                     total = compute(0)
-                    for c in range(channels):
-                        total += load(scratch, at + c, compute) * grad[m * channels + c]
+                    for c in range(filters):
+                        total += load(scratch, at + c, compute) * grad[m * filters + c]
                     gate_grad[m] = total
                     continue
                 site = np.int64(index[m])
                 scale = gate[site] if has_gate else compute(1)
-                place = (m if is_packed else site) * channels
+                place = (m if is_packed else site) * filters
                 finish_row(
                     scratch, at, nothing, 0, scale, residual, place if has_residual else 0, out, place,
-                    channels, activation,
+                    filters, activation,
                 )  # fmt: skip
 
 
@@ -206,6 +235,7 @@ def _stencil(
     source: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    groups: int,
     gate: Tensor | None,
     reads: Reads | Tensor,
     index: Tensor | None,
@@ -222,27 +252,29 @@ def _stencil(
 
     `reads`: a table of what each of them reads, or the geometry that tells it from `index`. `out` is written at the
     rows `index`, or from the first on if it is packed [rows, C]; `grad` is packed and `gate_grad` [count]. `weight`
-    [C, 1, kH, kW] is of the type of `source`.
+    [Cout, Cin / groups, kH, kW] is of the type of `source`.
     """
-    channels, taps = weight.shape[0], weight[0].numel()
+    filters, channels, taps = weight.shape[0], weight.shape[1] * groups, weight.shape[2] * weight.shape[3]
+    one_by_one, lanes = is_depthwise(weight.shape, groups), vector_lanes(source.dtype)
     table, lookup, geometry = (None, *reads) if isinstance(reads, tuple) else (reads, None, (0,) * 12)
     dtype, compute = source.dtype, compute_type(source.dtype)
-    weight = weight.contiguous()
+    weight = weight.contiguous() if one_by_one else packed_weight(weight, groups, by_output=True)
     bias = None if bias is None else bias.to(compute).contiguous()
-    threads = workers(count * channels * taps // SERIAL)
+    threads = workers(count * filters * channels // groups * taps // SERIAL)
     # Long chunks: at each cut, lines that another thread has in its cache are read again.
     chunk_rows = ceil(ceil(count, _CHUNKS_PER_THREAD * threads), STENCIL_ROWS) * STENCIL_ROWS
     compute_size = 8 if compute == torch.float64 else 4
     # A line's state, the taps' offsets, addresses, sums, zeros and the weight; no cache line of two threads.
     head = 8 * (4 + taps)
-    size = ceil(head + 8 * (taps + 1) * STENCIL_ROWS + compute_size * (taps + STENCIL_ROWS + 1) * channels, 128) * 128
+    values = (STENCIL_ROWS + 1) * (filters + lanes) + max(channels, filters) + (taps * channels if one_by_one else 0)
+    size = ceil(head + 8 * (taps + 1) * STENCIL_ROWS + compute_size * values, 128) * 128
     memory = torch.empty(threads * size, dtype=torch.uint8)
     _run_stencil(
         dtype, threads, source.data_ptr(), address(out), address(residual), weight.data_ptr(), address(bias),
         address(gate), address(table), address(index), address(grad), address(gate_grad),
         count, taps, channels, source.element_size(), chunk_rows, activation, memory.data_ptr(), size,
         out is not None and out.dim() == 2, *((0, 0, 0, 0) if out is None else filling(out, inactive, in_place)),
-        address(lookup), *geometry, compute_size, head,
+        address(lookup), *geometry, compute_size, head, filters, groups, lanes, one_by_one,
     )  # fmt: skip
 
 
@@ -250,6 +282,7 @@ def forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    groups: int,
     reads: Reads,
     index: Tensor,
     count: int,
@@ -261,7 +294,7 @@ def forward(
     activation: int,
 ) -> None:
     """out = activation(gate * (sum + bias) + residual) at the rows `index` of `out`; 0 to count - 1 if it is packed."""
-    _stencil(input, weight, bias, gate, reads, index, count, residual, out, inactive, in_place, activation)
+    _stencil(input, weight, bias, groups, gate, reads, index, count, residual, out, inactive, in_place, activation)
 
 
 def scale_rows(rows: Tensor, gate: Tensor, index: Tensor, count: int) -> Tensor:
@@ -275,21 +308,33 @@ def scale_rows(rows: Tensor, gate: Tensor, index: Tensor, count: int) -> Tensor:
     return scaled
 
 
-def input_grad(rows: Tensor, weight: Tensor, readers: Tensor, pixels: Tensor, count: int, grad_input: Tensor) -> None:
+def input_grad(
+    rows: Tensor, weight: Tensor, groups: int, readers: Tensor, pixels: Tensor, count: int, grad_input: Tensor
+) -> None:
     """Write the gradient of the listed pixels into their rows of `grad_input` (0 to count - 1 if that is packed).
 
     `rows` [sites, C] is the output's gradient, gate included, in the compute type like `grad_input`; `readers` the
     table of `cpu.sites.readers`.
     """
-    _stencil(rows, weight.to(rows.dtype), None, None, readers, pixels, count, out=grad_input)
+    filters, channels, *size = weight.shape
+    turned = weight.view(groups, filters // groups, channels, *size).transpose(1, 2)
+    turned = turned.reshape(groups * channels, filters // groups, *size).to(rows.dtype)
+    _stencil(rows, turned, None, groups, None, readers, pixels, count, out=grad_input)
 
 
 def gate_grad(
-    rows: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, reads: Reads, index: Tensor, count: int
+    rows: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    reads: Reads,
+    index: Tensor,
+    count: int,
 ) -> Tensor:
     """[count]: the sum over channels of rows * (sum + bias)."""
     result = torch.empty(count, dtype=rows.dtype)
-    _stencil(input, weight, bias, None, reads, index, count, grad=rows, gate_grad=result)
+    _stencil(input, weight, bias, groups, None, reads, index, count, grad=rows, gate_grad=result)
     return result
 
 
