@@ -83,7 +83,7 @@ def parts(out: Path, dry_run: bool) -> Iterator[Part]:
         "--json",
         str(out / "verify.json"),
     ]
-    yield Part("verify", verify, 120)
+    yield Part("verify", verify, 180)
     pytest = [python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     if dry_run:
         yield Part("tests", [*pytest, "tests/test_masked_conv.py", "-k", "cpu and empty"], 60)
@@ -103,6 +103,10 @@ def parts(out: Path, dry_run: bool) -> Iterator[Part]:
         if dtype == "bfloat16" and not dry_run:
             results += ["--scaling", str(out / "scaling.png")]
         yield Part(f"bench {dtype}", [*package, "bench", *sizes, "--dtype", dtype, *results], 150)
+    automatic = ["--automatic", "--shapes", "resnet50", "--modes", "plain", "--json", str(out / "automatic.json")]
+    if dry_run:
+        automatic = automatic[-2:] + ["--automatic"]
+    yield Part("bench automatic", [*package, "bench", *sizes, "--dtype", "bfloat16", *automatic], 60)
 
 
 def is_importable() -> bool:
