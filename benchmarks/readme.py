@@ -14,10 +14,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-FAMILIES = {
-    "resnet50": "ResNet-50, 3×3",
-    "sbnet": "SBNet, 3×3",
-    "sige-ddpm": "SIGE (DDPM), 3×3, edited share",
+# (family, kernel; 0 are whole blocks) -> title, and the densities to show, or all.
+GROUPS = {
+    ("resnet50", 3): ("ResNet-50, 3×3", None),
+    ("sbnet", 3): ("SBNet, 3×3", None),
+    ("sige-ddpm", 3): ("SIGE (DDPM), 3×3, edited share", None),
+    ("mobilenetv2", 3): ("MobileNetV2, depthwise 3×3", (0.5, 0.25)),
+    ("lasnet", 3): ("RegNetY-800MF, 3×3 in groups of 16", (0.5, 0.25)),
+    ("resnet50", 0): ("ResNet-50, bottlenecks", (0.5, 0.25)),
+    ("sbnet", 0): ("SBNet, bottlenecks", None),
+    ("mobilenetv2", 0): ("MobileNetV2, inverted residuals", (0.5, 0.25)),
+    ("dynconv-pose", 0): ("DynConv's pose network, 57 blocks", None),
 }
 
 
@@ -26,21 +33,28 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def table(record: dict) -> list[str]:
-    """Geometric means over the 3×3 layers of a family, a line for each density."""
+    """Geometric means over the 3×3 layers or the blocks of a family, a line for each density."""
     lines = [
         "| layers | density | a call | in place | forward + backward |",
         "|---|---|---|---|---|",
     ]
-    for family, title in FAMILIES.items():
-        rows = [row for row in record["rows"] if row["family"] == family and row["kernel"] == 3]
+    for (family, kernel), (title, shown) in GROUPS.items():
+        rows = [row for row in record["rows"] if (row["family"], row["kernel"]) == (family, kernel)]
+        if (family, kernel) == ("dynconv-pose", 0):
+            rows = [row for row in rows if row["layer"] == "57 blocks in a row"]
         for asked in sorted({row["asked"] for row in rows}, reverse=True):
+            if shown is not None and asked not in shown:
+                continue
             cells = []
             for mode in ("plain", "in-place", "backward"):
                 chosen = [row for row in rows if row["mode"] == mode and row["asked"] == asked]
+                if not chosen:
+                    cells.append("")
+                    continue
                 ratio = geometric_mean([row["ratio"] for row in chosen])
                 share = geometric_mean([row["share"] for row in chosen])
                 cells.append(f"{ratio:.2f}× ({share:.0%})" if ratio < 10 else f"{ratio:.0f}× ({share:.0%})")
-            lines.append(f"| {title} | {asked:g} | {' | '.join(cells)} |")
+            lines.append(f"| {title} | {asked:.2g} | {' | '.join(cells)} |")
     return lines
 
 
@@ -51,11 +65,13 @@ def section(path: Path) -> str:
     device = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['threads']} threads"
     return "\n".join(
         [
-            f"Times faster than PyTorch's dense channels_last convolution on **{device}** "
+            f"Times faster than PyTorch's dense channels_last convolutions on **{device}** "
             f"({machine.get('cpu_features') or 'GPU'}), {record['dtype']}, PyTorch {machine['torch']}, "
-            f"{record['masks']} masks: geometric means of medians, in brackets the share of the ideal, 1/density.",
+            f"{record['masks']} masks: geometric means of medians, in brackets the share of what the products allow.",
             "A call includes finding the active pixels and writing the zeros; in place updates a cached output with",
-            f"shared sites. Every layer is in [{folder}]({folder}/bench.json).",
+            "shared sites. Dense blocks have normalisation folded in and activations in place; the masked ones keep",
+            "features packed between their layers, and in training normalise over the computed pixels.",
+            f"Every layer is in [{folder}]({folder}/bench.json).",
             "",
             *table(record),
             "",
