@@ -128,6 +128,60 @@ def multiply_rows(
 
 
 @njit
+def gather_scattered(source, width, table, entry, taps, rows, tap_count, target, at, runs, lanes, compute):
+    """`gather_rows` of one group with a table, but for tiles of ROWS rows that read runs of rows through every tap.
+
+    target[runs + tile] becomes 1 for these, where the products may read the source itself, and 0 for the others.
+    """
+    for first in range(0, rows, ROWS):
+        count, is_run = min(ROWS, rows - first), first + ROWS <= rows
+        for t in range(tap_count):
+            start = table[entry + first * taps + t]
+            is_run = is_run and start >= 0
+            for r in range(1, count):
+                is_run = is_run and table[entry + (first + r) * taps + t] == start + r
+        store(target, runs + first // ROWS, compute(is_run))
+        if not is_run:
+            place = at + first * tap_count * width
+            gather_rows(
+                source, width, table, True, entry + first * taps, taps, count, tap_count, 0, width, 1, target, place,
+                lanes, compute,
+            )  # fmt: skip
+
+
+@njit
+def multiply_scattered(
+    source, width, table, entry, taps, rows, tap_count, a, at, runs, accumulate, weights, weight_at, panel_stride,
+    panels, products, products_at, product_width, lanes, compute,
+):  # fmt: skip
+    """`multiply_rows` of one group, of what `gather_scattered` has gathered and what it has left in the source."""
+    depth = tap_count * width
+    tiles = (panels + TILE_VECTORS - 1) // TILE_VECTORS
+    for tile in range(tiles):
+        panel = panels * tile // tiles
+        vectors = panels * (tile + 1) // tiles - panel
+        columns = weight_at + panel * panel_stride
+        for r in range(0, rows, ROWS):
+            target = products_at + panel * lanes + r * product_width
+            if load(a, runs + r // ROWS, compute) == 0:
+                multiply_tile(
+                    vectors, a, at + r * depth, depth, weights, columns, panel_stride, products, target, product_width,
+                    depth, accumulate,
+                )  # fmt: skip
+                continue
+            first, t = entry + r * taps, 0
+            while t < tap_count:
+                pixel, run = np.int64(table[first + t]), 1
+                while t + run < tap_count and table[first + t + run] == pixel + run:
+                    run += 1
+                multiply_tile(
+                    vectors, source, pixel * width, width, weights, columns + t * width * lanes, panel_stride,
+                    products, target, product_width, run * width, accumulate or t > 0,
+                )  # fmt: skip
+                t += run
+
+
+@njit
 def finish_rows(a, at, row, rows, depth, weights, panel_stride, panels, shift, low, high, out, out_at, width, lanes):
     """out[r, (panel, lane)] = the products of one group + shift, no less than low and no more than high.
 

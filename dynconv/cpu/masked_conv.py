@@ -37,8 +37,10 @@ from ._common import (
     fill_skipped,
     filling,
     gather_rows,
+    gather_scattered,
     lower_bound,
     multiply_rows,
+    multiply_scattered,
     pack_panel,
     vector_lanes,
 )
@@ -81,6 +83,7 @@ def _forward_kernel(arguments, storage, compute):
     gathered = fetch_add(a[1:], 1) * scratch_size
     products = gathered + (0 if is_direct else chunk_rows * block_taps * split_groups * channels)
     columns = products + chunk_rows * split_groups * split_panels * lanes
+    reads_runs, runs = a[32] != 0, columns
     while True:
         item = fetch_add(a, 1)
         if item >= chunks * splits:
@@ -94,8 +97,12 @@ def _forward_kernel(arguments, storage, compute):
         for first_tap in range(0, taps, block_taps):
             tap_count = min(block_taps, taps - first_tap)
             depth = tap_count * channels
-            if not is_direct:
-                entry = first * taps + first_tap if has_table else first
+            entry = first * taps + first_tap if has_table else first
+            if reads_runs:
+                gather_scattered(
+                    source, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs, lanes, compute
+                )  # fmt: skip
+            elif not is_direct:
                 gather_rows(
                     source, cin, table, has_table, entry, taps, rows, tap_count, first_group * channels, channels,
                     item_groups, scratch, gathered, lanes, compute,
@@ -107,6 +114,13 @@ def _forward_kernel(arguments, storage, compute):
                     rows_in_place, first * cin + first_group * channels, cin, channels, rows, depth, False,
                     packed, at, channels * lanes, panels * channels * lanes, item_panels, item_groups,
                     scratch, products, width, lanes,
+                )  # fmt: skip
+            elif reads_runs:
+                panel_stride = taps * channels * lanes
+                multiply_scattered(
+                    rows_in_place, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs, first_tap > 0,
+                    packed, first_panel * panel_stride + start * lanes, panel_stride, item_panels,
+                    scratch, products, width, lanes, compute,
                 )  # fmt: skip
             elif has_packed:
                 panel_stride = taps * channels * lanes
@@ -366,13 +380,14 @@ def forward(
     splits = ceil(groups, split_groups) * ceil(panels, split_panels)
     threads = workers(chunks * splits)
     size = chunk_rows * split_groups * ((0 if is_direct else depth) + split_panels * lanes)
-    size += TILE_VECTORS * lanes * depth if packed is None else 0
+    reads_runs = packed is not None and table is not None and groups == 1 and dtype == compute
+    size += TILE_VECTORS * lanes * depth if packed is None else chunk_rows // ROWS
     scratch = torch.empty(threads * size, dtype=compute)
     _run_forward(
         dtype, threads, input.data_ptr(), out.data_ptr(), address(residual), address(packed), bias.data_ptr(),
         address(gate), address(table), index.data_ptr(), weight.data_ptr(), active, taps, cin, cout, groups, lanes,
         chunk_rows, chunks, split_groups, split_panels, splits, block_taps, is_direct, out.dim() == 2, activation,
-        scratch.data_ptr(), size, *filling(out, inactive, in_place),
+        scratch.data_ptr(), size, *filling(out, inactive, in_place), reads_runs,
     )  # fmt: skip
 
 
