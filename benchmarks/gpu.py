@@ -99,13 +99,14 @@ def parts(out: Path, dry_run: bool) -> Iterator[Part]:
     if dry_run:
         sizes = ["--batch", "1", "--quick", "--repeats", "2", "--shapes", "resnet50", "--layers", "7x7"]
     for dtype in ("bfloat16", "float16"):
-        results = ["--json", str(out / f"bench-{dtype}.json"), "--plot", str(out / f"bench-{dtype}.png")]
-        if dtype == "bfloat16" and not dry_run:
-            results += ["--scaling", str(out / "scaling.png")]
+        results = ["--json", str(out / f"bench-{dtype}.json")]
+        if dtype == "bfloat16":
+            results += ["--plot", str(out / "bench-bfloat16.png")]
+            results += [] if dry_run else ["--scaling", str(out / "scaling.png")]
         yield Part(f"bench {dtype}", [*package, "bench", *sizes, "--dtype", dtype, *results], 150)
     automatic = ["--automatic", "--shapes", "resnet50", "--modes", "plain", "--json", str(out / "automatic.json")]
     if dry_run:
-        automatic = automatic[-2:] + ["--automatic"]
+        automatic = [*automatic[-2:], "--automatic"]
     yield Part("bench automatic", [*package, "bench", *sizes, "--dtype", "bfloat16", *automatic], 60)
 
 
