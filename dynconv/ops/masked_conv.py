@@ -598,19 +598,26 @@ class _Passed:
 
     def __init__(self, call: _Forward, least_dense: float) -> None:
         self.geometry, self.activation, self.least_dense = call.geometry, call.epilogue[-1], least_dense
-        _, weight, *_ = call.operands
+        _, weight, _, sites, *_ = call.operands
+        self.sites = sites.mask.numel()
         stride, padding, dilation, groups, _ = call.geometry
         # What several layers share, as `_shared` does.
         self.has_table = not is_stencil(weight.shape, groups)
         self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | ActiveSites) -> Tensor:
-        sites = mask if isinstance(mask, ActiveSites) else ActiveSites._of(mask)
-        if self.least_dense < math.inf and len(sites) >= self.least_dense:
-            result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
-            return settle(result, sites, None, None, None, self.activation, None)
+        is_shared = isinstance(mask, ActiveSites)
+        if self.least_dense < math.inf:
+            count = len(mask) if is_shared else int(torch.count_nonzero(mask))
+            if count >= self.least_dense:
+                result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
+                if count == self.sites and self.activation == "none":
+                    return in_rows(result)
+                sites = mask if is_shared else ActiveSites._of(mask)
+                return settle(result, sites, None, None, None, self.activation, None)
+        sites = mask if is_shared else ActiveSites._of(mask)
         shared = []
-        if sites is mask and self.has_table:
+        if is_shared and self.has_table:
             shared = [sites._neighbours(input.shape[2:], self.taps)]
         return _sparse(input, weight, bias, sites, shared, [], None, None, None, self.activation, False, *self.geometry)
 
