@@ -81,9 +81,11 @@ def section(path: Path) -> str:
             "",
             f"![time and memory against active pixels]({folder}/scaling.png)",
             "",
-            "And on a photo (`python -m dynconv demo`): a cached network follows an edit.",
+            "And on a photo (`python -m dynconv demo`): a cached network follows an edit, and how many of a network's",
+            "blocks compute each pixel.",
             "",
             f"![the edit demo]({folder}/edit.png)",
+            f"![the ponder map]({folder}/ponder.png)",
         ]
     )
 
