@@ -527,7 +527,7 @@ def masked_conv2d(
     signature = None
     if out is residual is inactive is None and not packed:
         signature = _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation)
-        if signature in _passed:
+        if signature is not None and signature in _passed:  # none while compiling, which would guard on the table
             return _passed[signature](input, weight, bias, mask)
     geometry, size = _check_operands(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
