@@ -1080,6 +1080,90 @@ def stencil_weight(
         _stencil_weight1(table, entry, taps, source, channel, stride, zeros, grad, grad_at, rows, channels, out, at)
 
 
+def _group_weight(channels: int):
+    @intrinsic
+    def products(typingctx, table, taps, source, channel, stride, zeros, grad, grad_at, grad_stride, rows, out, at):
+        storage = source.dtype
+
+        def codegen(context, builder, signature, args):
+            element = context.get_value_type(out.dtype)
+            stored = _data(context, builder, signature, args, 2).type
+            lanes, compute = _lanes(element), out.dtype
+            vector = ir.VectorType(element, lanes)
+
+            def build(builder, arguments):
+                table, taps, source, stride, zeros, grad, grad_stride, rows, out = arguments
+
+                def site(builder, m, totals):
+                    slope = _read(builder, grad, builder.mul(m, grad_stride), lanes, compute)
+                    pixel = builder.sext(builder.load(builder.gep(table, [builder.mul(m, taps)])), _i64)
+                    inside = builder.gep(source, [builder.mul(pixel, stride)])
+                    row = builder.select(builder.icmp_signed("<", pixel, _i64(0)), zeros, inside)
+                    values = [
+                        _splat(builder, _read(builder, row, _i64(c), 1, storage), vector) for c in range(channels)
+                    ]
+                    return [_call(builder, "fma", v, slope, total) for v, total in zip(values, totals, strict=True)]
+
+                start = [ir.Constant(vector, [0.0] * lanes)] * channels
+                for c, total in enumerate(_for(builder, _i64(0), rows, 1, start, site)):
+                    place = _i64(c * lanes)
+                    total = builder.fadd(total, _read(builder, out, place, lanes, compute))
+                    _write(builder, total, out, place, lanes, compute)
+
+            number = ir.IntType(32).as_pointer()
+            function = _function(
+                builder.module,
+                f"dynconv_group_weight_{channels}_{storage}_{out.dtype}",
+                [number, _i64, stored, _i64, stored, element.as_pointer(), _i64, _i64, element.as_pointer()],
+                build,
+            )
+            builder.call(
+                function,
+                [
+                    _data(context, builder, signature, args, 0),
+                    args[1],
+                    builder.gep(_data(context, builder, signature, args, 2), [args[3]]),
+                    args[4],
+                    _data(context, builder, signature, args, 5),
+                    builder.gep(_data(context, builder, signature, args, 6), [args[7]]),
+                    args[8],
+                    args[9],
+                    builder.gep(_data(context, builder, signature, args, 10), [args[11]]),
+                ],
+            )
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(table, i, source, i, i, zeros, grad, i, i, i, out, i), codegen
+
+    return products
+
+
+_group_weight1, _group_weight4, _group_weight8 = (_group_weight(channels) for channels in (1, 4, 8))
+
+
+@njit(inline="always")
+def group_weight(
+    table, taps, source, channel, channels, stride, zeros, grad, grad_at, grad_stride, rows, out, at, lanes
+):
+    """out[at:] [c, lane] += sum over m < rows of pixel(m)[channel + c] * grad[m, lane], for `channels` channels c.
+
+    pixel(m) is the row table[m * taps] of `source`, rows of `stride` elements, or `zeros` where that is -1; grad[m]
+    lies at grad_at + m * grad_stride. Each call's own sum begins at zero.
+    """
+    c = 0
+    while c < channels:
+        width = 8 if channels - c >= 8 else 4 if channels - c >= 4 else 1
+        first, target = channel + c, at + c * lanes
+        if width == 8:
+            _group_weight8(table, taps, source, first, stride, zeros, grad, grad_at, grad_stride, rows, out, target)
+        elif width == 4:
+            _group_weight4(table, taps, source, first, stride, zeros, grad, grad_at, grad_stride, rows, out, target)
+        else:
+            _group_weight1(table, taps, source, first, stride, zeros, grad, grad_at, grad_stride, rows, out, target)
+        c += width
+
+
 @intrinsic
 def fill_elements(typingctx, source, out, begin, end, is_large):
     """out[begin:end] = source[begin:end], or zeros where `source` is an array at address 0; whole vectors go around

@@ -23,7 +23,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .._geometry import is_depthwise, is_stencil
+from .._geometry import is_stencil
 from . import stencil
 from ._common import (
     SERIAL,
@@ -422,12 +422,10 @@ def backward(
         layout = torch.channels_last if input.dim() == 4 else torch.contiguous_format
         grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout)
         grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
-    scaled, scale = rows, gate
     if is_stencil(weight.shape, groups):
         if gate_wanted:
             products = stencil.gate_grad(rows, input, weight, bias, groups, reads, index, active)
-        if gate is not None:
-            scaled, scale = stencil.scale_rows(rows, gate, index, active), None
+        scaled = rows if gate is None else stencil.scale_rows(rows, gate, index, active)
         if input_wanted:
             stencil.input_grad(scaled, weight, groups, readers, pixels[0], int(pixels[1]), grad_input)
     elif (input_wanted or gate_wanted) and active:
@@ -436,11 +434,11 @@ def backward(
         )
         if gate_wanted and bias is not None:
             products += (rows[:active] * bias.to(compute)).sum(1)
-    if weight_wanted and is_depthwise(weight.shape, groups):
-        grad_weight = stencil.weight_grad(scaled, input, table, active, weight)
+    if weight_wanted and is_stencil(weight.shape, groups):
+        grad_weight = stencil.weight_grad(scaled, input, table, active, weight, groups)
     elif weight_wanted:
         grad_weight = torch.empty_like(weight)
-        _weight_grad(scaled, input, scale, table, index, active, grad_weight, groups)
+        _weight_grad(rows, input, gate, table, index, active, grad_weight, groups)
     grad_gate = None
     if gate_wanted:
         grad_gate = torch.zeros(gate.shape, dtype=compute)

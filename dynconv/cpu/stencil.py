@@ -5,7 +5,7 @@ geometry: a table would take longer to write than to compute):
 
     depthwise   y[m, c] = sum over taps of w[tap, c] * source[table[m, tap], c]
     grouped     y[m, (g, f)] = sum over taps and channels c of w[g, tap, c, f] * source[table[m, tap], (g, c)]
-    weight grad dW[tap, c] = sum over sites of source[table[m, tap], c] * G[m, c], depthwise; see `masked_conv` else
+    weight grad dW[tap, c] = sum over sites of source[table[m, tap], c] * G[m, c], and dW[g, tap, c, f] likewise
 
 The input's gradient is the first over the pixels that any active site reads, with the table of their readers: no two
 threads write the same row, and nothing is added up twice.
@@ -28,6 +28,7 @@ from ._llvm import (
     fetch_add,
     finish_row,
     group_rows,
+    group_weight,
     load,
     stencil_rows,
     stencil_weight,
@@ -208,6 +209,38 @@ def _weight_grad_kernel(arguments, storage, compute):
 
 
 @njit
+def _group_weight_grad_kernel(arguments, storage, compute):
+    """One vector of a group's filters at a time, block by block of sites."""
+    a = carray(arguments, (32,))
+    source, zeros = array(a[2], storage), array(a[3], storage)
+    grad, grad_weight = array(a[4], compute), array(a[5], compute)
+    sites, taps, inner, outer, groups, block_sites, lanes = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    panels = (outer + lanes - 1) // lanes
+    totals_at = a[14] + fetch_add(a[1:], 1) * a[15]
+    totals = array(totals_at, compute)
+    while True:
+        item = fetch_add(a, 1)
+        if item >= groups * panels:
+            return
+        group, panel = item // panels, item % panels
+        first_filter = group * outer + panel * lanes
+        clear(totals, 0, taps * inner * lanes, compute)
+        for first in range(0, sites, block_sites):
+            rows, grad_at = min(block_sites, sites - first), first * groups * outer + first_filter
+            for tap in range(taps):
+                group_weight(
+                    array(a[6] + 4 * (first * taps + tap), np.int32), taps,
+                    source, group * inner, inner, groups * inner, zeros,
+                    grad, grad_at, groups * outer, rows, totals, tap * inner * lanes, lanes,
+                )  # fmt: skip
+        for f in range(min(lanes, outer - panel * lanes)):
+            for c in range(inner):
+                for tap in range(taps):
+                    value = load(totals, (tap * inner + c) * lanes + f, compute)
+                    store(grad_weight, ((first_filter + f) * inner + c) * taps + tap, value)
+
+
+@njit
 def _scale_rows_kernel(arguments, storage, compute):
     a = carray(arguments, (16,))
     rows, gate, out, index = array(a[2], compute), array(a[3], compute), array(a[4], compute), array(a[5], np.int32)
@@ -223,6 +256,7 @@ def _scale_rows_kernel(arguments, storage, compute):
 
 _run_stencil = kernel(_stencil_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
+_run_group_weight_grad = kernel(_group_weight_grad_kernel)
 _run_scale_rows = kernel(_scale_rows_kernel)
 
 
@@ -338,20 +372,29 @@ def gate_grad(
     return result
 
 
-def weight_grad(rows: Tensor, input: Tensor, table: Tensor | None, count: int, weight: Tensor) -> Tensor:
-    """Like `weight`; `rows` [sites, C] is the output's gradient, gate included, in the compute type."""
-    channels = weight.shape[0]
+def weight_grad(rows: Tensor, input: Tensor, table: Tensor | None, count: int, weight: Tensor, groups: int) -> Tensor:
+    """Like `weight`; `rows` [sites + 1 or more, Cout] is the output's gradient, gate included, in the compute type."""
+    filters, inner = weight.shape[:2]
     if table is None:  # a 1x1 filter over rows packed for the same sites
         table = torch.arange(count, dtype=torch.int32)
-    taps, lanes = weight[0].numel(), vector_lanes(input.dtype)
+    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(input.dtype)
     grad_weight = torch.zeros(weight.shape, dtype=rows.dtype)
-    block_channels = min(8 * lanes, ceil(ceil(channels, 2 * torch.get_num_threads()), lanes) * lanes)
-    zeros = torch.zeros(channels, dtype=input.dtype)
-    threads = workers(ceil(channels, block_channels))
-    size = taps * block_channels
-    scratch = torch.empty(threads * size, dtype=rows.dtype)
-    _run_weight_grad(
-        input.dtype, threads, input.data_ptr(), zeros.data_ptr(), rows.data_ptr(), grad_weight.data_ptr(),
-        table.data_ptr(), count, taps, channels, block_channels, _SITES_PER_BLOCK, scratch.data_ptr(), size,
-    )  # fmt: skip
+    zeros = torch.zeros(inner * groups, dtype=input.dtype)
+    addresses = (input.data_ptr(), zeros.data_ptr(), rows.data_ptr(), grad_weight.data_ptr(), table.data_ptr())
+    if is_depthwise(weight.shape, groups):
+        block_channels = min(8 * lanes, ceil(ceil(filters, 2 * torch.get_num_threads()), lanes) * lanes)
+        threads, size = workers(ceil(filters, block_channels)), taps * block_channels
+        scratch = torch.empty(threads * size, dtype=rows.dtype)
+        _run_weight_grad(
+            input.dtype, threads, *addresses, count, taps, filters, block_channels, _SITES_PER_BLOCK,
+            scratch.data_ptr(), size,
+        )  # fmt: skip
+    else:
+        outer = filters // groups
+        threads, size = workers(groups * ceil(outer, lanes)), taps * inner * lanes
+        scratch = torch.empty(threads * size, dtype=rows.dtype)
+        _run_group_weight_grad(
+            input.dtype, threads, *addresses, count, taps, inner, outer, groups, _SITES_PER_BLOCK, lanes,
+            scratch.data_ptr(), size * scratch.element_size(),
+        )  # fmt: skip
     return torch.empty_like(weight).copy_(grad_weight)
