@@ -67,9 +67,9 @@ def mode() -> str:
     return _mode
 
 
-def version() -> tuple:
-    """What else the way of a call goes by, beside itself and its mask."""
-    return _mode, _version, bool(_explanations), _recorded is None
+def version() -> tuple | None:
+    """Another one when a call may have to go another way; None where each call has to be looked at."""
+    return None if _explanations or _recorded is not None else (_mode, _version)
 
 
 class Call(Protocol):
@@ -79,7 +79,7 @@ class Call(Protocol):
     has_choice: bool  # whether there is a dense way for these operands
 
     def key(self) -> tuple:
-        """What the times and `has_choice` depend on beside the density, in numbers, bools and strings."""
+        """What the times depend on beside the density, in numbers, bools and strings."""
 
     def name(self) -> str:
         """The same for people, in short."""
@@ -182,34 +182,20 @@ def explain() -> Iterator[Explanation]:
 
 def run(execution: str, call: Call):
     """The call's result by its faster way, or the forced one."""
-    _load()
-    if _explanations or _recorded is not None:
+    if version() is None:
         return _watched(execution, call)
-    # From here on little is done: layers of a tenth of a millisecond notice each line.
-    if execution == "sparse" or (execution == "automatic" and not _tables):
+    least = least_dense(execution, call)
+    if least == math.inf:
         return call.sparse()
-    if execution == "dense":
-        return call.dense() if _has_choice(call) else call.sparse()
-    key = call.key()
-    times = _times(key, call)
-    if times is None or times.crossover is None:
-        return call.sparse()
-    count = _count(key, call.active)
-    is_dense = count is not None and count >= times.crossover * call.active.mask.numel()
-    return call.dense() if is_dense else call.sparse()
+    count = _count(call) if execution == "automatic" else call.active.mask.numel()
+    return call.dense() if count is not None and count >= least else call.sparse()
 
 
-def least_dense(call: Call) -> float | None:
-    """The active sites from which on such a call goes the dense way; None where each one has to be looked at."""
-    if _explanations or _recorded is not None:
-        return None
-    if _mode == "sparse" or not _has_choice(call):
-        return math.inf
-    if _mode == "dense":
-        return 0
-    _load()
-    times = _times(call.key(), call)
-    return math.inf if times is None or times.crossover is None else times.crossover * call.active.mask.numel()
+def least_dense(execution: str, call: Call) -> float:
+    """The active sites from which on a call goes the dense way; infinity where it never does."""
+    times = _times(call) if execution == "automatic" else None
+    crossover = 0 if execution == "dense" else None if times is None else times.crossover
+    return math.inf if crossover is None or not _has_choice(call) else crossover * call.active.mask.numel()
 
 
 def _watched(execution: str, call: Call):
@@ -225,8 +211,11 @@ def _has_choice(call: Call) -> bool:
     return call.active.mask.numel() > 0 and call.has_choice
 
 
-def _times(key: tuple, call: Call) -> Times | None:
-    return _tables.get(machine(call.active.mask.device), {}).get(key)
+def _times(call: Call) -> Times | None:
+    global _tables
+    if _tables is None:
+        _tables = _read()
+    return _tables.get(machine(call.active.mask.device), {}).get(call.key()) if _tables else None
 
 
 def _explained(call: Call, decision: Decision, way: Callable):
@@ -241,28 +230,27 @@ def _explained(call: Call, decision: Decision, way: Callable):
 
 
 def _decide(call: Call) -> Decision:
-    key = call.key()
     if _recorded is not None:
-        _recorded.setdefault(key, call)
+        _recorded.setdefault(call.key(), call)
         return Decision("sparse", "being calibrated")
-    times = _times(key, call)
+    times = _times(call)
     if times is None:
         return Decision("sparse", "not calibrated")
-    count = _count(key, call.active)
+    count = _count(call)
     if count is None:
         return Decision("sparse", "no count has arrived yet")
+    path = "dense" if count >= least_dense("automatic", call) else "sparse"
     density = count / call.active.mask.numel()
-    is_dense = times.crossover is not None and density >= times.crossover
-    return Decision("dense" if is_dense else "sparse", "faster at this density", density, *times.predict(density))
+    return Decision(path, "faster at this density", density, *times.predict(density))
 
 
-def _count(key: tuple, active: ActiveSites) -> int | None:
+def _count(call: Call) -> int | None:
     """The active sites; of an earlier call of this key where the count is not on the CPU, None where none is known."""
-    if active.mask.device.type == "cpu":
-        return len(active)
+    if call.active.mask.device.type == "cpu":
+        return len(call.active)
     if torch.cuda.is_current_stream_capturing():
         return None
-    return _latest(key, active.count, torch.cuda.Event)
+    return _latest(call.key(), call.active.count, torch.cuda.Event)
 
 
 def _latest(key: tuple, count: Tensor, event_type: Callable) -> int | None:
@@ -300,12 +288,6 @@ def calibration_file() -> Path:
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynconv" / "calibration.json"
-
-
-def _load() -> None:
-    global _tables
-    if _tables is None:
-        _tables = _read()
 
 
 def _read() -> dict[str, dict[tuple, Times]]:

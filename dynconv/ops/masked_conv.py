@@ -632,7 +632,7 @@ def _signature(input, weight, bias, stride, padding, dilation, groups, mask, act
         plain = None if mask.gate is not None else mask.mask
     if input is None or weight is None or plain is None or not unwatched(input, weight, bias, plain):
         return None
-    if not input.is_cpu or torch.is_autocast_enabled("cpu"):
+    if not input.is_cpu or torch.is_autocast_enabled("cpu") or calibration.version() is None:
         return None
     tensors = (input, weight, plain) if bias is None else (input, weight, plain, bias)
     signature = (
@@ -647,12 +647,11 @@ def _signature(input, weight, bias, stride, padding, dilation, groups, mask, act
 
 
 def _remember(signature: tuple, call: _Forward) -> None:
-    least = calibration.least_dense(call)
-    if least is None or call.geometry[-1] != "cpu":
+    if call.geometry[-1] != "cpu":
         return
     if len(_passed) >= 1024:  # other shapes at every call
         _passed.clear()
-    _passed[signature] = _Passed(call, least)
+    _passed[signature] = _Passed(call, calibration.least_dense(calibration.mode(), call))
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
