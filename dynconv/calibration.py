@@ -49,7 +49,8 @@ def execution(mode: str) -> Iterator[None]:
     be faster at the mask's density, and the sparse way where nothing was measured. "sparse" and "dense" force one:
     the same kernels whatever the mask, for graphs and for the same bits on every machine. A backward pass goes by the
     mode of its forward pass. What has no dense way stays sparse: packed outputs and inputs, blocks in training, the
-    gradient of a gate, and half types with a gate, a residual or a smooth activation, which it would round twice.
+    gradient of a gate, float16 gradients on the CPU, and half types with a gate, a residual or a smooth activation,
+    which it would round twice.
 
     On the GPU the mask's count is not waited for: a call goes by the last count that has arrived from earlier calls of
     its shape, and is sparse where there is none, and in the capture of a graph. Raises ValueError for another mode.

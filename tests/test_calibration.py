@@ -348,6 +348,29 @@ def test_a_compiled_graph_decides_when_it_runs(monkeypatch):
     assert paths == ["sparse", "dense"]
 
 
+def test_float16_gradients_on_the_cpu_accumulate_in_float32():
+    """PyTorch's own do not, so there is no dense way to take."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 14, 13), torch.randn(64, 64, 3, 3) / 24
+    x, weight = (t.half().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
+    mask, grad = torch.rand(2, 1, 14, 13) < 0.6, torch.randn(2, 64, 14, 13).half()
+
+    def dense_gradients(change):
+        operands = [change(t.detach().double()).requires_grad_() for t in (x, weight)]
+        output = F.conv2d(*operands, padding=1)
+        return torch.autograd.grad(output, operands, change(grad.double()) * mask)
+
+    with dynconv.execution("dense"):
+        output = dynconv.masked_conv2d(x, weight, padding=1, mask=mask)
+    with dynconv.explain() as explanation:
+        actual = torch.autograd.grad(output, (x, weight), grad)
+    assert not explanation.decisions
+    products = (9 * 64, int(mask.sum()))  # behind each value
+    for one, value, magnitude, n in zip(actual, dense_gradients(lambda t: t), dense_gradients(torch.abs), products):
+        # One rounding to float16, and float32's error over the sum.
+        assert ((one.double() - value).abs() <= 2**-11 * value.abs() + n * 2**-23 * magnitude).all()
+
+
 def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():
     """Plain calls in inference skip the checks once their like has passed them: everything else must not."""
     x, weight = torch.randn(2, 8, 9, 7), torch.randn(6, 8, 3, 3)
