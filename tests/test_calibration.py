@@ -233,16 +233,16 @@ def test_calibrations_add_up(monkeypatch, own_file):
 
 
 def test_calibrate_measures(own_file):
-    input, weight = torch.randn(1, 16, 32, 32), torch.randn(16, 16, 3, 3, requires_grad=True)
+    input, weight = torch.randn(1, 16, 128, 128), torch.randn(16, 16, 3, 3, requires_grad=True)
     told = []
 
     def step():
-        dynconv.masked_conv2d(input, weight, padding=1, mask=_mask(1, 1, 32, 32)).sum().backward()
+        dynconv.masked_conv2d(input, weight, padding=1, mask=_mask(1, 1, 128, 128)).sum().backward()
 
     with dynconv.backend("cpu"):
         dynconv.calibrate(step, densities=(0.01, 1.0), seconds=0.01, progress=lambda *args: told.append(args))
     assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2)]
-    assert told[1][2] == "conv 32x32 16->16 3x3, batch 1, float32, gradients of weight"
+    assert told[1][2] == "conv 128x128 16->16 3x3, batch 1, float32, gradients of weight"
     (entries,) = json.loads(own_file.read_text()).values()
     for entry in entries:
         assert entry["densities"] == [0.01, 1.0]
