@@ -5,12 +5,15 @@ from . import nn, reference
 from ._backend import backend
 from ._version import __version__
 from .calibration import calibrate, calibration_file, execution, explain
+from .channels import ActiveChannels
 from .nn.ponder import ponder_map
+from .ops.gathered_conv import gathered_conv2d
 from .ops.masked_conv import masked_conv2d
 from .packed import PackedFeatures, pack
 from .sites import ActiveSites
 
 __all__ = [
+    "ActiveChannels",
     "ActiveSites",
     "PackedFeatures",
     "__version__",
@@ -19,6 +22,7 @@ __all__ = [
     "calibration_file",
     "execution",
     "explain",
+    "gathered_conv2d",
     "masked_conv2d",
     "nn",
     "pack",

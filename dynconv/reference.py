@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._geometry import Geometry, IntPair, Padding
+from .channels import ActiveChannels
 from .packed import PackedFeatures
 from .sites import ActiveSites
 
@@ -51,6 +52,36 @@ def masked_conv2d(
     padded = F.pad(torch.where(read, input, 0), (left, right, top, bottom))
     result = F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, groups)
     return _finish(result, active, gate, activation, residual, inactive, out, sites if packed else None)
+
+
+def gathered_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    in_mask: Tensor | ActiveChannels | None = None,
+    out_mask: Tensor | ActiveChannels | None = None,
+) -> Tensor:
+    """where(out_mask, out_gate * conv2d(where(in_mask, in_gate * input, 0)), 0); see `dynconv.gathered_conv2d`."""
+    input = _keep(input, in_mask)
+    geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
+    (top, left), (bottom, right) = geometry.padding, geometry.padding_end
+    padded = F.pad(input, (left, right, top, bottom))
+    result = F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, groups)
+    return _keep(result, out_mask).contiguous(memory_format=torch.channels_last)
+
+
+def _keep(input: Tensor, mask: Tensor | ActiveChannels | None) -> Tensor:
+    """The kept channels, times their gates, among zeros."""
+    if mask is None:
+        return input
+    channels = mask if isinstance(mask, ActiveChannels) else ActiveChannels(mask, tuple(input.shape[:2]))
+    kept = torch.where(channels.mask[:, :, None, None], input, 0)
+    return kept if channels.gate is None else (kept * channels.gate[:, :, None, None]).to(input.dtype)
 
 
 def epilogue(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import module
+from .._geometry import Geometry, IntPair, Padding
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 
@@ -96,6 +99,65 @@ def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
         if tensor.device != features.sites.mask.device:
             raise ValueError(f"{name}: expected rows on {features.sites.mask.device}, where the sites are")
     return tensor
+
+
+def check_convolution(
+    input: Tensor | PackedFeatures,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntPair,
+    padding: Padding,
+    dilation: IntPair,
+    groups: int,
+) -> tuple[Geometry, tuple[int, int]]:
+    """The convolution's geometry and its (Ho, Wo)."""
+    tensor = check_features("input", input)
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is None and name == "bias":
+            continue
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        if operand.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
+        if operand.device != tensor.device:
+            raise ValueError(f"{name}: expected a tensor on {tensor.device}, where the input is, got {operand.device}")
+    if input is tensor and input.dim() != 4:
+        raise ValueError(f"input: expected shape [N, Cin, H, W], got {list(input.shape)}")
+    channels = tensor.shape[1]
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(f"weight: expected a shape [Cout, Cin / groups, kH, kW] of no zeros, got {list(weight.shape)}")
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+    if groups < 1 or weight.shape[0] % groups or channels % groups:
+        raise ValueError(f"groups: expected a divisor of Cin = {channels} and Cout = {weight.shape[0]}, got {groups}")
+    if weight.shape[1] * groups != channels:
+        raise ValueError(
+            f"weight: expected {channels // groups} input channels for an input of {channels} and groups "
+            f"{groups}, got {weight.shape[1]}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    where = (tuple(weight.shape[2:]), stride, padding, dilation, *input.shape[2:])
+    if torch.compiler.is_compiling():  # hashing a symbolic size would tie the graph to it
+        return _placed(*where)
+    try:
+        return _placed_before(*where)
+    except TypeError:  # lists, and what is refused
+        return _placed(*where)
+
+
+def _placed(kernel, stride, padding, dilation, height, width) -> tuple[Geometry, tuple[int, int]]:
+    geometry = Geometry.of(kernel, stride, padding, dilation)
+    return geometry, geometry.output_size(height, width)
+
+
+_placed_before = functools.lru_cache(1024, typed=True)(_placed)
+
+
+def check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
 
 
 def check_activation(activation: str | None) -> None:

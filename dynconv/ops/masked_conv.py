@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -18,14 +17,14 @@ from .._geometry import Geometry, IntPair, Padding, is_stencil
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
-    FLOATING,
     autocast,
     channels_last,
     check_activation,
-    check_features,
+    check_convolution,
     check_out,
     check_residual,
     check_result,
+    check_types,
     fill,
     gate_of,
     in_rows,
@@ -533,12 +532,12 @@ def masked_conv2d(
         signature = _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation)
         if signature is not None and signature in _passed:  # none while compiling, which would guard on the table
             return _passed[signature](input, weight, bias, mask)
-    geometry, size = _check_operands(input, weight, bias, stride, padding, dilation, groups)
+    geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
     source = input.sites if isinstance(input, PackedFeatures) else None
     tensor = input if source is None else input.rows
     tensor, weight, bias, inactive, residual = autocast(tensor, weight, bias, inactive, residual)
-    _check_types(tensor, weight, bias)
+    check_types(tensor, weight, bias)
     samples = tensor.shape[0] if source is None else source.shape[0]
     shape = (samples, weight.shape[0], *size)
     check_result("inactive", inactive, shape, tensor)
@@ -716,65 +715,6 @@ def _shared_tables(
     pixels = sites._touched_by(size, geometry) if source is None else source
     shared.append(sites._readers(pixels, geometry) if backend == "cpu" else sites.inverse)
     return [*shared, pixels.index, pixels.count]
-
-
-def _check_operands(
-    input: Tensor | PackedFeatures,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: IntPair,
-    padding: Padding,
-    dilation: IntPair,
-    groups: int,
-) -> tuple[Geometry, tuple[int, int]]:
-    """The convolution's geometry and its (Ho, Wo)."""
-    tensor = check_features("input", input)
-    for name, operand in (("weight", weight), ("bias", bias)):
-        if operand is None and name == "bias":
-            continue
-        if not isinstance(operand, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
-        if operand.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
-        if operand.device != tensor.device:
-            raise ValueError(f"{name}: expected a tensor on {tensor.device}, where the input is, got {operand.device}")
-    if input is tensor and input.dim() != 4:
-        raise ValueError(f"input: expected shape [N, Cin, H, W], got {list(input.shape)}")
-    channels = tensor.shape[1]
-    if weight.dim() != 4 or 0 in weight.shape:
-        raise ValueError(f"weight: expected a shape [Cout, Cin / groups, kH, kW] of no zeros, got {list(weight.shape)}")
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups: expected an int, got {groups!r}")
-    if groups < 1 or weight.shape[0] % groups or channels % groups:
-        raise ValueError(f"groups: expected a divisor of Cin = {channels} and Cout = {weight.shape[0]}, got {groups}")
-    if weight.shape[1] * groups != channels:
-        raise ValueError(
-            f"weight: expected {channels // groups} input channels for an input of {channels} and groups "
-            f"{groups}, got {weight.shape[1]}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    where = (tuple(weight.shape[2:]), stride, padding, dilation, *input.shape[2:])
-    if torch.compiler.is_compiling():  # hashing a symbolic size would tie the graph to it
-        return _placed(*where)
-    try:
-        return _placed_before(*where)
-    except TypeError:  # lists, and what is refused
-        return _placed(*where)
-
-
-def _placed(kernel, stride, padding, dilation, height, width) -> tuple[Geometry, tuple[int, int]]:
-    geometry = Geometry.of(kernel, stride, padding, dilation)
-    return geometry, geometry.output_size(height, width)
-
-
-_placed_before = functools.lru_cache(1024, typed=True)(_placed)
-
-
-def _check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
 
 
 def _sites(

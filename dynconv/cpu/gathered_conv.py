@@ -1,0 +1,429 @@
+"""Gathered convolution on the CPU: for each sample, the convolution of the channels it keeps, and no others.
+
+Kept channels lie side by side: `pack` copies what a sample keeps of a tensor, and the products run over these rows,
+so that their cost is kept in * kept out. For each sample n and group, with K the kept input channels, F the kept
+output channels, and the neighbour table `table[site, tap]` of one sample (-1: padding), which all samples share:
+
+    forward       out[n, site, F] = sum over taps of x[n, table[site, tap], K] @ W[tap][K, F]  +  bias[F]
+    input grad    dx[n, pixel, K] = sum over taps of g[n, readers[pixel, tap], F] @ W[tap][K, F]^T
+    weight grad   dW[tap][K, F]  += x[n, table[., tap], K]^T @ g[n, ., F]
+
+The first two are one kernel: `readers[pixel, tap]` is the site that reads a pixel through a tap. Everything a call
+writes, zeros of the other channels included, is written once. The order of every sum follows from the shapes and the
+kept channels alone: the same bits on any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from . import sites
+from ._common import (
+    SERIAL,
+    add,
+    array,
+    ceil,
+    clear,
+    copy,
+    gather_scattered,
+    lower_bound,
+    multiply_scattered,
+    pack_panel,
+    vector_lanes,
+)
+from ._llvm import ROWS, TILE_VECTORS, fetch_add, finish_row, load, multiply_transposed_tile, store, transpose_vectors
+from ._threads import compute_type, kernel, workers
+
+# In elements, as for masked convolution: a chunk's gathered rows and a tile's columns of the weight stay in the cache.
+GATHERED = 64 * 1024
+DEPTH = 1152
+MOST_ROWS = 96
+WEIGHT_ROWS = 128  # rows of a chunk of the weight's gradient, and
+SUMMED_CHUNKS = 8  # chunks that one running sum adds up
+FILTERS = 48  # output channels of a piece of the weight's gradient
+
+
+@njit
+def _kept(index, at, count, begin, end):
+    """The places, among a sample's kept channels index[at:at + count], of those in begin..end."""
+    first = lower_bound(index[at:], count, begin)
+    return first, lower_bound(index[at:], count, end)
+
+
+@njit
+def _find_runs(index, at, first, end, runs, to):
+    """runs[to:] = place and length of each run of neighbouring channels in index[at + first:at + end]; their number."""
+    number, place = 0, first
+    while place < end:
+        length = 1
+        while place + length < end and index[at + place + length] == index[at + place] + length:
+            length += 1
+        runs[to + 2 * number], runs[to + 2 * number + 1] = place, length
+        number += 1
+        place += length
+    return number
+
+
+@njit
+def _pack_kernel(arguments, storage, compute):
+    """source [sample, row, channel] -> packed [sample, group, row, kept channel], `most` channels for each sample."""
+    a = carray(arguments, (20,))
+    source, packed, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
+    counts, all_runs = array(a[5], np.int32), array(a[6], np.int32)
+    samples, rows, width, groups, lanes, chunk_rows, most = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    chunks, channels = (rows + chunk_rows - 1) // chunk_rows, width // groups
+    runs = fetch_add(a[1:], 1) * 2 * width
+    while True:
+        item = fetch_add(a, 1)
+        if item >= samples * chunks:
+            return
+        sample, first_row = item // chunks, item % chunks * chunk_rows
+        end_row, at = min(rows, first_row + chunk_rows), sample * width
+        for group in range(groups):
+            first, end = _kept(index, at, np.int64(counts[sample]), group * channels, (group + 1) * channels)
+            number = _find_runs(index, at, first, end, all_runs, runs)
+            target = (sample * most + first) * rows - first
+            for row in range(first_row, end_row):
+                for r in range(runs, runs + 2 * number, 2):
+                    place, length = np.int64(all_runs[r]), np.int64(all_runs[r + 1])
+                    channel = (sample * rows + row) * width + np.int64(index[at + place])
+                    copy(source, channel, length, packed, target + row * (end - first) + place, lanes, compute)
+
+
+@njit
+def _pack_weight(
+    weight, taps, channels, base, in_index, in_at, ins, runs, run_at, run_count, out_index, out_at, outs, target,
+    compact, packed, lanes, compute,
+):  # fmt: skip
+    """One sample's share of a group's weight as target[packed:] [panel of output channels, tap, input channel, lane].
+
+    The kept channels are in_index[in_at:in_at + ins] and out_index[out_at:out_at + outs], `runs` those of the former,
+    `base` the group's first input channel. target[compact:] holds a panel's rows, where they are not already one by
+    one in the weight.
+    """
+    depth, row = taps * ins, taps * channels
+    are_vectors = True
+    for r in range(run_at, run_at + 2 * run_count, 2):
+        are_vectors = are_vectors and runs[r + 1] % lanes == 0
+    for panel in range((outs + lanes - 1) // lanes):
+        first = out_at + panel * lanes
+        to, valid = packed + panel * lanes * depth, min(lanes, outs - panel * lanes)
+        if are_vectors and valid == lanes and out_index[first + lanes - 1] == out_index[first] + lanes - 1:
+            for tap in range(taps):
+                source = np.int64(out_index[first]) * row + tap * channels - base
+                k = tap * ins
+                for r in range(run_at, run_at + 2 * run_count, 2):
+                    at = source + np.int64(in_index[in_at + runs[r]])
+                    for c in range(0, np.int64(runs[r + 1]), lanes):
+                        transpose_vectors(weight, at + c, row, target, to + k * lanes)
+                        k += lanes
+            continue
+        for out in range(valid):
+            k = compact + out * depth
+            for tap in range(taps):
+                source = np.int64(out_index[first + out]) * row + tap * channels - base
+                for r in range(run_at, run_at + 2 * run_count, 2):
+                    at, length = source + np.int64(in_index[in_at + runs[r]]), np.int64(runs[r + 1])
+                    copy(weight, at, length, target, k, lanes, compute)
+                    k += length
+        pack_panel(target, compact, valid, depth, 0, depth, target, to, lanes, compute)
+
+
+@njit
+def _pack_transposed_weight(
+    weight, taps, channels, base, in_index, in_at, ins, out_index, out_at, outs, target, packed, lanes, compute
+):
+    """The same as target[packed:] [panel of input channels, tap, output channel, lane]."""
+    for panel in range((ins + lanes - 1) // lanes):
+        first, valid = in_at + panel * lanes, min(lanes, ins - panel * lanes)
+        is_run = in_index[first + valid - 1] == in_index[first] + valid - 1
+        for tap in range(taps):
+            for out in range(outs):
+                source = (np.int64(out_index[out_at + out]) * taps + tap) * channels - base
+                to = packed + ((panel * taps + tap) * outs + out) * lanes
+                if is_run:
+                    copy(weight, source + np.int64(in_index[first]), valid, target, to, lanes, compute)
+                else:
+                    for lane in range(valid):
+                        at = source + np.int64(in_index[first + lane])
+                        store(target, to + lane, load(weight, at, compute))
+                clear(target, to + valid, lanes - valid, compute)
+
+
+@njit
+def _products_kernel(arguments, storage, compute):
+    """The forward, and the input's gradient, whose source is the output's gradient (`is_transposed`)."""
+    a = carray(arguments, (40,))
+    source, out, weight, bias = array(a[2], compute), array(a[3], storage), array(a[4], storage), array(a[5], compute)
+    table = array(a[6], np.int32)
+    from_index, from_counts = array(a[7], np.int32), array(a[8], np.int32)
+    to_index, to_counts = array(a[9], np.int32), array(a[10], np.int32)
+    samples, taps, from_rows, to_rows, from_width, to_width = a[11], a[12], a[13], a[14], a[15], a[16]
+    groups, lanes, is_transposed, parts, part_rows = a[17], a[18], a[19] != 0, a[20], a[21]
+    scratch, scratch_size, compact_size, packed_size = array(a[22], compute), a[23], a[24], a[25]
+    all_runs, products_size, gathered_size, nothing = array(a[26], np.int32), a[27], a[28], array(a[29], storage)
+    from_most = a[30]
+    from_channels, to_channels = from_width // groups, to_width // groups
+    worker = fetch_add(a[1:], 1)
+    runs = worker * 2 * (from_width + to_width)
+    compact = worker * scratch_size
+    packed = compact + compact_size
+    products = packed + packed_size
+    gathered = products + products_size
+    is_run = gathered + gathered_size
+    before = -1
+    kept, first, filters, to_first, to_runs, to_number = 0, 0, 0, 0, runs, 0
+    while True:
+        item = fetch_add(a, 1)
+        if item >= samples * groups * parts:
+            return
+        unit, part = item // parts, item % parts
+        sample, group = unit // groups, unit % groups
+        from_at, to_at = sample * from_width, sample * to_width
+        if unit != before:
+            before = unit
+            first, end = _kept(
+                from_index, from_at, np.int64(from_counts[sample]), group * from_channels, (group + 1) * from_channels
+            )
+            to_first, to_end = _kept(
+                to_index, to_at, np.int64(to_counts[sample]), group * to_channels, (group + 1) * to_channels
+            )
+            kept, filters = end - first, to_end - to_first
+            to_runs = runs + 2 * from_width
+            to_number = _find_runs(to_index, to_at, to_first, to_end, all_runs, to_runs)
+            if is_transposed:
+                _pack_transposed_weight(
+                    weight, taps, to_channels, group * to_channels, to_index, to_at + to_first, filters,
+                    from_index, from_at + first, kept, scratch, packed, lanes, compute,
+                )  # fmt: skip
+            else:
+                number = _find_runs(from_index, from_at + first, 0, kept, all_runs, runs)
+                _pack_weight(
+                    weight, taps, from_channels, group * from_channels, from_index, from_at + first, kept, all_runs,
+                    runs, number, to_index, to_at + to_first, filters, scratch, compact, packed, lanes, compute,
+                )  # fmt: skip
+        panels = (filters + lanes - 1) // lanes
+        width = panels * lanes
+        block_taps = max(1, min(taps, DEPTH // max(1, kept)))
+        blocks = (taps + block_taps - 1) // block_taps
+        block_taps = (taps + blocks - 1) // blocks
+        chunk_rows = max(ROWS, min(MOST_ROWS, GATHERED // max(1, block_taps * kept)) // ROWS * ROWS)
+        source_at = (sample * from_most + first) * from_rows
+        end_row = min(to_rows, (part + 1) * part_rows)
+        for first_row in range(part * part_rows, end_row, chunk_rows):
+            rows = min(chunk_rows, end_row - first_row)
+            if kept == 0:
+                clear(scratch, products, rows * width, compute)
+            for first_tap in range(0, taps if kept > 0 and filters > 0 else 0, block_taps):
+                tap_count = min(block_taps, taps - first_tap)
+                entry = first_row * taps + first_tap
+                gather_scattered(
+                    source[source_at:], kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run, lanes,
+                    compute,
+                )  # fmt: skip
+                multiply_scattered(
+                    source[source_at:], kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run,
+                    first_tap > 0, scratch, packed + first_tap * kept * lanes, taps * kept * lanes, panels,
+                    scratch, products, width, lanes, compute,
+                )  # fmt: skip
+            for r in range(rows):
+                row = (sample * to_rows + first_row + r) * to_width
+                channel = group * to_channels
+                for run in range(to_runs, to_runs + 2 * to_number, 2):
+                    place, length = np.int64(all_runs[run]), np.int64(all_runs[run + 1])
+                    start = np.int64(to_index[to_at + place])
+                    clear(out, row + channel, start - channel, compute)
+                    finish_row(
+                        scratch, products + r * width + place - to_first, bias, start, compute(1), nothing, 0,
+                        out, row + start, length, 0,
+                    )  # fmt: skip
+                    channel = start + length
+                clear(out, row + channel, (group + 1) * to_channels - channel, compute)
+
+
+@njit
+def _weight_grad_kernel(arguments, storage, compute):
+    """Each piece, a tap and some of a group's output channels, goes through the samples in order."""
+    a = carray(arguments, (32,))
+    source, grad, total = array(a[2], compute), array(a[3], compute), array(a[4], compute)
+    table, in_index, in_counts = array(a[5], np.int32), array(a[6], np.int32), array(a[7], np.int32)
+    out_index, out_counts = array(a[8], np.int32), array(a[9], np.int32)
+    samples, taps, pixels, sites, cin, cout, groups, lanes = a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17]
+    scratch, scratch_size, pieces = array(a[18], compute), a[19], a[20]
+    in_most, out_most, all_runs = a[21], a[22], array(a[23], np.int32)
+    channels, filters = cin // groups, cout // groups
+    worker = fetch_add(a[1:], 1)
+    gathered, runs = worker * scratch_size, worker * 2 * TILE_VECTORS * lanes
+    products = gathered + WEIGHT_ROWS * TILE_VECTORS * lanes
+    while True:
+        item = fetch_add(a, 1)
+        if item >= groups * taps * pieces:
+            return
+        group, tap, piece = item // (taps * pieces), item // pieces % taps, item % pieces
+        begin = group * filters + piece * FILTERS
+        finish = min((group + 1) * filters, begin + FILTERS)
+        for sample in range(samples):
+            in_at, out_at = sample * cin, sample * cout
+            first, end = _kept(in_index, in_at, np.int64(in_counts[sample]), group * channels, (group + 1) * channels)
+            group_first, group_end = _kept(
+                out_index, out_at, np.int64(out_counts[sample]), group * filters, (group + 1) * filters
+            )
+            out_first, out_end = _kept(out_index, out_at, np.int64(out_counts[sample]), begin, finish)
+            kept, outs, stride = end - first, out_end - out_first, group_end - group_first
+            source_at = (sample * in_most + first) * pixels
+            grad_at = (sample * out_most + group_first) * sites + out_first - group_first
+            for column in range(0, kept if outs > 0 else 0, TILE_VECTORS * lanes):
+                valid = min(TILE_VECTORS * lanes, kept - column)
+                vectors = (valid + lanes - 1) // lanes
+                width = vectors * lanes
+                number = _find_runs(in_index, in_at + first + column, 0, valid, all_runs, runs)
+                for first_row in range(0, sites, WEIGHT_ROWS):
+                    rows = min(WEIGHT_ROWS, sites - first_row)
+                    for r in range(rows):
+                        pixel = np.int64(table[(first_row + r) * taps + tap])
+                        to, size = gathered + r * width, valid if pixel >= 0 else 0
+                        copy(source, source_at + pixel * kept + column, size, scratch, to, lanes, compute)
+                        clear(scratch, to + size, width - size, compute)
+                    chunk = first_row // WEIGHT_ROWS
+                    for out in range(0, outs, ROWS):
+                        multiply_transposed_tile(
+                            vectors,
+                            grad, grad_at + first_row * stride + out, stride,
+                            scratch, gathered,
+                            scratch, products + out * width, width,
+                            rows, chunk % SUMMED_CHUNKS > 0,
+                        )  # fmt: skip
+                    # A sum over all sites, one by one, would lose what sums of sums keep.
+                    if chunk % SUMMED_CHUNKS < SUMMED_CHUNKS - 1 and first_row + rows < sites:
+                        continue
+                    for out in range(outs):
+                        row = (np.int64(out_index[out_at + out_first + out]) * taps + tap - group) * channels
+                        for r in range(runs, runs + 2 * number, 2):
+                            place, length = np.int64(all_runs[r]), np.int64(all_runs[r + 1])
+                            to = row + np.int64(in_index[in_at + first + column + place])
+                            at = products + out * width + place
+                            add(scratch, at, length, compute(1), total, to, lanes, compute)
+
+
+_run_pack = kernel(_pack_kernel)
+_run_products = kernel(_products_kernel)
+_run_weight_grad = kernel(_weight_grad_kernel)
+
+Channels = tuple[Tensor, Tensor]  # index [N, C] and count [N] of an ActiveChannels
+
+
+@functools.lru_cache(64)
+def _table(is_transposed: bool, geometry: tuple[int, ...]) -> Tensor:
+    """[site, tap]: the pixel of one sample that a site reads, or -1; transposed [pixel, tap]: the site reading it."""
+    site, pixel = (torch.arange(h * w, dtype=torch.int32) for h, w in (geometry[:2], geometry[2:4]))
+    rows = pixel if is_transposed else site
+    count = torch.tensor([rows.numel()], dtype=torch.int32)
+    if is_transposed:
+        return sites.readers(pixel, count, geometry, site)
+    return sites.neighbours(site, count, geometry)
+
+
+def pack(tensor: Tensor, kept: Channels, groups: int) -> Tensor:
+    """The kept channels of each sample of a channels_last tensor, side by side, in the compute type.
+
+    With the most channels that any sample keeps, sample n begins at n * most * H * W, the group whose first kept
+    channel is the i-th at i * H * W from there on. What lies past a sample's kept channels is not initialised.
+    """
+    index, count = kept
+    samples, width = index.shape
+    rows, chunk_rows = tensor.shape[2] * tensor.shape[3], 256
+    most = int(count.max())
+    size = samples * rows * most
+    packed = torch.empty(size + ROWS, dtype=compute_type(tensor.dtype))  # tiles may read past the last row
+    threads = workers(min(size // SERIAL, samples * ceil(rows, chunk_rows)))
+    runs = torch.empty(threads * 2 * width, dtype=torch.int32)
+    _run_pack(
+        tensor.dtype, threads, tensor.data_ptr(), packed.data_ptr(), index.data_ptr(), count.data_ptr(),
+        runs.data_ptr(), samples, rows, width, groups, vector_lanes(tensor.dtype), chunk_rows, most,
+    )  # fmt: skip
+    return packed
+
+
+def products(
+    packed: Tensor,
+    source: Channels,
+    target: Channels,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    groups: int,
+    geometry: tuple[int, ...],
+    is_transposed: bool,
+) -> None:
+    """Write the convolution of the `source` channels, as `pack` leaves them, to the `target` channels of `out`.
+
+    `out` is channels_last; its other channels become zero. Where `is_transposed`, `packed` is of the output's
+    gradient and `out` the input's. `geometry`: Ho, Wo, H, W, kernel, stride, padding and dilation, two numbers each.
+    """
+    dtype, compute = out.dtype, compute_type(out.dtype)
+    lanes, threads = vector_lanes(dtype), torch.get_num_threads()
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.to(compute).contiguous()
+    sizes = [geometry[0] * geometry[1], geometry[2] * geometry[3]]
+    to_rows, from_rows = sizes[::-1] if is_transposed else sizes
+    samples, to_width = target[0].shape
+    from_width, taps = source[0].shape[1], geometry[4] * geometry[5]
+    # Threads share a sample where there are few, each with the sample's weight packed for itself.
+    units = samples * groups
+    parts = 1 if units >= 4 * threads else min(ceil(4 * threads, max(1, units)), ceil(to_rows, 4 * ROWS))
+    part_rows = ceil(ceil(to_rows, parts), ROWS) * ROWS
+    parts = ceil(to_rows, part_rows)
+    threads = workers(units * parts)
+    from_most = int(source[1].max())
+    most_from = min(from_width // groups, from_most)
+    most_to = min(to_width // groups, int(target[1].max()))
+    columns = ceil(most_to, lanes) * lanes
+    weights, compact = taps * most_from * columns, taps * most_from * lanes
+    gathered = max(GATHERED, ROWS * max(DEPTH, most_from)) + MOST_ROWS
+    product = (MOST_ROWS + ROWS) * columns
+    size = compact + weights + product + gathered + MOST_ROWS
+    scratch = torch.empty(threads * size, dtype=compute)
+    runs = torch.empty(threads * 2 * (from_width + to_width), dtype=torch.int32)
+    # Without a bias every channel adds these.
+    shift = torch.zeros(to_width, dtype=compute) if bias is None else bias
+    _run_products(
+        dtype, threads, packed.data_ptr(), out.data_ptr(), weight.data_ptr(), shift.data_ptr(),
+        _table(is_transposed, geometry).data_ptr(), source[0].data_ptr(), source[1].data_ptr(), target[0].data_ptr(),
+        target[1].data_ptr(), samples, taps, from_rows, to_rows, from_width, to_width, groups, lanes, is_transposed,
+        parts, part_rows, scratch.data_ptr(), size, compact, weights, runs.data_ptr(), product, gathered, 0,
+        from_most,
+    )  # fmt: skip
+
+
+def weight_grad(
+    source: Tensor,
+    grad: Tensor,
+    ins: Channels,
+    outs: Channels,
+    weight: Tensor,
+    groups: int,
+    geometry: tuple[int, ...],
+) -> Tensor:
+    """The weight's gradient, of its type and strides, from the input and the gradient as `pack` leaves them."""
+    compute, lanes = source.dtype, vector_lanes(source.dtype)
+    cout, channels, height, width = weight.shape
+    total = torch.zeros(weight.shape, dtype=compute).contiguous(memory_format=torch.channels_last)
+    pieces = ceil(cout // groups, FILTERS)
+    threads = workers(groups * height * width * pieces)
+    size = (WEIGHT_ROWS + FILTERS) * TILE_VECTORS * lanes
+    scratch = torch.empty(threads * size, dtype=compute)
+    runs = torch.empty(threads * 2 * TILE_VECTORS * lanes, dtype=torch.int32)
+    _run_weight_grad(
+        compute, threads, source.data_ptr(), grad.data_ptr(), total.data_ptr(), _table(False, geometry).data_ptr(),
+        ins[0].data_ptr(), ins[1].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), ins[0].shape[0],
+        height * width, geometry[2] * geometry[3], geometry[0] * geometry[1], channels * groups, cout, groups, lanes,
+        scratch.data_ptr(), size, pieces, int(ins[1].max()), int(outs[1].max()), runs.data_ptr(),
+    )  # fmt: skip
+    if total.dtype == weight.dtype and total.stride() == weight.stride():
+        return total
+    return torch.empty_like(weight).copy_(total)

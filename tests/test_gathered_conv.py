@@ -1,0 +1,416 @@
+"""gathered_conv2d and ActiveChannels against the dense reference: values, gradients, contract."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynconv
+from dynconv import ActiveChannels, gathered_conv2d, reference
+from dynconv.ops import gathered_conv as ops
+
+NAMES = ("output", "input", "weight", "bias", "in_mask", "out_mask")
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def integers(*shape, low=-2, high=3, dtype=torch.float32, seed=0):
+    """Integer values: every sum is exact, whatever its order, so results must be equal."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_channels(n, channels, seed=0, granularity=1):
+    """bool [n, channels], about half of them; the first sample keeps none, the second all."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(n, math.ceil(channels / granularity), generator=generator) < 0.5
+    mask = mask.repeat_interleave(granularity, 1)[:, :channels]
+    mask[0], mask[1] = False, True
+    return mask
+
+
+def case(
+    n=4, cin=5, cout=7, size=(6, 5), kernel=(3, 3), stride=1, padding=1, dilation=1, groups=1, dtype=torch.float32,
+    granularity=1,
+):  # fmt: skip
+    """Integer-valued operands of one geometry, the output's gradient and the masks."""
+    input = integers(n, cin, *size, dtype=dtype)
+    weight = integers(cout, cin // groups, *kernel, dtype=dtype, seed=1)
+    geometry = (stride, padding, dilation, groups)
+    shape = reference.gathered_conv2d(input.float(), weight.float(), None, *geometry).shape
+    masks = random_channels(n, cin, 3, granularity), random_channels(n, cout, 4, granularity)[torch.arange(n) - 1]
+    return (input, weight, integers(cout, dtype=dtype, seed=2)), integers(*shape, dtype=dtype, seed=5), geometry, masks
+
+
+def run(function, operands, grad, geometry, masks):
+    """[output, *gradients of the operands and of the floating masks]."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in operands]
+    masks = [m.clone().requires_grad_() if torch.is_tensor(m) and m.is_floating_point() else m for m in masks]
+    output = function(*leaves, *geometry, in_mask=masks[0], out_mask=masks[1])
+    output.backward(grad)
+    return [output.detach(), *(t.grad for t in (*leaves, *masks) if torch.is_tensor(t) and t.requires_grad)]
+
+
+def assert_equal_to_reference(operands, grad, geometry, masks):
+    double = [m.double() if torch.is_tensor(m) and m.is_floating_point() else m for m in masks]
+    exact = [None if t is None else t.double() for t in operands]
+    expected = run(reference.gathered_conv2d, exact, grad.double(), geometry, double)
+    actual = run(gathered_conv2d, operands, grad, geometry, masks)
+    assert len(actual) == len(expected)
+    for which, (want, have) in enumerate(zip(expected, actual, strict=True)):
+        assert have.dtype == grad.dtype, which
+        assert torch.equal(have, want.to(grad.dtype)), f"{which}: {(have - want).abs().max()}"
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", [1, 8, 16])
+def test_values_and_gradients_equal_the_reference(dtype, granularity):
+    assert_equal_to_reference(*case(cin=40, cout=52, size=(5, 4), kernel=(1, 3), dtype=dtype, granularity=granularity))
+
+
+GEOMETRIES = {
+    "1x1": dict(kernel=(1, 1), padding=0),
+    "strided": dict(stride=2, size=(7, 8)),
+    "strided 1x1": dict(kernel=(1, 1), stride=2, padding=0, size=(7, 8)),
+    "dilated": dict(dilation=2, padding=2, size=(9, 8)),
+    "asymmetric": dict(kernel=(3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2), size=(8, 9)),
+    "same": dict(kernel=(2, 4), padding="same"),
+    "kernel wider than the image": dict(kernel=(5, 5), padding=3, size=(2, 3)),
+    "one pixel": dict(kernel=(1, 1), padding=0, size=(1, 1)),
+    "one channel": dict(cin=1, cout=1),
+    "two groups": dict(cin=6, cout=8, groups=2),
+    "wide groups": dict(cin=72, cout=68, groups=2),
+    "depthwise": dict(cin=6, cout=6, groups=6),
+    "depth multiplier": dict(cin=3, cout=12, groups=3),
+    "taps in blocks": dict(cin=300, cout=20, size=(4, 8)),
+    "more rows than a chunk": dict(cin=18, cout=70, size=(30, 41)),
+    "one sample, shared by threads": dict(n=2, cin=20, cout=20, size=(20, 20)),
+}
+
+
+@pytest.mark.parametrize("change", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_geometries(change):
+    assert_equal_to_reference(*case(**change))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_multiply_and_get_a_gradient(dtype):
+    operands, grad, geometry, masks = case(dtype=dtype, size=(3, 4))
+    gates = [torch.where(m, integers(*m.shape, low=1, high=3, seed=9), 0).to(dtype) for m in masks]
+    for chosen in (gates, (gates[0], masks[1]), (masks[0], gates[1]), (None, gates[1])):
+        assert_equal_to_reference(operands, grad, geometry, chosen)
+
+
+@pytest.mark.parametrize("which", ["neither", "in", "out"])
+def test_no_mask_keeps_all(which):
+    operands, grad, geometry, masks = case()
+    chosen = (masks[0] if which == "in" else None, masks[1] if which == "out" else None)
+    assert_equal_to_reference(operands, grad, geometry, chosen)
+    if which == "neither":
+        assert torch.equal(gathered_conv2d(*operands, *geometry), F.conv2d(*operands, *geometry))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_nothing_kept(groups):
+    operands, grad, geometry, masks = case(cin=6, cout=8, groups=groups)
+    none = [torch.zeros_like(m) for m in masks]
+    assert_equal_to_reference(operands, grad, geometry, none)
+    assert_equal_to_reference(operands, grad, geometry, (none[0], masks[1]))  # the bias alone
+    assert_equal_to_reference(operands, grad, geometry, (masks[0], none[1]))
+
+
+def test_no_samples_and_no_bias():
+    operands, grad, geometry, masks = case()
+    assert_equal_to_reference((*operands[:2], None), grad, geometry, masks)
+    output, *grads = run(gathered_conv2d, [operands[0][:0], *operands[1:]], grad[:0], geometry, [m[:0] for m in masks])
+    assert output.shape == (0, 7, 6, 5)
+    assert [g.shape for g in grads] == [(0, 5, 6, 5), (7, 5, 3, 3), (7,)]
+    assert not grads[1].any() and not grads[2].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_geometry(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    groups = draw(1, 3)
+    kernel, stride, padding, dilation = [(draw(low, 3), draw(low, 3)) for low in (1, 1, 0, 1)]
+    size = [draw(max(1, d * (k - 1) + 1 - 2 * p), 9) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    assert_equal_to_reference(
+        *case(n=draw(2, 4), cin=groups * draw(1, 20), cout=groups * draw(1, 20), size=size, kernel=kernel,
+              stride=stride, padding=padding, dilation=dilation, groups=groups, granularity=draw(1, 4))
+    )  # fmt: skip
+
+
+def test_gradcheck():
+    operands, _, _, masks = case(n=3, cin=4, cout=4, size=(4, 3), groups=2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    gates = [torch.where(m, 1 + torch.rand(m.shape, generator=generator).double(), 0) for m in masks]
+    leaves = [t.requires_grad_() for t in (*operands, *gates)]
+
+    def call(input, weight, bias, in_gate, out_gate):
+        # The step of the finite differences must not open a closed gate.
+        closed = [torch.where(m, g, 0) for m, g in zip(masks, (in_gate, out_gate), strict=True)]
+        return gathered_conv2d(input, weight, bias, 1, 1, 1, 2, in_mask=closed[0], out_mask=closed[1])
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_rounding_errors_stay_within_the_bound():
+    """Sums of K products: |error| <= (K + 2) * eps * the same sum of absolute values (Higham, 2002, section 3.1)."""
+    generator = torch.Generator().manual_seed(0)
+    input, weight = torch.randn(2, 40, 30, 30, generator=generator), torch.randn(36, 40, 3, 3, generator=generator)
+    grad = torch.randn(2, 36, 30, 30, generator=generator)
+    masks = torch.rand(2, 40, generator=generator) < 0.5, torch.rand(2, 36, generator=generator) < 0.5
+    geometry = (1, 1, 1, 1)
+    have = run(gathered_conv2d, (input, weight, None), grad, geometry, masks)
+    want = run(reference.gathered_conv2d, (input.double(), weight.double(), None), grad.double(), geometry, masks)
+    size = [t.abs().double() for t in (input, weight, grad)]
+    bounds = run(reference.gathered_conv2d, (*size[:2], None), size[2], geometry, masks)
+    for name, a, b, bound, terms in zip(NAMES, have, want, bounds, (360, 324, 1800), strict=False):
+        assert ((a - b).abs() <= (terms + 2) * 2**-24 * bound).all(), name
+
+
+def test_what_is_not_kept_is_not_read():
+    operands, grad, geometry, masks = case()
+    expected = run(gathered_conv2d, operands, grad, geometry, masks)
+    poisoned = torch.where(masks[0][:, :, None, None], operands[0], math.nan)
+    poisoned_grad = torch.where(masks[1][:, :, None, None], grad, math.inf)
+    actual = run(gathered_conv2d, (poisoned, *operands[1:]), poisoned_grad, geometry, masks)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    gates = [m.float() for m in masks]
+    expected = run(gathered_conv2d, operands, grad, geometry, (gates[0], masks[1]))
+    actual = run(gathered_conv2d, (poisoned, *operands[1:]), poisoned_grad, geometry, (gates[0], masks[1]))
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
+def test_a_batch_equals_its_samples():
+    (input, weight, bias), _, geometry, masks = case(cin=20, cout=40, dtype=torch.float32)
+    input = input + torch.rand(input.shape, generator=torch.Generator().manual_seed(0))
+    whole = gathered_conv2d(input, weight, bias, *geometry, in_mask=masks[0], out_mask=masks[1])
+    for n in range(input.shape[0]):
+        one = [t[n : n + 1] for t in (input, *masks)]
+        alone = gathered_conv2d(one[0], weight, bias, *geometry, in_mask=one[1], out_mask=one[2])
+        assert torch.equal(whole[n : n + 1], alone)
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    input, weight = torch.randn(3, 40, 40, 40, generator=generator), torch.randn(70, 40, 3, 3, generator=generator)
+    grad = torch.randn(3, 70, 40, 40, generator=generator)
+    masks = torch.rand(3, 40, generator=generator) < 0.5, torch.rand(3, 70, generator=generator) < 0.5
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(run(gathered_conv2d, (input, weight, None), grad, (1, 1, 1, 1), masks))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_no_uninitialised_memory_is_read():
+    """PyTorch then fills what it allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for change in ({}, dict(cin=17, cout=33, size=(9, 9)), dict(cin=6, cout=6, groups=6)):
+            assert_equal_to_reference(*case(**change))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "slice": lambda t: torch.cat([t, t], 3)[:, :, :, : t.shape[3]],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(change):
+    operands, grad, geometry, masks = case()
+    changed = lambda function: lambda x, w, *rest, **masks: function(change(x), change(w), *rest, **masks)
+    grad = change(grad)
+    expected = run(changed(reference.gathered_conv2d), operands, grad, geometry, masks)
+    actual = run(changed(gathered_conv2d), operands, grad, geometry, masks)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
+def test_shared_channels_and_kinds_of_masks():
+    operands, _, geometry, masks = case()
+    expected = gathered_conv2d(*operands, *geometry, in_mask=masks[0], out_mask=masks[1])
+    shared = [ActiveChannels(m) for m in masks]
+    assert torch.equal(gathered_conv2d(*operands, *geometry, in_mask=shared[0], out_mask=shared[1]), expected)
+    row = masks[1][3]
+    by_row = gathered_conv2d(*operands, *geometry, out_mask=row)
+    assert torch.equal(by_row, gathered_conv2d(*operands, *geometry, out_mask=row.expand(4, -1)))
+
+
+def test_flops_fall_with_both_sets():
+    for groups in (1, 2):
+        operands, _, geometry, masks = case(cin=6, cout=8, groups=groups)
+        kept = [m.view(4, groups, -1).sum(2) for m in masks]
+        expected = 2 * 6 * 5 * 9 * int((kept[0] * kept[1]).sum())
+        leaves = [t.requires_grad_() for t in operands]
+        with FlopCounterMode(display=False) as counter:
+            output = gathered_conv2d(*leaves, *geometry, in_mask=masks[0], out_mask=masks[1])
+        assert counter.get_total_flops() == expected
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        assert counter.get_total_flops() == 2 * expected
+
+
+class TestRegistration:
+    def arguments(self):
+        operands, grad, _, masks = case(cin=4, cout=6, groups=2)
+        ins, outs = (ActiveChannels(m) for m in masks)
+        return operands, grad, (ins.index, ins.count, outs.index, outs.count), ((6, 5), (1, 1), (1, 1), (1, 1), 2)
+
+    def test_opcheck_forward(self):
+        operands, _, sets, where = self.arguments()
+        leaves = [t.requires_grad_() for t in operands]
+        torch.library.opcheck(torch.ops.dynconv.gathered_conv2d.default, (*leaves, *sets, *where))
+        torch.library.opcheck(torch.ops.dynconv.gathered_conv2d.default, (*leaves[:2], None, *sets, *where))
+
+    @pytest.mark.parametrize("wanted", [[True] * 3, [True, False, False], [False, True, True]])
+    def test_opcheck_backward(self, wanted):
+        (input, weight, _), grad, sets, where = self.arguments()
+        arguments = (grad, input, weight, *sets, *where, wanted)
+        torch.library.opcheck(torch.ops.dynconv.gathered_conv2d_backward.default, arguments)
+
+    def test_second_derivative_is_refused(self):
+        operands, _, geometry, masks = case()
+        leaves = [t.requires_grad_() for t in operands]
+        output = gathered_conv2d(*leaves, *geometry, in_mask=masks[0], out_mask=masks[1])
+        (first,) = torch.autograd.grad((output**2).sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            first.sum().backward()
+
+
+@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager")], ids=["static", "dynamic"])
+def test_compile_forward_and_backward(dynamic, backend):
+    torch._dynamo.reset()
+    block = lambda x, w, b, in_mask, out_mask: gathered_conv2d(x, w, b, 1, 1, in_mask=in_mask, out_mask=out_mask).relu()
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=backend)
+    for size in ((6, 5), (7, 9)):
+        operands, grad, _, masks = case(size=size)
+        gates = masks[0].float(), masks[1]
+        expected = run(block, operands, grad, (), gates)
+        actual = run(compiled, operands, grad, (), gates)
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    torch._dynamo.reset()
+
+
+def test_export():
+    class Layer(torch.nn.Module):
+        def forward(self, input, weight, mask):
+            return gathered_conv2d(input, weight, padding=1, in_mask=mask)
+
+    (input, weight, _), _, _, masks = case()
+    program = torch.export.export(Layer(), (input, weight, masks[0]))
+    expected = gathered_conv2d(input, weight, padding=1, in_mask=masks[0])
+    assert torch.equal(program.module()(input, weight, masks[0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_that_of_conv2d(dtype):
+    operands, _, geometry, masks = case()
+    leaves = [t.requires_grad_() for t in operands]
+    with torch.autocast("cpu", dtype):
+        output = gathered_conv2d(*leaves, *geometry, in_mask=masks[0], out_mask=masks[1])
+    assert output.dtype == dtype
+    output.float().sum().backward()
+    assert [t.grad.dtype for t in leaves] == [torch.float32] * 3
+
+
+BAD = {
+    "in_mask: expected a bool or floating tensor, got torch.int64": dict(in_mask=torch.ones(4, 5, dtype=torch.int64)),
+    "in_mask: expected a bool or floating tensor, got list": dict(in_mask=[True]),
+    "in_mask: expected a shape that broadcasts to [4, 5], got [4, 6]": dict(in_mask=torch.ones(4, 6) > 0),
+    "out_mask: expected a shape that broadcasts to [4, 7], got [4, 1, 7]": dict(out_mask=torch.ones(4, 1, 7) > 0),
+    "out_mask: expected channels of [4, 7] (N, C), got [4, 5]": dict(out_mask=ActiveChannels(torch.ones(4, 5) > 0)),
+    "in_mask: expected a mask on cpu, where the input is, got meta": dict(
+        in_mask=torch.ones(4, 5, dtype=torch.bool, device="meta")
+    ),
+    "weight: expected torch.float32, the input's type, got torch.float64": dict(weight=torch.ones(7, 5, 3, 3).double()),
+    "groups: expected a divisor": dict(groups=2),
+    "input: expected shape [N, Cin, H, W], got [4, 5, 6]": dict(input=torch.ones(4, 5, 6)),
+    "input: expected a tensor": dict(input=None),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    operands, _, _, masks = case()
+    arguments = dict(zip(("input", "weight", "bias"), operands, strict=True), in_mask=masks[0], out_mask=masks[1])
+    with pytest.raises((TypeError, ValueError)) as raised:
+        gathered_conv2d(**{**arguments, "padding": 1, **BAD[message]})
+    assert str(raised.value).startswith(message)
+
+
+def test_other_devices_compute_densely_and_say_so_once():
+    ops._warn_dense.cache_clear()
+    input, weight = torch.ones(2, 3, 4, 4, device="meta"), torch.ones(5, 3, 1, 1, device="meta")
+    with pytest.warns(UserWarning, match="every channel on meta"):
+        assert gathered_conv2d(input, weight).shape == (2, 5, 4, 4)
+    assert gathered_conv2d(input, weight).shape == (2, 5, 4, 4)  # a second warning would be an error
+    with dynconv.backend("triton"), pytest.raises(ValueError, match="backend: expected 'cpu' or 'reference'"):
+        gathered_conv2d(input, weight)
+
+
+def test_the_reference_can_be_forced():
+    operands, _, geometry, masks = case()
+    with dynconv.backend("reference"):
+        output = gathered_conv2d(*operands, *geometry, in_mask=masks[0], out_mask=masks[1])
+    assert torch.equal(output, reference.gathered_conv2d(*operands, *geometry, in_mask=masks[0], out_mask=masks[1]))
+
+
+class TestActiveChannels:
+    def test_index_count_and_inverse(self):
+        mask = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+        channels = ActiveChannels(mask)
+        assert channels.shape == (3, 4)
+        assert channels.count.tolist() == [3, 0, 4]
+        assert channels.index.tolist() == [[0, 2, 3, -1], [-1] * 4, [0, 1, 2, 3]]
+        assert channels.inverse.tolist() == [[0, -1, 1, 2], [-1] * 4, [0, 1, 2, 3]]
+        assert {channels.index.dtype, channels.count.dtype, channels.inverse.dtype} == {torch.int32}
+        assert channels.density == pytest.approx(7 / 12)
+        assert torch.equal(ActiveChannels._mask_of(channels.index), mask)
+
+    def test_a_coarser_mask_stands_for_groups(self):
+        channels = ActiveChannels(torch.tensor([[True, False, True]]), (2, 7), granularity=3)
+        assert channels.mask.tolist() == [[True, True, True, False, False, False, True]] * 2
+
+    def test_a_gate_is_kept_and_a_mask_is_copied(self):
+        gate = torch.tensor([[0.0, 2.0]], requires_grad=True)
+        assert ActiveChannels(gate).mask.tolist() == [[False, True]]
+        assert ActiveChannels(gate).gate.grad_fn is not None
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        channels = ActiveChannels(mask)
+        mask.zero_()
+        assert channels.mask.all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            (dict(mask=1), TypeError, "mask: expected a bool or floating tensor, got int"),
+            (dict(mask=torch.ones(3) > 0), ValueError, r"mask: expected shape \[N, C\], got \[3\]"),
+            (dict(mask=torch.ones(1, 3) > 0, granularity=2), ValueError, "size: expected"),
+            (dict(mask=torch.ones(1, 3) > 0, granularity=0), ValueError, "granularity: expected at least 1, got 0"),
+            (dict(mask=torch.ones(1, 3) > 0, granularity=2.0), TypeError, "granularity: expected an int, got 2.0"),
+            (
+                dict(mask=torch.ones(1, 3) > 0, size=(2, 7), granularity=2),
+                ValueError,
+                r"mask: expected a shape that broadcasts to \[2, 4\], got \[1, 3\]",
+            ),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            ActiveChannels(**arguments)
