@@ -45,6 +45,7 @@ DEPTH = 1152
 MOST_ROWS = 96
 WEIGHT_ROWS = 128  # rows of a chunk of the weight's gradient, and
 SUMMED_CHUNKS = 8  # chunks that one running sum adds up
+SHORT = 6  # channels of a run that is not worth a copy of its own, on average
 FILTERS = 48  # output channels of a piece of the weight's gradient
 
 
@@ -70,6 +71,18 @@ def _find_runs(index, at, first, end, runs, to):
 
 
 @njit
+def _copy_kept(source, at, index, index_at, runs, run_at, run_count, count, target, to, lanes, compute):
+    """target[to + i] = source[at + index[index_at + i]] for `count` channels, `run_count` runs; see `_find_runs`."""
+    if run_count * SHORT > count:
+        for i in range(count):
+            store(target, to + i, load(source, at + np.int64(index[index_at + i]), compute))
+        return
+    for r in range(run_at, run_at + 2 * run_count, 2):
+        place, length = np.int64(runs[r]), np.int64(runs[r + 1])
+        copy(source, at + np.int64(index[index_at + place]), length, target, to + place, lanes, compute)
+
+
+@njit
 def _pack_kernel(arguments, storage, compute):
     """source [sample, row, channel] -> packed [sample, group, row, kept channel], `most` channels for each sample."""
     a = carray(arguments, (20,))
@@ -86,13 +99,13 @@ def _pack_kernel(arguments, storage, compute):
         end_row, at = min(rows, first_row + chunk_rows), sample * width
         for group in range(groups):
             first, end = _kept(index, at, np.int64(counts[sample]), group * channels, (group + 1) * channels)
-            number = _find_runs(index, at, first, end, all_runs, runs)
-            target = (sample * most + first) * rows - first
+            count, target = end - first, (sample * most + first) * rows
+            number = _find_runs(index, at + first, 0, count, all_runs, runs)
             for row in range(first_row, end_row):
-                for r in range(runs, runs + 2 * number, 2):
-                    place, length = np.int64(all_runs[r]), np.int64(all_runs[r + 1])
-                    channel = (sample * rows + row) * width + np.int64(index[at + place])
-                    copy(source, channel, length, packed, target + row * (end - first) + place, lanes, compute)
+                _copy_kept(
+                    source, (sample * rows + row) * width, index, at + first, all_runs, runs, number, count,
+                    packed, target + row * count, lanes, compute,
+                )  # fmt: skip
 
 
 @njit
@@ -127,10 +140,8 @@ def _pack_weight(
             k = compact + out * depth
             for tap in range(taps):
                 source = np.int64(out_index[first + out]) * row + tap * channels - base
-                for r in range(run_at, run_at + 2 * run_count, 2):
-                    at, length = source + np.int64(in_index[in_at + runs[r]]), np.int64(runs[r + 1])
-                    copy(weight, at, length, target, k, lanes, compute)
-                    k += length
+                _copy_kept(weight, source, in_index, in_at, runs, run_at, run_count, ins, target, k, lanes, compute)
+                k += ins
         pack_panel(target, compact, valid, depth, 0, depth, target, to, lanes, compute)
 
 
@@ -234,6 +245,12 @@ def _products_kernel(arguments, storage, compute):
             for r in range(rows):
                 row = (sample * to_rows + first_row + r) * to_width
                 channel = group * to_channels
+                if to_number * SHORT > filters:
+                    clear(out, row + channel, to_channels, compute)
+                    for c in range(filters):
+                        to = np.int64(to_index[to_at + to_first + c])
+                        store(out, row + to, load(scratch, products + r * width + c, compute) + bias[to])
+                    continue
                 for run in range(to_runs, to_runs + 2 * to_number, 2):
                     place, length = np.int64(all_runs[run]), np.int64(all_runs[run + 1])
                     start = np.int64(to_index[to_at + place])
@@ -303,6 +320,11 @@ def _weight_grad_kernel(arguments, storage, compute):
                         continue
                     for out in range(outs):
                         row = (np.int64(out_index[out_at + out_first + out]) * taps + tap - group) * channels
+                        if number * SHORT > valid:
+                            for c in range(valid):
+                                to = row + np.int64(in_index[in_at + first + column + c])
+                                total[to] += scratch[products + out * width + c]
+                            continue
                         for r in range(runs, runs + 2 * number, 2):
                             place, length = np.int64(all_runs[r]), np.int64(all_runs[r + 1])
                             to = row + np.int64(in_index[in_at + first + column + place])
