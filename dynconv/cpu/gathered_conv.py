@@ -371,6 +371,11 @@ def pack(tensor: Tensor, kept: Channels, groups: int) -> Tensor:
     return packed
 
 
+def _most(packed: Tensor, rows: int) -> int:
+    """The most channels that a sample keeps, of what `pack` has made of so many rows."""
+    return (packed.numel() - ROWS) // rows
+
+
 def products(
     packed: Tensor,
     source: Channels,
@@ -390,7 +395,6 @@ def products(
     dtype, compute = out.dtype, compute_type(out.dtype)
     lanes, threads = vector_lanes(dtype), torch.get_num_threads()
     weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(compute).contiguous()
     sizes = [geometry[0] * geometry[1], geometry[2] * geometry[3]]
     to_rows, from_rows = sizes[::-1] if is_transposed else sizes
     samples, to_width = target[0].shape
@@ -401,18 +405,17 @@ def products(
     part_rows = ceil(ceil(to_rows, parts), ROWS) * ROWS
     parts = ceil(to_rows, part_rows)
     threads = workers(units * parts)
-    from_most = int(source[1].max())
+    from_most = _most(packed, samples * from_rows)
     most_from = min(from_width // groups, from_most)
     most_to = min(to_width // groups, int(target[1].max()))
     columns = ceil(most_to, lanes) * lanes
     weights, compact = taps * most_from * columns, taps * most_from * lanes
-    gathered = max(GATHERED, ROWS * max(DEPTH, most_from)) + MOST_ROWS
+    gathered = max(GATHERED, ROWS * max(DEPTH, most_from))
     product = (MOST_ROWS + ROWS) * columns
     size = compact + weights + product + gathered + MOST_ROWS
     scratch = torch.empty(threads * size, dtype=compute)
     runs = torch.empty(threads * 2 * (from_width + to_width), dtype=torch.int32)
-    # Without a bias every channel adds these.
-    shift = torch.zeros(to_width, dtype=compute) if bias is None else bias
+    shift = torch.zeros(to_width, dtype=compute) if bias is None else bias.to(compute).contiguous()
     _run_products(
         dtype, threads, packed.data_ptr(), out.data_ptr(), weight.data_ptr(), shift.data_ptr(),
         _table(is_transposed, geometry).data_ptr(), source[0].data_ptr(), source[1].data_ptr(), target[0].data_ptr(),
@@ -435,6 +438,7 @@ def weight_grad(
     compute, lanes = source.dtype, vector_lanes(source.dtype)
     cout, channels, height, width = weight.shape
     total = torch.zeros(weight.shape, dtype=compute).contiguous(memory_format=torch.channels_last)
+    pixels, outputs, samples = geometry[2] * geometry[3], geometry[0] * geometry[1], ins[0].shape[0]
     pieces = ceil(cout // groups, FILTERS)
     threads = workers(groups * height * width * pieces)
     size = (WEIGHT_ROWS + FILTERS) * TILE_VECTORS * lanes
@@ -442,9 +446,9 @@ def weight_grad(
     runs = torch.empty(threads * 2 * TILE_VECTORS * lanes, dtype=torch.int32)
     _run_weight_grad(
         compute, threads, source.data_ptr(), grad.data_ptr(), total.data_ptr(), _table(False, geometry).data_ptr(),
-        ins[0].data_ptr(), ins[1].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), ins[0].shape[0],
-        height * width, geometry[2] * geometry[3], geometry[0] * geometry[1], channels * groups, cout, groups, lanes,
-        scratch.data_ptr(), size, pieces, int(ins[1].max()), int(outs[1].max()), runs.data_ptr(),
+        ins[0].data_ptr(), ins[1].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), samples,
+        height * width, pixels, outputs, channels * groups, cout, groups, lanes, scratch.data_ptr(), size, pieces,
+        _most(source, samples * pixels), _most(grad, samples * outputs), runs.data_ptr(),
     )  # fmt: skip
     if total.dtype == weight.dtype and total.stride() == weight.stride():
         return total

@@ -160,6 +160,25 @@ def check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
 
 
+class _Once(torch.autograd.Function):
+    """Here so that a second derivative is refused rather than silently taken as zero."""
+
+    @staticmethod
+    def forward(ctx, name, *arguments):
+        ctx.name = name
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.dynconv, f"{name}_backward")(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.name}: differentiable once, got a second derivative (create_graph=True)")
+
+
+def once_differentiable(library: torch.library.Library, name: str) -> None:
+    """Let `dynconv::{name}_backward`, where gradients are asked for, run and refuse to be differentiated itself."""
+    library.impl(f"{name}_backward", functools.partial(_Once.apply, name), "Autograd")
+
+
 def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")

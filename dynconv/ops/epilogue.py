@@ -24,6 +24,7 @@ from ._common import (
     fill,
     gate_of,
     in_rows,
+    once_differentiable,
 )
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -247,19 +248,6 @@ class _Epilogue(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _EpilogueBackward(torch.autograd.Function):
-    """Here so that a second derivative is refused rather than silently taken as zero."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dynconv.epilogue_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("epilogue: differentiable once, got a second derivative (create_graph=True)")
-
-
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, mask, index, count, weight, bias, gate, residual, inactive, *rest):
@@ -287,17 +275,6 @@ class _BatchNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _BatchNormBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dynconv.batch_norm_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("batch_norm: differentiable once, got a second derivative (create_graph=True)")
-
-
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, mask, index, count, backend):
@@ -314,9 +291,9 @@ class _Pack(torch.autograd.Function):
 
 
 _library.impl("epilogue", _Epilogue.apply, "Autograd")
-_library.impl("epilogue_backward", _EpilogueBackward.apply, "Autograd")
+once_differentiable(_library, "epilogue")
 _library.impl("batch_norm", _BatchNorm.apply, "Autograd")
-_library.impl("batch_norm_backward", _BatchNormBackward.apply, "Autograd")
+once_differentiable(_library, "batch_norm")
 _library.impl("pack", _Pack.apply, "Autograd")
 
 

@@ -14,7 +14,7 @@ from .. import reference
 from .._backend import backend_for, forced_backend, module, unwatched
 from .._geometry import IntPair, Padding
 from ..channels import ActiveChannels
-from ._common import autocast, channels_last, check_convolution, check_types, in_rows
+from ._common import autocast, channels_last, check_convolution, check_types, in_rows, once_differentiable
 
 _SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count"
 _GEOMETRY = "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -107,21 +107,8 @@ class _GatheredConv2d(torch.autograd.Function):
         return (*grads, None, None, None, None, *(None,) * len(ctx.geometry))
 
 
-class _GatheredConv2dBackward(torch.autograd.Function):
-    """Here so that a second derivative is refused rather than silently taken as zero."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dynconv.gathered_conv2d_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("gathered_conv2d: differentiable once, got a second derivative (create_graph=True)")
-
-
 _library.impl("gathered_conv2d", _GatheredConv2d.apply, "Autograd")
-_library.impl("gathered_conv2d_backward", _GatheredConv2dBackward.apply, "Autograd")
+once_differentiable(_library, "gathered_conv2d")
 
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d, get_raw=True)

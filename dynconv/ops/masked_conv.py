@@ -28,6 +28,7 @@ from ._common import (
     fill,
     gate_of,
     in_rows,
+    once_differentiable,
     settle,
 )
 from .epilogue import epilogue
@@ -425,19 +426,6 @@ class _MaskedConv2d(torch.autograd.Function):
         return (*grads[:3], None, None, None, None, None, grads[3], None, inactive, *nothing)
 
 
-class _MaskedConv2dBackward(torch.autograd.Function):
-    """Here so that a second derivative is refused rather than silently taken as zero."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dynconv.masked_conv2d_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("masked_conv2d: differentiable once, got a second derivative (create_graph=True)")
-
-
 def _autograd(*arguments):
     """In inference the graph is not built, and the epilogue may be fused."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
@@ -447,7 +435,7 @@ def _autograd(*arguments):
 
 
 _library.impl("masked_conv2d", _autograd, "Autograd")
-_library.impl("masked_conv2d_backward", _MaskedConv2dBackward.apply, "Autograd")
+once_differentiable(_library, "masked_conv2d")
 
 
 @register_flop_formula(torch.ops.dynconv.masked_conv2d, get_raw=True)
