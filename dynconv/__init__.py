@@ -9,12 +9,13 @@ from .channels import ActiveChannels
 from .nn.ponder import ponder_map
 from .ops.gathered_conv import gathered_conv2d
 from .ops.masked_conv import masked_conv2d
-from .packed import PackedFeatures, pack
+from .packed import PackedChannels, PackedFeatures, pack
 from .sites import ActiveSites
 
 __all__ = [
     "ActiveChannels",
     "ActiveSites",
+    "PackedChannels",
     "PackedFeatures",
     "__version__",
     "backend",

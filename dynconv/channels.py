@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+
+def _check_int(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _is_grouped(mask: Tensor, size: int) -> bool:
+    return torch.equal(mask, mask[:, ::size].repeat_interleave(size, 1)[:, : mask.shape[1]])
 
 
 class ActiveChannels:
@@ -14,7 +28,9 @@ class ActiveChannels:
             zero, and its value multiplies the channel. With a granularity, broadcastable to [N, ceil(C / granularity)].
         size: (N, C), needed where the mask itself is smaller and broadcasts, and with a granularity.
         granularity: the channels that each element of the mask stands for, at least 1: the channel groups of LAUDNet
-            (Han et al., 2023).
+            (Han et al., 2023). Kernels move whole groups at a time; see `from_groups` for a mask of single channels.
+        capacity: the most channels that any sample keeps, where that is known: packed features have room for so many.
+            None: counted on the CPU, all channels elsewhere, where counting would wait for the device.
 
     Attributes:
         mask: bool [N, C].
@@ -22,23 +38,31 @@ class ActiveChannels:
         index: int32 [N, C]; the first `count[n]` entries of row n are the sample's kept channels in ascending order,
             the others are -1.
         count: int32 [N].
+        granularity: kept channels come in aligned groups of so many; the last group may be cut off by C.
 
     All are on the mask's device, and making them waits for nothing there.
 
     Raises:
-        TypeError: the mask is neither bool nor floating, or the granularity is no int.
-        ValueError: the mask does not broadcast to [N, C] or the coarser groups, or the granularity is below 1.
+        TypeError: the mask is neither bool nor floating, or the granularity or the capacity is no int.
+        ValueError: the mask does not broadcast to [N, C] or the coarser groups, the granularity is below 1, or a sample
+            keeps more channels than the capacity (on a GPU that is an assertion on the device).
     """
 
-    def __init__(self, mask: Tensor, size: tuple[int, int] | None = None, *, granularity: int = 1) -> None:
+    def __init__(
+        self,
+        mask: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        granularity: int = 1,
+        capacity: int | None = None,
+    ) -> None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a bool or floating tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype}")
-        if not isinstance(granularity, int) or isinstance(granularity, bool):
-            raise TypeError(f"granularity: expected an int, got {granularity!r}")
-        if granularity < 1:
-            raise ValueError(f"granularity: expected at least 1, got {granularity}")
+        _check_int("granularity", granularity, 1)
+        if capacity is not None:
+            _check_int("capacity", capacity, 0)
         if size is None:
             if granularity != 1:
                 raise ValueError("size: expected (N, C) beside a granularity, got None")
@@ -55,15 +79,51 @@ class ActiveChannels:
         self.gate = None if mask.dtype == torch.bool else mask
         # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
         self.mask = mask.clone(memory_format=torch.contiguous_format) if self.gate is None else mask.detach() != 0
+        self.granularity, self._capacity, self._inverse = granularity, None, []
         self.count = self.mask.sum(1, dtype=torch.int32)
+        if capacity is not None and capacity < size[1]:
+            self._bound(capacity)
         order = self.mask.byte().argsort(stable=True, dim=1, descending=True)
         place = torch.arange(size[1], device=mask.device)
         self.index = torch.where(place < self.count[:, None], order, -1).int()
 
+    def _bound(self, capacity: int) -> None:
+        fits = (self.count <= capacity).all()
+        if fits.is_cpu and not torch.compiler.is_compiling() and not is_fake(fits):
+            if not fits:
+                raise ValueError(f"capacity: expected at least {int(self.count.max())}, the most channels of a sample, "
+                                 f"got {capacity}")  # fmt: skip
+        else:
+            torch._assert_async(fits, f"capacity: a sample keeps more than {capacity} channels")
+        self._capacity = capacity
+
+    @classmethod
+    def from_groups(cls, mask: Tensor, granularity: int | None = None) -> ActiveChannels:
+        """Of a mask [N, C] of single channels that keeps or drops neighbouring channels together.
+
+        Args:
+            mask: bool [N, C].
+            granularity: how many; None finds the largest of 32, 16, 8 and 1 that fits, and waits for the device.
+
+        Raises TypeError where the mask is not bool, ValueError where it has another shape or (on the CPU) does not keep
+        and drop whole groups.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.dim() != 2:
+            raise ValueError(f"mask: expected shape [N, C], got {list(mask.shape)}")
+        if granularity is None:
+            granularity = next(size for size in (32, 16, 8, 1) if _is_grouped(mask, size))
+        else:
+            _check_int("granularity", granularity, 1)
+            if mask.is_cpu and not torch.compiler.is_compiling() and not _is_grouped(mask, granularity):
+                raise ValueError(f"mask: expected whole groups of {granularity} channels to be kept or dropped")
+        return cls(mask[:, ::granularity], (mask.shape[0], mask.shape[1]), granularity=granularity)
+
     @classmethod
     def _all(cls, size: tuple[int, int], device: torch.device) -> ActiveChannels:
         channels = cls.__new__(cls)
-        channels.gate = None
+        channels.gate, channels.granularity, channels._capacity, channels._inverse = None, 32, size[1], []
         channels.mask = torch.ones(size, dtype=torch.bool, device=device)
         channels.count = torch.full(size[:1], size[1], dtype=torch.int32, device=device)
         channels.index = torch.arange(size[1], dtype=torch.int32, device=device).expand(size).contiguous()
@@ -82,10 +142,36 @@ class ActiveChannels:
         return self.mask.shape[0], self.mask.shape[1]
 
     @property
+    def capacity(self) -> int:
+        """The most channels that any sample keeps, as far as that is known without waiting for a device."""
+        if self._capacity is None:
+            if not self.mask.is_cpu or torch.compiler.is_compiling() or is_fake(self.mask):
+                return self.mask.shape[1]
+            self._capacity = int(self.count.max()) if self.count.numel() else 0
+        return self._capacity
+
+    @property
     def inverse(self) -> Tensor:
         """int32 [N, C]: each channel's place among its sample's kept ones, or -1 where it is not kept."""
-        place = self.mask.cumsum(1, dtype=torch.int32) - 1
-        return torch.where(self.mask, place, -1)
+        if not self._inverse:
+            place = self.mask.cumsum(1, dtype=torch.int32) - 1
+            self._inverse.append(torch.where(self.mask, place, -1))
+        return self._inverse[0]
+
+    @property
+    def ungated(self) -> ActiveChannels:
+        """The same channels without the gate."""
+        if self.gate is None:
+            return self
+        channels = copy.copy(self)
+        channels.gate = None
+        return channels
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """[N, C] or [C] -> [N, capacity]: the values of each sample's kept channels, and zeros; differentiable."""
+        index = self.index[:, : self.capacity]
+        kept = values.expand(self.shape).gather(1, index.clamp(min=0).long())
+        return torch.where(index >= 0, kept, 0)
 
     @property
     def density(self) -> float:

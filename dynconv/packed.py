@@ -1,4 +1,4 @@
-"""Features at active sites only: what travels between the layers of a packed chain."""
+"""Features at active sites, or of kept channels, only: what travels between the layers of a packed chain."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._backend import module
+from .channels import ActiveChannels
 from .sites import ActiveSites
 
 
@@ -58,10 +59,40 @@ class PackedFeatures(NamedTuple):
         return epilogue(ungated, activation=activation, residual=residual, inactive=inactive, out=out)
 
 
-def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
-    """The rows of a dense tensor [N, C, H, W] at the active sites; differentiable in `input`.
+class PackedChannels(NamedTuple):
+    """Features of the channels that each sample keeps, the others being zero: dense [N, C, H, W] without its zeros.
 
-    Raises TypeError where `input` is no floating tensor or `sites` no ActiveSites, ValueError where their sizes or
-    devices differ.
+    `dynconv.pack` and `gathered_conv2d(..., packed=True)` make them, `gathered_conv2d` takes them, `unpack` spreads
+    them out again. A gate of the channels has been applied by whoever made them, and is not applied again.
+
+    Attributes:
+        features: [N, channels.capacity, H, W] in channels_last: the i-th channel of sample n is its channel
+            channels.index[n, i]. Zeros from channels.count[n] on.
+        channels: which channels these are, of [N, C].
     """
-    return module(".ops.epilogue").pack(input, sites)
+
+    features: Tensor
+    channels: ActiveChannels
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of the dense features."""
+        return (*self.channels.shape, *self.features.shape[2:])
+
+    def unpack(self) -> Tensor:
+        """As a dense tensor [N, C, H, W] in channels_last, zeros in the other channels; differentiable.
+
+        Raises TypeError, ValueError: the features are not those of the channels.
+        """
+        return module(".ops.gathered_conv").unpack(self)
+
+
+def pack(input: Tensor, active: ActiveSites | ActiveChannels) -> PackedFeatures | PackedChannels:
+    """The rows of a dense tensor [N, C, H, W] at the active sites, or its kept channels; differentiable in `input`.
+
+    A gate does not take part. Raises TypeError where `input` is no floating tensor or `active` neither ActiveSites nor
+    ActiveChannels, ValueError where their sizes or devices differ.
+    """
+    if isinstance(active, ActiveChannels):
+        return module(".ops.gathered_conv").pack(input, active)
+    return module(".ops.epilogue").pack(input, active)

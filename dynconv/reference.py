@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._geometry import Geometry, IntPair, Padding
 from .channels import ActiveChannels
-from .packed import PackedFeatures
+from .packed import PackedChannels, PackedFeatures
 from .sites import ActiveSites
 
 ACTIVATIONS = {
@@ -55,7 +55,7 @@ def masked_conv2d(
 
 
 def gathered_conv2d(
-    input: Tensor,
+    input: Tensor | PackedChannels,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
@@ -65,14 +65,43 @@ def gathered_conv2d(
     *,
     in_mask: Tensor | ActiveChannels | None = None,
     out_mask: Tensor | ActiveChannels | None = None,
-) -> Tensor:
-    """where(out_mask, out_gate * conv2d(where(in_mask, in_gate * input, 0)), 0); see `dynconv.gathered_conv2d`."""
-    input = _keep(input, in_mask)
+    mask: Tensor | ActiveSites | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inactive: Tensor | None = None,
+    packed: bool = False,
+) -> Tensor | PackedChannels:
+    """where(mask, activation(kept + residual), inactive), see `dynconv.gathered_conv2d`.
+
+    kept = where(out_mask, out_gate * gate * conv2d(where(in_mask, in_gate * input, 0)), 0)
+    """
+    input = unpack_channels(input) if isinstance(input, PackedChannels) else _keep(input, in_mask)
     geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
+    size = geometry.output_size(*input.shape[2:])
+    active = None
+    if mask is not None:
+        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *size))
+        active, gate = sites.mask, sites.gate
+        read = sites.touched(tuple(input.shape[2:]), tuple(weight.shape[2:]), stride, padding, dilation).mask
+        input = torch.where(read, input, 0)
     (top, left), (bottom, right) = geometry.padding, geometry.padding_end
     padded = F.pad(input, (left, right, top, bottom))
     result = F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, groups)
-    return _keep(result, out_mask).contiguous(memory_format=torch.channels_last)
+    result = _keep(result, out_mask)
+    if active is not None and gate is not None:
+        result = (result * torch.where(active, gate, 0)).to(result.dtype)
+    if residual is not None:
+        result = result + (residual if active is None else torch.where(active, residual, 0))
+    result = ACTIVATIONS[activation](result)
+    if active is not None:
+        result = torch.where(active, result, 0 if inactive is None else inactive)
+    if packed:
+        channels = out_mask
+        if not isinstance(channels, ActiveChannels):
+            channels = ActiveChannels(torch.ones_like(result[:, :, 0, 0]) > 0 if channels is None else channels,
+                                      tuple(result.shape[:2]))  # fmt: skip
+        return pack_channels(result, channels)
+    return result.contiguous(memory_format=torch.channels_last)
 
 
 def _keep(input: Tensor, mask: Tensor | ActiveChannels | None) -> Tensor:
@@ -82,6 +111,23 @@ def _keep(input: Tensor, mask: Tensor | ActiveChannels | None) -> Tensor:
     channels = mask if isinstance(mask, ActiveChannels) else ActiveChannels(mask, tuple(input.shape[:2]))
     kept = torch.where(channels.mask[:, :, None, None], input, 0)
     return kept if channels.gate is None else (kept * channels.gate[:, :, None, None]).to(input.dtype)
+
+
+def pack_channels(input: Tensor, channels: ActiveChannels) -> PackedChannels:
+    """The kept channels of each sample, in the order of `channels.index`; zeros past them."""
+    index = channels.index[:, : channels.capacity, None, None]
+    kept = input.gather(1, index.clamp(min=0).long().expand(-1, -1, *input.shape[2:]))
+    kept = torch.where(index >= 0, kept, 0).contiguous(memory_format=torch.channels_last)
+    return PackedChannels(kept, channels.ungated)
+
+
+def unpack_channels(features: PackedChannels) -> Tensor:
+    """The dense features, among zeros."""
+    place = features.channels.inverse[:, :, None, None]
+    if features.features.shape[1] == 0:
+        return features.features.new_zeros(features.shape).contiguous(memory_format=torch.channels_last)
+    dense = features.features.gather(1, place.clamp(min=0).long().expand(-1, -1, *features.features.shape[2:]))
+    return torch.where(place >= 0, dense, 0).contiguous(memory_format=torch.channels_last)
 
 
 def epilogue(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynconv
-from dynconv import ActiveChannels, gathered_conv2d, reference
+from dynconv import ActiveChannels, ActiveSites, PackedChannels, gathered_conv2d, pack, reference
 from dynconv.ops import gathered_conv as ops
 
 NAMES = ("output", "input", "weight", "bias", "in_mask", "out_mask")
@@ -252,6 +252,157 @@ def test_shared_channels_and_kinds_of_masks():
     assert torch.equal(by_row, gathered_conv2d(*operands, *geometry, out_mask=row.expand(4, -1)))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])  # these are exact
+@pytest.mark.parametrize("kind", ["runs", "single channels", "all out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_epilogue_is_that_of_the_reference(activation, kind, dtype):
+    """In one pass without gradients, in steps with them."""
+    granularity = 8 if kind == "runs" else 1
+    operands, grad, _, masks = case(cin=24, cout=32, size=(4, 3), dtype=dtype, granularity=granularity)
+    gate = torch.where(masks[1], integers(*masks[1].shape, low=1, high=3, seed=9), 0).to(dtype)
+    residual, inactive = integers(*grad.shape, seed=11, dtype=dtype), integers(*grad.shape, seed=12, dtype=dtype)
+    sites = torch.arange(48).view(4, 1, 4, 3) % 3 > 0
+    out_mask = None if kind == "all out" else gate
+    for finish in (
+        {},
+        dict(residual=residual),
+        dict(mask=sites),
+        dict(mask=sites, residual=residual, inactive=inactive),
+    ):
+        finish = {"activation": activation, "out_mask": out_mask, "in_mask": masks[0], **finish}
+        expected = reference.gathered_conv2d(*operands, 1, 1, **finish)
+        with torch.no_grad():
+            assert torch.equal(gathered_conv2d(*operands, 1, 1, **finish), expected)
+        tracked = ("out_mask", "residual", "inactive")
+        results = []
+        for function in (reference.gathered_conv2d, gathered_conv2d):
+            leaves = [t.clone().requires_grad_() for t in operands]
+            mine = {k: v.clone().requires_grad_() if k in tracked and v is not None else v for k, v in finish.items()}
+            output = function(*leaves, 1, 1, **mine)
+            output.backward(grad)
+            leaves += [mine[k] for k in tracked if mine.get(k) is not None]
+            results.append([output.detach(), *(t.grad for t in leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "hardswish"])
+def test_smooth_activations(activation):
+    """Within a few units in the last place of max(1, |x|): exp and erf are polynomials, see dynconv.cli.bounds."""
+    operands, grad, _, masks = case(cin=24, cout=32)
+    finish = dict(in_mask=masks[0], out_mask=masks[1], residual=integers(*grad.shape, seed=11) / 8)
+    before = reference.gathered_conv2d(*operands, 1, 1, **finish)
+    expected = reference.ACTIVATIONS[activation](before.double())
+    with torch.no_grad():
+        actual = gathered_conv2d(*operands, 1, 1, **finish, activation=activation)
+    assert ((actual - expected).abs() <= 9 * 2**-23 * before.abs().clamp(min=1)).all()
+
+
+SITES = {
+    "random": lambda n, h, w: torch.rand(n, 1, h, w, generator=torch.Generator().manual_seed(7)) < 0.4,
+    "none": lambda n, h, w: torch.zeros(n, 1, h, w, dtype=torch.bool),
+    "all": lambda n, h, w: torch.ones(n, 1, h, w, dtype=torch.bool),
+    "no site of a sample": lambda n, h, w: (torch.arange(n) > 0).view(n, 1, 1, 1).expand(n, 1, h, w),
+}
+
+
+@pytest.mark.parametrize("sites", SITES.values(), ids=SITES)
+@pytest.mark.parametrize("name", ["1x1", "strided", "dilated", "wide groups", "depthwise", "taps in blocks"])
+def test_both_axes_at_once(sites, name):
+    operands, grad, geometry, masks = case(**GEOMETRIES[name])
+    mask = sites(grad.shape[0], *grad.shape[2:])
+    both = lambda function: lambda *leaves, **chosen: function(*leaves, mask=mask, **chosen)
+    expected = run(both(reference.gathered_conv2d), operands, grad, geometry, masks)
+    actual = run(both(gathered_conv2d), operands, grad, geometry, masks)
+    for which, (want, have) in enumerate(zip(expected, actual, strict=True)):
+        assert torch.equal(have, want), f"{which}: {(have - want).abs().max()}"
+    # What only skipped sites would read, and the gradient at skipped sites, reach nothing.
+    read = ActiveSites(mask).touched(operands[0].shape[2:], operands[1].shape[2:], *geometry[:3]).mask
+    poisoned = torch.where(read, operands[0], math.nan), *operands[1:]
+    again = run(both(gathered_conv2d), poisoned, torch.where(mask, grad, math.nan), geometry, masks)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+def test_a_spatial_gate_gets_a_gradient():
+    operands, grad, geometry, masks = case()
+    gates = []
+    for function in (reference.gathered_conv2d, gathered_conv2d):
+        gate = (torch.arange(120).view(4, 1, 6, 5) % 3).float().requires_grad_()
+        output = function(*operands, *geometry, in_mask=masks[0], out_mask=masks[1], mask=gate)
+        output.backward(grad)
+        gates.append((output.detach(), gate.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gates, strict=True))
+
+
+def chain(function, input, weights, biases, channels, mask=None, activation="relu"):
+    """Three layers whose features stay packed; `channels[i]` are the outputs of layer i, all of the last one's."""
+    features = input
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        last = i == len(weights) - 1
+        padding = weight.shape[2] // 2
+        features = function(
+            features, weight, bias, 1, padding, out_mask=None if last else channels[i], packed=not last,
+            mask=mask if last else None, activation=None if last else activation,
+        )  # fmt: skip
+    return features
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", [1, 8])
+@pytest.mark.parametrize("gated", [False, True], ids=["mask", "gate"])
+def test_chains_stay_packed(dtype, granularity, gated):
+    widths = (5, 24, 20, 7)
+    channels = [random_channels(3, c, seed, granularity)[torch.arange(3) - seed] for seed, c in enumerate(widths[1:3])]
+    if gated:
+        channels = [torch.where(c, integers(*c.shape, low=1, high=3, seed=3), 0).to(dtype) for c in channels]
+    channels = [ActiveChannels(c) for c in channels]
+    input = integers(3, widths[0], 5, 4, low=-1, high=2, dtype=dtype)
+    weights = [
+        integers(b, a, k, k, low=-1, high=2, dtype=dtype, seed=20 + a) for a, b, k in zip(widths, widths[1:], (1, 3, 1))
+    ]
+    biases = [integers(b, dtype=dtype, seed=30 + b) for b in widths[1:]]
+    grad = integers(3, widths[-1], 5, 4, low=0, high=2, dtype=dtype, seed=40)
+    mask = torch.arange(60).view(3, 1, 5, 4) % 3 > 0
+    results = []
+    for function in (reference.gathered_conv2d, gathered_conv2d):
+        leaves = [t.clone().requires_grad_() for t in (input, *weights, *biases)]
+        output = chain(function, leaves[0], leaves[1:4], leaves[4:], channels, mask)
+        if dtype in (torch.float32, torch.float64):  # half types would round the sums of the chain
+            output.backward(grad)
+        results.append([output.detach(), *(t.grad for t in leaves if t.grad is not None)])
+        with torch.no_grad():
+            assert torch.equal(chain(function, input, weights, biases, channels, mask), results[-1][0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_packed_features_are_the_kept_channels():
+    operands, _, geometry, masks = case()
+    outs = ActiveChannels(masks[1])
+    dense = gathered_conv2d(*operands, *geometry, in_mask=masks[0], out_mask=outs)
+    packed = gathered_conv2d(*operands, *geometry, in_mask=masks[0], out_mask=outs, packed=True)
+    assert packed.shape == dense.shape
+    assert packed.features.shape == (4, 7, 6, 5)
+    assert packed.features.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(packed.unpack(), dense)
+    assert torch.equal(pack(dense, outs).features, packed.features)
+    assert not packed.features[torch.arange(4), outs.count.clamp(max=6).long()][outs.count < 7].any()
+    few = ActiveChannels(masks[1] & (torch.arange(7) < 3))
+    packed = gathered_conv2d(*operands, *geometry, out_mask=few, packed=True)
+    assert packed.features.shape[1] == few.capacity == 3
+    assert torch.equal(packed.unpack(), gathered_conv2d(*operands, *geometry, out_mask=few))
+    nothing = gathered_conv2d(*operands, *geometry, out_mask=torch.zeros(4, 7) > 0, packed=True)
+    assert nothing.features.shape[1] == 0 and not nothing.unpack().any()
+    after = torch.ones(2, 7, 1, 1)
+    assert torch.equal(gathered_conv2d(nothing, after, torch.ones(2)), torch.ones(4, 2, 6, 5))
+
+
+def test_packing_is_differentiable():
+    input, mask = torch.randn(3, 6, 2, 2, dtype=torch.float64, requires_grad=True), random_channels(3, 6)
+    channels = ActiveChannels(mask)
+    assert torch.autograd.gradcheck(lambda x: pack(x, channels).features, input)
+    features = pack(input, channels).features.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: PackedChannels(f, channels).unpack(), features)
+
+
 def test_flops_fall_with_both_sets():
     for groups in (1, 2):
         operands, _, geometry, masks = case(cin=6, cout=8, groups=groups)
@@ -267,22 +418,40 @@ def test_flops_fall_with_both_sets():
 
 
 class TestRegistration:
-    def arguments(self):
+    def arguments(self, listed):
         operands, grad, _, masks = case(cin=4, cout=6, groups=2)
         ins, outs = (ActiveChannels(m) for m in masks)
-        return operands, grad, (ins.index, ins.count, outs.index, outs.count), ((6, 5), (1, 1), (1, 1), (1, 1), 2)
+        sites = ActiveSites(torch.arange(120).view(4, 1, 6, 5) % 3 > 0)
+        sets = (ins.index, ins.count, outs.index, outs.count, [sites.mask, sites.index, sites.count] if listed else [])
+        return operands, grad, sets, ((6, 5), (1, 1), (1, 1), (1, 1), 2)
 
-    def test_opcheck_forward(self):
-        operands, _, sets, where = self.arguments()
+    @pytest.mark.parametrize("listed", [False, True], ids=["all sites", "listed sites"])
+    def test_opcheck_forward(self, listed):
+        operands, _, sets, where = self.arguments(listed)
         leaves = [t.requires_grad_() for t in operands]
-        torch.library.opcheck(torch.ops.dynconv.gathered_conv2d.default, (*leaves, *sets, *where))
-        torch.library.opcheck(torch.ops.dynconv.gathered_conv2d.default, (*leaves[:2], None, *sets, *where))
+        plain = (None, None, None, "none", False, -1, *where)
+        op = torch.ops.dynconv.gathered_conv2d.default
+        torch.library.opcheck(op, (*leaves, *sets, *plain))
+        torch.library.opcheck(op, (*leaves[:2], None, *sets, *plain))
+        operands, grad, sets, where = self.arguments(listed)
+        finish = (torch.ones(4, 6), grad.clone(), grad.clone() if listed else None, "silu")
+        torch.library.opcheck(op, (*operands, *sets, *finish, False, -1, *where))
+        finish = (torch.ones(4, 6), None, None, "relu")
+        torch.library.opcheck(op, (*operands, *sets, *finish, True, 6, *where))
 
+    @pytest.mark.parametrize("listed", [False, True], ids=["all sites", "listed sites"])
     @pytest.mark.parametrize("wanted", [[True] * 3, [True, False, False], [False, True, True]])
-    def test_opcheck_backward(self, wanted):
-        (input, weight, _), grad, sets, where = self.arguments()
-        arguments = (grad, input, weight, *sets, *where, wanted)
+    def test_opcheck_backward(self, wanted, listed):
+        (input, weight, _), grad, sets, where = self.arguments(listed)
+        arguments = (grad, input, weight, *sets, False, False, *where, wanted)
         torch.library.opcheck(torch.ops.dynconv.gathered_conv2d_backward.default, arguments)
+
+    def test_what_is_fused_has_no_gradient(self):
+        operands, _, sets, where = self.arguments(False)
+        leaves = [t.requires_grad_() for t in operands]
+        output = torch.ops.dynconv.gathered_conv2d(*leaves, *sets, None, None, None, "relu", False, -1, *where)
+        with pytest.raises(RuntimeError, match="expected no gate, residual, inactive or activation"):
+            output.sum().backward()
 
     def test_second_derivative_is_refused(self):
         operands, _, geometry, masks = case()
@@ -342,6 +511,17 @@ BAD = {
     "groups: expected a divisor": dict(groups=2),
     "input: expected shape [N, Cin, H, W], got [4, 5, 6]": dict(input=torch.ones(4, 5, 6)),
     "input: expected a tensor": dict(input=None),
+    "input: expected features [4, 5, H, W], got [4, 4, 6, 5]": dict(
+        input=PackedChannels(torch.ones(4, 4, 6, 5), ActiveChannels(torch.ones(4, 5) > 0)), in_mask=None
+    ),
+    "in_mask: expected None beside packed channels": dict(
+        input=PackedChannels(torch.ones(4, 5, 6, 5), ActiveChannels(torch.ones(4, 5) > 0))
+    ),
+    "activation: expected None or one of relu": dict(activation="tanh"),
+    "residual: expected shape [4, 7, 6, 5], got [4, 7, 6, 4]": dict(residual=torch.ones(4, 7, 6, 4)),
+    "residual: expected None for a packed output": dict(residual=torch.ones(4, 7, 6, 5), packed=True),
+    "inactive: expected a mask beside it": dict(inactive=torch.ones(4, 7, 6, 5)),
+    "mask: expected sites of [4, 1, 6, 5], got (4, 6, 4)": dict(mask=ActiveSites(torch.ones(4, 1, 6, 4) > 0)),
 }
 
 
@@ -395,6 +575,27 @@ class TestActiveChannels:
         channels = ActiveChannels(mask)
         mask.zero_()
         assert channels.mask.all()
+
+    def test_groups_are_found_or_checked(self):
+        mask = torch.tensor([[True] * 8 + [False] * 8 + [True] * 4, [False] * 16 + [True] * 4])
+        assert ActiveChannels.from_groups(mask).granularity == 8
+        assert torch.equal(ActiveChannels.from_groups(mask, 4).mask, mask)
+        assert ActiveChannels.from_groups(~torch.eye(3, dtype=torch.bool)).granularity == 1
+        with pytest.raises(ValueError, match="mask: expected whole groups of 16"):
+            ActiveChannels.from_groups(mask, 16)
+        with pytest.raises(TypeError, match=r"mask: expected a bool tensor, got torch.float32"):
+            ActiveChannels.from_groups(mask.float())
+
+    def test_capacity_is_counted_or_given(self):
+        mask = torch.tensor([[True, False, True], [False] * 3])
+        assert ActiveChannels(mask).capacity == 2
+        assert ActiveChannels(mask, capacity=3).capacity == 2  # no more than there are
+        assert ActiveChannels(mask.repeat(1, 2), capacity=5).capacity == 5
+        with pytest.raises(ValueError, match="capacity: expected at least 2, the most channels of a sample, got 1"):
+            ActiveChannels(mask, capacity=1)
+        with pytest.raises(TypeError, match=r"capacity: expected an int, got 1\.0"):
+            ActiveChannels(mask, capacity=1.0)
+        assert ActiveChannels(mask.to("meta")).capacity == 3
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),

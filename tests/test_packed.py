@@ -320,7 +320,7 @@ def test_features_of_other_sites_are_refused():
         masked_conv2d(PackedFeatures(features.rows[:8], one), torch.zeros(4, 4, 1, 1), mask=one)
     with pytest.raises(ValueError, match=r"input: expected shape \[1, C, 3, 3\]"):
         pack(torch.zeros(1, 4, 3, 4), one)
-    with pytest.raises(TypeError, match="sites: expected ActiveSites, got Tensor"):
+    with pytest.raises(TypeError, match="active: expected ActiveSites or ActiveChannels, got Tensor"):
         pack(torch.zeros(1, 4, 3, 3), mask)
 
 

@@ -128,8 +128,10 @@ def multiply_rows(
 
 
 @njit
-def gather_scattered(source, width, table, entry, taps, rows, tap_count, target, at, runs, lanes, compute):
+def gather_scattered(source, width, channels, table, entry, taps, rows, tap_count, target, at, runs, lanes, compute):
     """`gather_rows` of one group with a table, but for tiles of ROWS rows that read runs of rows through every tap.
+
+    `channels` channels from the beginning of each row of `source` [., width].
 
     target[runs + tile] becomes 1 for these, where the products may read the source itself, and 0 for the others.
     """
@@ -142,20 +144,20 @@ def gather_scattered(source, width, table, entry, taps, rows, tap_count, target,
                 is_run = is_run and table[entry + (first + r) * taps + t] == start + r
         store(target, runs + first // ROWS, compute(is_run))
         if not is_run:
-            place = at + first * tap_count * width
+            place = at + first * tap_count * channels
             gather_rows(
-                source, width, table, True, entry + first * taps, taps, count, tap_count, 0, width, 1, target, place,
-                lanes, compute,
+                source, width, table, True, entry + first * taps, taps, count, tap_count, 0, channels, 1, target,
+                place, lanes, compute,
             )  # fmt: skip
 
 
 @njit
 def multiply_scattered(
-    source, width, table, entry, taps, rows, tap_count, a, at, runs, accumulate, weights, weight_at, panel_stride,
-    panels, products, products_at, product_width, lanes, compute,
+    source, width, channels, table, entry, taps, rows, tap_count, a, at, runs, accumulate, weights, weight_at,
+    panel_stride, panels, products, products_at, product_width, lanes, compute,
 ):  # fmt: skip
     """`multiply_rows` of one group, of what `gather_scattered` has gathered and what it has left in the source."""
-    depth = tap_count * width
+    depth = tap_count * channels
     tiles = (panels + TILE_VECTORS - 1) // TILE_VECTORS
     for tile in range(tiles):
         panel = panels * tile // tiles
@@ -172,11 +174,11 @@ def multiply_scattered(
             first, t = entry + r * taps, 0
             while t < tap_count:
                 pixel, run = np.int64(table[first + t]), 1
-                while t + run < tap_count and table[first + t + run] == pixel + run:
+                while channels == width and t + run < tap_count and table[first + t + run] == pixel + run:
                     run += 1
                 multiply_tile(
-                    vectors, source, pixel * width, width, weights, columns + t * width * lanes, panel_stride,
-                    products, target, product_width, run * width, accumulate or t > 0,
+                    vectors, source, pixel * width, width, weights, columns + t * channels * lanes, panel_stride,
+                    products, target, product_width, run * channels, accumulate or t > 0,
                 )  # fmt: skip
                 t += run
 

@@ -1,21 +1,25 @@
 """Gathered convolution on the CPU: for each sample, the convolution of the channels it keeps, and no others.
 
-Kept channels lie side by side: `pack` copies what a sample keeps of a tensor, and the products run over these rows,
-so that their cost is kept in * kept out. For each sample n and group, with K the kept input channels, F the kept
-output channels, and the neighbour table `table[site, tap]` of one sample (-1: padding), which all samples share:
+Kept channels lie side by side: `pack` copies what a sample keeps of each row (pixel or site) of a tensor, and the
+products run over these rows, so that their cost is kept in * kept out. For each sample n and group, with K the kept
+input channels, F the kept output channels, and the neighbour table `table[site, tap]` (-1: padding):
 
-    forward       out[n, site, F] = sum over taps of x[n, table[site, tap], K] @ W[tap][K, F]  +  bias[F]
+    forward       out[n, site, F] = activation(gate * (sum over taps of x[n, table[site, tap], K] @ W[tap][K, F]
+                                                       + bias[F]) + residual[n, site, F])
     input grad    dx[n, pixel, K] = sum over taps of g[n, readers[pixel, tap], F] @ W[tap][K, F]^T
     weight grad   dW[tap][K, F]  += x[n, table[., tap], K]^T @ g[n, ., F]
 
-The first two are one kernel: `readers[pixel, tap]` is the site that reads a pixel through a tap. Everything a call
-writes, zeros of the other channels included, is written once. The order of every sum follows from the shapes and the
-kept channels alone: the same bits on any number of threads.
+The first two are one kernel: `readers[pixel, tap]` is the site that reads a pixel through a tap. Without a list of rows
+all samples share one table of one sample; a list of active rows comes with a table of its own, and each sample's share
+of it. Everything a call writes, zeros of the other channels included, is written once; rows that are not listed are
+left alone. The order of every sum follows from the shapes and what is kept alone: the same bits on any number of
+threads.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -26,6 +30,7 @@ from . import sites
 from ._common import (
     SERIAL,
     add,
+    address,
     array,
     ceil,
     clear,
@@ -36,7 +41,17 @@ from ._common import (
     pack_panel,
     vector_lanes,
 )
-from ._llvm import ROWS, TILE_VECTORS, fetch_add, finish_row, load, multiply_transposed_tile, store, transpose_vectors
+from ._llvm import (
+    ACTIVATIONS,
+    ROWS,
+    TILE_VECTORS,
+    fetch_add,
+    finish_row,
+    load,
+    multiply_transposed_tile,
+    store,
+    transpose_vectors,
+)
 from ._threads import compute_type, kernel, workers
 
 # In elements, as for masked convolution: a chunk's gathered rows and a tile's columns of the weight stay in the cache.
@@ -84,27 +99,36 @@ def _copy_kept(source, at, index, index_at, runs, run_at, run_count, count, targ
 
 @njit
 def _pack_kernel(arguments, storage, compute):
-    """source [sample, row, channel] -> packed [sample, group, row, kept channel], `most` channels for each sample."""
-    a = carray(arguments, (20,))
+    """Each row's kept channels of `source` as a row of `packed` [., most]: the same, or the one of its listed place."""
+    a = carray(arguments, (24,))
     source, packed, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
     counts, all_runs = array(a[5], np.int32), array(a[6], np.int32)
-    samples, rows, width, groups, lanes, chunk_rows, most = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    chunks, channels = (rows + chunk_rows - 1) // chunk_rows, width // groups
-    runs = fetch_add(a[1:], 1) * 2 * width
+    listed, starts, has_list, is_compact = array(a[7], np.int32), array(a[8], np.int32), a[7] != 0, a[9] != 0
+    samples, rows, channels, width, lanes, chunk_rows, most = a[10], a[11], a[12], a[13], a[14], a[15], a[16]
+    is_packed = a[17] != 0
+    chunks = (rows + chunk_rows - 1) // chunk_rows
+    runs = fetch_add(a[1:], 1) * 2 * channels
     while True:
         item = fetch_add(a, 1)
         if item >= samples * chunks:
             return
-        sample, first_row = item // chunks, item % chunks * chunk_rows
-        end_row, at = min(rows, first_row + chunk_rows), sample * width
-        for group in range(groups):
-            first, end = _kept(index, at, np.int64(counts[sample]), group * channels, (group + 1) * channels)
-            count, target = end - first, (sample * most + first) * rows
-            number = _find_runs(index, at + first, 0, count, all_runs, runs)
-            for row in range(first_row, end_row):
+        sample = item // chunks
+        begin, end = sample * rows, (sample + 1) * rows
+        if has_list:
+            begin, end = np.int64(starts[sample]), np.int64(starts[sample + 1])
+        begin += item % chunks * chunk_rows
+        end = min(end, begin + chunk_rows)
+        count, at, number = np.int64(counts[sample]), sample * channels, 0
+        if begin < end and not is_packed:
+            number = _find_runs(index, at, 0, count, all_runs, runs)
+        for m in range(begin, end):
+            row = np.int64(listed[m]) if has_list else m
+            target = (m if is_compact else row) * most
+            if is_packed:
+                copy(source, row * width, count, packed, target, lanes, compute)
+            else:
                 _copy_kept(
-                    source, (sample * rows + row) * width, index, at + first, all_runs, runs, number, count,
-                    packed, target + row * count, lanes, compute,
+                    source, row * width, index, at, all_runs, runs, number, count, packed, target, lanes, compute
                 )  # fmt: skip
 
 
@@ -169,16 +193,30 @@ def _pack_transposed_weight(
 @njit
 def _products_kernel(arguments, storage, compute):
     """The forward, and the input's gradient, whose source is the output's gradient (`is_transposed`)."""
-    a = carray(arguments, (40,))
-    source, out, weight, bias = array(a[2], compute), array(a[3], storage), array(a[4], storage), array(a[5], compute)
-    table = array(a[6], np.int32)
-    from_index, from_counts = array(a[7], np.int32), array(a[8], np.int32)
-    to_index, to_counts = array(a[9], np.int32), array(a[10], np.int32)
-    samples, taps, from_rows, to_rows, from_width, to_width = a[11], a[12], a[13], a[14], a[15], a[16]
-    groups, lanes, is_transposed, parts, part_rows = a[17], a[18], a[19] != 0, a[20], a[21]
-    scratch, scratch_size, compact_size, packed_size = array(a[22], compute), a[23], a[24], a[25]
-    all_runs, products_size, gathered_size, nothing = array(a[26], np.int32), a[27], a[28], array(a[29], storage)
-    from_most = a[30]
+    a = carray(arguments, (48,))
+    source, out, weight = array(a[2], compute), array(a[3], storage), array(a[4], storage)
+    bias, gate, residual = array(a[5], compute), array(a[6], compute), array(a[7], storage)
+    has_gate, has_residual, activation = a[6] != 0, a[7] != 0, a[8]
+    table, listed, starts, has_list = array(a[9], np.int32), array(a[10], np.int32), array(a[11], np.int32), a[10] != 0
+    from_index, from_counts = array(a[12], np.int32), array(a[13], np.int32)
+    to_index, to_counts = array(a[14], np.int32), array(a[15], np.int32)
+    samples, taps, from_rows, to_rows, from_width, to_width = a[16], a[17], a[18], a[19], a[20], a[21]
+    from_stride, to_stride, to_is_packed, groups, lanes, is_transposed = (
+        a[22],
+        a[23],
+        a[24] != 0,
+        a[25],
+        a[26],
+        a[27] != 0,
+    )
+    parts, part_rows, scratch, scratch_size, all_runs = (
+        a[28],
+        a[29],
+        array(a[30], compute),
+        a[31],
+        array(a[32], np.int32),
+    )
+    compact_size, packed_size, products_size, gathered_size, runs_size = a[33], a[34], a[35], a[36], a[37]
     from_channels, to_channels = from_width // groups, to_width // groups
     worker = fetch_add(a[1:], 1)
     runs = worker * 2 * (from_width + to_width)
@@ -187,14 +225,26 @@ def _products_kernel(arguments, storage, compute):
     products = packed + packed_size
     gathered = products + products_size
     is_run = gathered + gathered_size
+    shift = is_run + runs_size  # of the kept channels, then their gates, a whole row, and zeros
+    gates = shift + to_channels
+    whole = gates + to_channels
+    zeros = whole + to_channels
+    clear(scratch, zeros, to_channels, compute)
     before = -1
-    kept, first, filters, to_first, to_runs, to_number = 0, 0, 0, 0, runs, 0
+    kept, first, filters, to_first, to_end, to_runs, to_number = 0, 0, 0, 0, 0, runs, 0
     while True:
         item = fetch_add(a, 1)
         if item >= samples * groups * parts:
             return
         unit, part = item // parts, item % parts
         sample, group = unit // groups, unit % groups
+        begin, end_row = 0, to_rows
+        if has_list:
+            begin, end_row = np.int64(starts[sample]), np.int64(starts[sample + 1])
+        begin += part * part_rows
+        end_row = min(end_row, begin + part_rows)
+        if begin >= end_row:
+            continue
         from_at, to_at = sample * from_width, sample * to_width
         if unit != before:
             before = unit
@@ -218,15 +268,18 @@ def _products_kernel(arguments, storage, compute):
                     weight, taps, from_channels, group * from_channels, from_index, from_at + first, kept, all_runs,
                     runs, number, to_index, to_at + to_first, filters, scratch, compact, packed, lanes, compute,
                 )  # fmt: skip
+            for c in range(filters):
+                channel = np.int64(to_index[to_at + to_first + c])
+                factor = gate[to_at + channel] if has_gate else compute(1)
+                scratch[gates + c], scratch[shift + c] = factor, bias[channel] * factor
         panels = (filters + lanes - 1) // lanes
         width = panels * lanes
         block_taps = max(1, min(taps, DEPTH // max(1, kept)))
         blocks = (taps + block_taps - 1) // block_taps
         block_taps = (taps + blocks - 1) // blocks
         chunk_rows = max(ROWS, min(MOST_ROWS, GATHERED // max(1, block_taps * kept)) // ROWS * ROWS)
-        source_at = (sample * from_most + first) * from_rows
-        end_row = min(to_rows, (part + 1) * part_rows)
-        for first_row in range(part * part_rows, end_row, chunk_rows):
+        source_at = first if has_list else first + sample * from_rows * from_stride
+        for first_row in range(begin, end_row, chunk_rows):
             rows = min(chunk_rows, end_row - first_row)
             if kept == 0:
                 clear(scratch, products, rows * width, compute)
@@ -234,33 +287,52 @@ def _products_kernel(arguments, storage, compute):
                 tap_count = min(block_taps, taps - first_tap)
                 entry = first_row * taps + first_tap
                 gather_scattered(
-                    source[source_at:], kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run, lanes,
-                    compute,
+                    source[source_at:], from_stride, kept, table, entry, taps, rows, tap_count, scratch, gathered,
+                    is_run, lanes, compute,
                 )  # fmt: skip
                 multiply_scattered(
-                    source[source_at:], kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run,
-                    first_tap > 0, scratch, packed + first_tap * kept * lanes, taps * kept * lanes, panels,
+                    source[source_at:], from_stride, kept, table, entry, taps, rows, tap_count, scratch, gathered,
+                    is_run, first_tap > 0, scratch, packed + first_tap * kept * lanes, taps * kept * lanes, panels,
                     scratch, products, width, lanes, compute,
                 )  # fmt: skip
             for r in range(rows):
-                row = (sample * to_rows + first_row + r) * to_width
-                channel = group * to_channels
-                if to_number * SHORT > filters:
-                    clear(out, row + channel, to_channels, compute)
+                m = first_row + r
+                row = np.int64(listed[m]) if has_list else sample * to_rows + m
+                value = products + r * width
+                if has_gate:
                     for c in range(filters):
-                        to = np.int64(to_index[to_at + to_first + c])
-                        store(out, row + to, load(scratch, products + r * width + c, compute) + bias[to])
+                        scratch[value + c] *= scratch[gates + c]
+                if to_is_packed:
+                    at = row * to_stride
+                    finish_row(
+                        scratch, value, scratch, shift, compute(1), residual, 0, out, at + to_first, filters,
+                        activation,
+                    )  # fmt: skip
+                    if group == groups - 1:
+                        clear(out, at + to_end, to_stride - to_end, compute)
                     continue
+                at = row * to_stride + group * to_channels
+                if to_number * SHORT > filters or (has_residual and filters < to_channels):
+                    clear(scratch, whole, to_channels, compute)
+                    for c in range(filters):
+                        to = whole + np.int64(to_index[to_at + to_first + c]) - group * to_channels
+                        scratch[to] = scratch[value + c] + scratch[shift + c]
+                    finish_row(
+                        scratch, whole, scratch, zeros, compute(1), residual, at if has_residual else 0, out, at,
+                        to_channels, activation,
+                    )  # fmt: skip
+                    continue
+                channel = 0
                 for run in range(to_runs, to_runs + 2 * to_number, 2):
                     place, length = np.int64(all_runs[run]), np.int64(all_runs[run + 1])
-                    start = np.int64(to_index[to_at + place])
-                    clear(out, row + channel, start - channel, compute)
+                    start, place = np.int64(to_index[to_at + place]) - group * to_channels, place - to_first
+                    clear(out, at + channel, start - channel, compute)
                     finish_row(
-                        scratch, products + r * width + place - to_first, bias, start, compute(1), nothing, 0,
-                        out, row + start, length, 0,
+                        scratch, value + place, scratch, shift + place, compute(1), residual,
+                        at + start if has_residual else 0, out, at + start, length, activation,
                     )  # fmt: skip
                     channel = start + length
-                clear(out, row + channel, (group + 1) * to_channels - channel, compute)
+                clear(out, at + channel, to_channels - channel, compute)
 
 
 @njit
@@ -272,7 +344,8 @@ def _weight_grad_kernel(arguments, storage, compute):
     out_index, out_counts = array(a[8], np.int32), array(a[9], np.int32)
     samples, taps, pixels, sites, cin, cout, groups, lanes = a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17]
     scratch, scratch_size, pieces = array(a[18], compute), a[19], a[20]
-    in_most, out_most, all_runs = a[21], a[22], array(a[23], np.int32)
+    in_stride, out_stride, all_runs = a[21], a[22], array(a[23], np.int32)
+    starts, has_list = array(a[24], np.int32), a[24] != 0
     channels, filters = cin // groups, cout // groups
     worker = fetch_add(a[1:], 1)
     gathered, runs = worker * scratch_size, worker * 2 * TILE_VECTORS * lanes
@@ -282,41 +355,48 @@ def _weight_grad_kernel(arguments, storage, compute):
         if item >= groups * taps * pieces:
             return
         group, tap, piece = item // (taps * pieces), item // pieces % taps, item % pieces
-        begin = group * filters + piece * FILTERS
-        finish = min((group + 1) * filters, begin + FILTERS)
+        first_filter = group * filters + piece * FILTERS
+        end_filter = min((group + 1) * filters, first_filter + FILTERS)
         for sample in range(samples):
             in_at, out_at = sample * cin, sample * cout
             first, end = _kept(in_index, in_at, np.int64(in_counts[sample]), group * channels, (group + 1) * channels)
-            group_first, group_end = _kept(
-                out_index, out_at, np.int64(out_counts[sample]), group * filters, (group + 1) * filters
+            out_first, out_end = _kept(out_index, out_at, np.int64(out_counts[sample]), first_filter, end_filter)
+            kept, outs, source_at, grad_at, begin, end_row = (
+                end - first,
+                out_end - out_first,
+                first,
+                out_first,
+                0,
+                sites,
             )
-            out_first, out_end = _kept(out_index, out_at, np.int64(out_counts[sample]), begin, finish)
-            kept, outs, stride = end - first, out_end - out_first, group_end - group_first
-            source_at = (sample * in_most + first) * pixels
-            grad_at = (sample * out_most + group_first) * sites + out_first - group_first
+            if has_list:
+                begin, end_row = np.int64(starts[sample]), np.int64(starts[sample + 1])
+            else:
+                source_at += sample * pixels * in_stride
+                grad_at += sample * sites * out_stride
             for column in range(0, kept if outs > 0 else 0, TILE_VECTORS * lanes):
                 valid = min(TILE_VECTORS * lanes, kept - column)
                 vectors = (valid + lanes - 1) // lanes
                 width = vectors * lanes
                 number = _find_runs(in_index, in_at + first + column, 0, valid, all_runs, runs)
-                for first_row in range(0, sites, WEIGHT_ROWS):
-                    rows = min(WEIGHT_ROWS, sites - first_row)
+                for first_row in range(begin, end_row, WEIGHT_ROWS):
+                    rows = min(WEIGHT_ROWS, end_row - first_row)
                     for r in range(rows):
                         pixel = np.int64(table[(first_row + r) * taps + tap])
                         to, size = gathered + r * width, valid if pixel >= 0 else 0
-                        copy(source, source_at + pixel * kept + column, size, scratch, to, lanes, compute)
+                        copy(source, source_at + pixel * in_stride + column, size, scratch, to, lanes, compute)
                         clear(scratch, to + size, width - size, compute)
-                    chunk = first_row // WEIGHT_ROWS
+                    chunk = (first_row - begin) // WEIGHT_ROWS
                     for out in range(0, outs, ROWS):
                         multiply_transposed_tile(
                             vectors,
-                            grad, grad_at + first_row * stride + out, stride,
+                            grad, grad_at + first_row * out_stride + out, out_stride,
                             scratch, gathered,
                             scratch, products + out * width, width,
                             rows, chunk % SUMMED_CHUNKS > 0,
                         )  # fmt: skip
                     # A sum over all sites, one by one, would lose what sums of sums keep.
-                    if chunk % SUMMED_CHUNKS < SUMMED_CHUNKS - 1 and first_row + rows < sites:
+                    if chunk % SUMMED_CHUNKS < SUMMED_CHUNKS - 1 and first_row + rows < end_row:
                         continue
                     for out in range(outs):
                         row = (np.int64(out_index[out_at + out_first + out]) * taps + tap - group) * channels
@@ -337,6 +417,7 @@ _run_products = kernel(_products_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
 
 Channels = tuple[Tensor, Tensor]  # index [N, C] and count [N] of an ActiveChannels
+Listed = tuple[Tensor, Tensor]  # index of the active rows of a batch; int32 [N + 1], where each sample's begin
 
 
 @functools.lru_cache(64)
@@ -350,78 +431,107 @@ def _table(is_transposed: bool, geometry: tuple[int, ...]) -> Tensor:
     return sites.neighbours(site, count, geometry)
 
 
-def pack(tensor: Tensor, kept: Channels, groups: int) -> Tensor:
-    """The kept channels of each sample of a channels_last tensor, side by side, in the compute type.
+def _buffer(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[rows, width], uninitialised; tiles may read past the last row."""
+    return torch.empty(rows * width + ROWS, dtype=dtype)[: rows * width].view(rows, width)
 
-    With the most channels that any sample keeps, sample n begins at n * most * H * W, the group whose first kept
-    channel is the i-th at i * H * W from there on. What lies past a sample's kept channels is not initialised.
+
+def pack(
+    tensor: Tensor, kept: Channels, listed: Listed | None = None, is_compact: bool = False, is_packed: bool = False
+) -> Tensor:
+    """The kept channels of each row of a channels_last tensor [N, C, H, W], side by side, in the compute type.
+
+    [N * H * W, the most channels that any sample keeps], of which what lies past a sample's kept channels is not
+    initialised. With a list of rows, those alone, at their own place or (`is_compact`) in the order of the list.
+    `is_packed`: the tensor's channels are the kept ones already.
     """
     index, count = kept
-    samples, width = index.shape
+    samples, channels = index.shape
     rows, chunk_rows = tensor.shape[2] * tensor.shape[3], 256
     most = int(count.max())
-    size = samples * rows * most
-    packed = torch.empty(size + ROWS, dtype=compute_type(tensor.dtype))  # tiles may read past the last row
-    threads = workers(min(size // SERIAL, samples * ceil(rows, chunk_rows)))
-    runs = torch.empty(threads * 2 * width, dtype=torch.int32)
+    packed = _buffer(samples * rows, most, compute_type(tensor.dtype))
+    threads = workers(min(samples * rows * most // SERIAL, samples * ceil(rows, chunk_rows)))
+    runs = torch.empty(threads * 2 * channels, dtype=torch.int32)
     _run_pack(
         tensor.dtype, threads, tensor.data_ptr(), packed.data_ptr(), index.data_ptr(), count.data_ptr(),
-        runs.data_ptr(), samples, rows, width, groups, vector_lanes(tensor.dtype), chunk_rows, most,
+        runs.data_ptr(), *_addresses(listed), is_compact, samples, rows, channels, tensor.shape[1],
+        vector_lanes(tensor.dtype), chunk_rows, most, is_packed,
     )  # fmt: skip
     return packed
 
 
-def _most(packed: Tensor, rows: int) -> int:
-    """The most channels that a sample keeps, of what `pack` has made of so many rows."""
-    return (packed.numel() - ROWS) // rows
+def rows_of(tensor: Tensor) -> Tensor:
+    """A channels_last tensor [N, C, H, W] as [N * H * W, C] in the compute type."""
+    return tensor.permute(0, 2, 3, 1).flatten(0, 2).to(compute_type(tensor.dtype)).contiguous()
+
+
+def list_rows(mask: Tensor, index: Tensor) -> Listed:
+    """The active rows of a mask [N, 1, H, W], of whose compaction `index` is."""
+    ends = mask.flatten(1).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return index, torch.cat([ends.new_zeros(1), ends])
+
+
+def _addresses(listed: Listed | None) -> tuple[int, int]:
+    return (0, 0) if listed is None else (listed[0].data_ptr(), listed[1].data_ptr())
 
 
 def products(
-    packed: Tensor,
-    source: Channels,
-    target: Channels,
+    source: Tensor,
+    source_channels: Channels,
+    channels: Channels,
     weight: Tensor,
-    bias: Tensor | None,
     out: Tensor,
     groups: int,
     geometry: tuple[int, ...],
-    is_transposed: bool,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    is_transposed: bool = False,
+    is_packed: bool = False,
+    listed: Listed | None = None,
+    table: Tensor | None = None,
 ) -> None:
-    """Write the convolution of the `source` channels, as `pack` leaves them, to the `target` channels of `out`.
+    """Write the convolution of the `source_channels`, as `pack` leaves them, to the `channels` of `out`.
 
-    `out` is channels_last; its other channels become zero. Where `is_transposed`, `packed` is of the output's
-    gradient and `out` the input's. `geometry`: Ho, Wo, H, W, kernel, stride, padding and dilation, two numbers each.
+    `out` is channels_last; its other channels become activation(residual), or zero; where `is_packed`, its channels are
+    the kept ones, and zeros. Where `is_transposed`, `source` is of the output's gradient and `out` the input's. Of
+    listed rows, only they are written, `table` being theirs. `geometry`: Ho, Wo, H, W, kernel, stride, padding and
+    dilation, two numbers each. `bias` [Cout], `gate` [N, Cout], `residual` as `out`.
     """
     dtype, compute = out.dtype, compute_type(out.dtype)
     lanes, threads = vector_lanes(dtype), torch.get_num_threads()
     weight = weight.contiguous(memory_format=torch.channels_last)
     sizes = [geometry[0] * geometry[1], geometry[2] * geometry[3]]
     to_rows, from_rows = sizes[::-1] if is_transposed else sizes
-    samples, to_width = target[0].shape
-    from_width, taps = source[0].shape[1], geometry[4] * geometry[5]
+    samples, to_width = channels[0].shape
+    from_width, taps = source_channels[0].shape[1], geometry[4] * geometry[5]
     # Threads share a sample where there are few, each with the sample's weight packed for itself.
     units = samples * groups
     parts = 1 if units >= 4 * threads else min(ceil(4 * threads, max(1, units)), ceil(to_rows, 4 * ROWS))
     part_rows = ceil(ceil(to_rows, parts), ROWS) * ROWS
     parts = ceil(to_rows, part_rows)
     threads = workers(units * parts)
-    from_most = _most(packed, samples * from_rows)
-    most_from = min(from_width // groups, from_most)
-    most_to = min(to_width // groups, int(target[1].max()))
+    most_from = min(from_width // groups, int(source_channels[1].max()))
+    most_to = min(to_width // groups, int(channels[1].max()))
     columns = ceil(most_to, lanes) * lanes
     weights, compact = taps * most_from * columns, taps * most_from * lanes
     gathered = max(GATHERED, ROWS * max(DEPTH, most_from))
     product = (MOST_ROWS + ROWS) * columns
-    size = compact + weights + product + gathered + MOST_ROWS
+    size = compact + weights + product + gathered + MOST_ROWS + 4 * (to_width // groups)
     scratch = torch.empty(threads * size, dtype=compute)
     runs = torch.empty(threads * 2 * (from_width + to_width), dtype=torch.int32)
-    shift = torch.zeros(to_width, dtype=compute) if bias is None else bias.to(compute).contiguous()
+    bias = torch.zeros(to_width, dtype=compute) if bias is None else bias.to(compute).contiguous()
+    gate = None if gate is None else gate.to(compute).contiguous()
+    table = _table(is_transposed, geometry) if table is None else table
     _run_products(
-        dtype, threads, packed.data_ptr(), out.data_ptr(), weight.data_ptr(), shift.data_ptr(),
-        _table(is_transposed, geometry).data_ptr(), source[0].data_ptr(), source[1].data_ptr(), target[0].data_ptr(),
-        target[1].data_ptr(), samples, taps, from_rows, to_rows, from_width, to_width, groups, lanes, is_transposed,
-        parts, part_rows, scratch.data_ptr(), size, compact, weights, runs.data_ptr(), product, gathered, 0,
-        from_most,
+        dtype, threads, source.data_ptr(), out.data_ptr(), weight.data_ptr(), bias.data_ptr(), address(gate),
+        address(residual), ACTIVATIONS.index(activation), table.data_ptr(), *_addresses(listed),
+        source_channels[0].data_ptr(), source_channels[1].data_ptr(), channels[0].data_ptr(), channels[1].data_ptr(),
+        samples, taps, from_rows, to_rows, from_width, to_width, source.shape[1], out.shape[1], is_packed, groups,
+        lanes, is_transposed, parts, part_rows, scratch.data_ptr(), size, runs.data_ptr(), compact, weights, product,
+        gathered, MOST_ROWS,
     )  # fmt: skip
 
 
@@ -433,8 +543,13 @@ def weight_grad(
     weight: Tensor,
     groups: int,
     geometry: tuple[int, ...],
+    listed: Listed | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """The weight's gradient, of its type and strides, from the input and the gradient as `pack` leaves them."""
+    """The weight's gradient, of its type and strides, from the input and the gradient as `pack` leaves them.
+
+    Of listed sites, `grad` is compact and `table` theirs.
+    """
     compute, lanes = source.dtype, vector_lanes(source.dtype)
     cout, channels, height, width = weight.shape
     total = torch.zeros(weight.shape, dtype=compute).contiguous(memory_format=torch.channels_last)
@@ -444,12 +559,29 @@ def weight_grad(
     size = (WEIGHT_ROWS + FILTERS) * TILE_VECTORS * lanes
     scratch = torch.empty(threads * size, dtype=compute)
     runs = torch.empty(threads * 2 * TILE_VECTORS * lanes, dtype=torch.int32)
+    table = _table(False, geometry) if table is None else table
     _run_weight_grad(
-        compute, threads, source.data_ptr(), grad.data_ptr(), total.data_ptr(), _table(False, geometry).data_ptr(),
+        compute, threads, source.data_ptr(), grad.data_ptr(), total.data_ptr(), table.data_ptr(),
         ins[0].data_ptr(), ins[1].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), samples,
         height * width, pixels, outputs, channels * groups, cout, groups, lanes, scratch.data_ptr(), size, pieces,
-        _most(source, samples * pixels), _most(grad, samples * outputs), runs.data_ptr(),
+        source.shape[1], grad.shape[1], runs.data_ptr(), _addresses(listed)[1],
     )  # fmt: skip
     if total.dtype == weight.dtype and total.stride() == weight.stride():
         return total
     return torch.empty_like(weight).copy_(total)
+
+
+def bias_grad(grad: Tensor, outs: Channels, listed: Listed | None) -> Tensor:
+    """[C] in the compute type: the sums of `grad`, as `pack` leaves it (compact, where listed), over its rows."""
+    index, count = outs
+    samples, width = index.shape
+    if listed is None:
+        sums = grad.view(samples, grad.shape[0] // samples, grad.shape[1]).sum(1)
+    else:
+        bounds = listed[1].tolist()
+        sums = torch.stack([grad[begin:end].sum(0) for begin, end in itertools.pairwise(bounds)])
+    # One sample after the other; what lies past its count is not initialised.
+    total = grad.new_zeros(width)
+    for channels, kept, row in zip(index, count.tolist(), sums):
+        total[channels[:kept].long()] += row[:kept]
+    return total

@@ -100,7 +100,7 @@ def _forward_kernel(arguments, storage, compute):
             entry = first * taps + first_tap if has_table else first
             if reads_runs:
                 gather_scattered(
-                    source, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs, lanes, compute
+                    source, cin, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs, lanes, compute
                 )  # fmt: skip
             elif not is_direct:
                 gather_rows(
@@ -118,8 +118,8 @@ def _forward_kernel(arguments, storage, compute):
             elif reads_runs:
                 panel_stride = taps * channels * lanes
                 multiply_scattered(
-                    rows_in_place, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs, first_tap > 0,
-                    packed, first_panel * panel_stride + start * lanes, panel_stride, item_panels,
+                    rows_in_place, cin, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs,
+                    first_tap > 0, packed, first_panel * panel_stride + start * lanes, panel_stride, item_panels,
                     scratch, products, width, lanes, compute,
                 )  # fmt: skip
             elif has_packed:

@@ -380,7 +380,7 @@ def _check(features, activation, residual, inactive, out, packed):
 def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
     """See `dynconv.pack`."""
     if not isinstance(sites, ActiveSites):
-        raise TypeError(f"sites: expected ActiveSites, got {type(sites).__name__}")
+        raise TypeError(f"active: expected ActiveSites or ActiveChannels, got {type(sites).__name__}")
     if isinstance(input, PackedFeatures):
         raise TypeError("input: expected a dense tensor, got PackedFeatures")
     check_features("input", input)

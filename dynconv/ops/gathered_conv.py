@@ -12,17 +12,33 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from .._backend import backend_for, forced_backend, module, unwatched
-from .._geometry import IntPair, Padding
+from .._geometry import Geometry, IntPair, Padding
 from ..channels import ActiveChannels
-from ._common import autocast, channels_last, check_convolution, check_types, in_rows, once_differentiable
+from ..packed import PackedChannels
+from ..sites import ActiveSites
+from ._common import (
+    FLOATING,
+    autocast,
+    channels_last,
+    check_activation,
+    check_convolution,
+    check_result,
+    check_types,
+    in_rows,
+    once_differentiable,
+)
 
-_SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count"
+# `sites`: nothing, or the mask, index and count of an ActiveSites. `capacity`: the channels of a packed output, or -1.
+_SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count, Tensor[] sites"
 _GEOMETRY = "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups"
 _library = torch.library.Library("dynconv", "FRAGMENT")
-_library.define(f"gathered_conv2d(Tensor input, Tensor weight, Tensor? bias, {_SETS}, {_GEOMETRY}) -> Tensor")
 _library.define(
-    f"gathered_conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_SETS}, {_GEOMETRY}, bool[3] wanted) -> "
-    "(Tensor input, Tensor weight, Tensor bias)"
+    f"gathered_conv2d(Tensor input, Tensor weight, Tensor? bias, {_SETS}, Tensor? gate, Tensor? residual, "
+    f"Tensor? inactive, str activation, bool packed_input, SymInt capacity, {_GEOMETRY}) -> Tensor"
+)
+_library.define(
+    f"gathered_conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_SETS}, bool packed_input, bool packed, "
+    f"{_GEOMETRY}, bool[3] wanted) -> (Tensor input, Tensor weight, Tensor bias)"
 )
 
 
@@ -32,40 +48,70 @@ def _place(size, input, weight, stride, padding, dilation) -> tuple[int, ...]:
 
 
 def _forward(
-    input, weight, bias, in_index, in_count, out_index, out_count, size, stride, padding, dilation, groups
-) -> Tensor:
-    out = channels_last((input.shape[0], weight.shape[0], *size), input)
+    input, weight, bias, in_index, in_count, out_index, out_count, sites, gate, residual, inactive, activation,
+    packed_input, capacity, size, stride, padding, dilation, groups,
+) -> Tensor:  # fmt: skip
+    out = channels_last((input.shape[0], weight.shape[0] if capacity < 0 else capacity, *size), input)
     if out.numel() == 0:
         return out
-    kernels = module(".cpu.gathered_conv")
-    ins, outs = (in_index, in_count), (out_index, out_count)
-    packed = kernels.pack(in_rows(input), ins, groups)
+    kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
+    input, ins = in_rows(input), (in_index, in_count)
     where = _place(size, input, weight, stride, padding, dilation)
-    kernels.products(packed, ins, outs, weight, bias, out, groups, where, False)
+    listed = table = read = None
+    if sites:
+        mask, index, count = sites
+        listed, table = kernels.list_rows(mask, index), tables.neighbours(index, count, where)
+        read = _read_rows(mask, input, weight, stride, padding, dilation)
+        out.zero_() if inactive is None else out.copy_(inactive)
+    source = kernels.rows_of(input) if packed_input else kernels.pack(input, ins, read)
+    kernels.products(
+        source, ins, (out_index, out_count), weight, out, groups, where, bias=bias, gate=gate,
+        residual=in_rows(residual), activation=activation, is_packed=capacity >= 0, listed=listed, table=table,
+    )  # fmt: skip
     return out
 
 
+def _read_rows(mask, input, weight, stride, padding, dilation) -> tuple[Tensor, Tensor]:
+    """The pixels that active sites read, as the CPU kernels take a list of rows."""
+    kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
+    touched = tables.touched(mask, input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return kernels.list_rows(touched, tables.compact(touched)[0])
+
+
 def _backward(
-    grad, input, weight, in_index, in_count, out_index, out_count, size, stride, padding, dilation, groups, wanted
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad, input, weight, in_index, in_count, out_index, out_count, sites, packed_input, packed, size, stride, padding,
+    dilation, groups, wanted,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = [grad.new_empty(0) for _ in wanted]  # not one three times: outputs must not alias
     ins, outs = (in_index, in_count), (out_index, out_count)
     if input.shape[0] == 0:
         like = (channels_last(input.shape, input), torch.zeros_like(weight), weight.new_zeros(weight.shape[0]))
         return tuple(zeros if want else none for zeros, want, none in zip(like, wanted, grads, strict=True))
-    kernels = module(".cpu.gathered_conv")
+    kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
+    grad, input = in_rows(grad), in_rows(input)
     where = _place(size, input, weight, stride, padding, dilation)
-    packed = kernels.pack(in_rows(grad), outs, groups)
+    listed = read = table = readers = None
+    if sites:
+        mask, index, count = sites
+        listed, read = kernels.list_rows(mask, index), _read_rows(mask, input, weight, stride, padding, dilation)
+        if wanted[0]:
+            readers = tables.readers(read[0], read[1][-1:], where, tables.inverse(index, count))
+        if wanted[1]:
+            table = tables.neighbours(index, count, where)
+    rows = kernels.pack(grad, outs, listed, is_compact=True, is_packed=packed)
     if wanted[0]:
         grads[0] = channels_last(input.shape, input)
-        kernels.products(packed, outs, ins, weight, None, grads[0], groups, where, True)
+        if sites:
+            grads[0].zero_()
+        kernels.products(
+            rows, outs, ins, weight, grads[0], groups, where, is_transposed=True, is_packed=packed_input, listed=read,
+            table=readers,
+        )  # fmt: skip
     if wanted[1]:
-        source = kernels.pack(in_rows(input), ins, groups)
-        grads[1] = kernels.weight_grad(source, packed, ins, outs, weight, groups, where)
+        source = kernels.rows_of(input) if packed_input else kernels.pack(input, ins, read)
+        grads[1] = kernels.weight_grad(source, rows, ins, outs, weight, groups, where, listed, table)
     if wanted[2]:
-        sums = grad.sum((2, 3), dtype=packed.dtype)
-        kept = ActiveChannels._mask_of(out_index)
-        grads[2] = torch.where(kept, sums, 0).sum(0).to(weight.dtype)
+        grads[2] = kernels.bias_grad(rows, outs, listed).to(weight.dtype)
     return tuple(grads)
 
 
@@ -74,8 +120,11 @@ _library.impl("gathered_conv2d_backward", _backward, "CPU")
 
 
 @torch.library.register_fake("dynconv::gathered_conv2d", lib=_library)
-def _(input, weight, bias, in_index, in_count, out_index, out_count, size, *geometry):
-    return channels_last((input.shape[0], weight.shape[0], *size), input)
+def _(
+    input, weight, bias, in_index, in_count, out_index, out_count, sites, gate, residual, inactive, activation,
+    packed_input, capacity, size, *geometry,
+):  # fmt: skip
+    return channels_last((input.shape[0], weight.shape[0] if capacity < 0 else capacity, *size), input)
 
 
 @torch.library.register_fake("dynconv::gathered_conv2d_backward", lib=_library)
@@ -90,21 +139,30 @@ def _(grad, input, weight, in_index, in_count, out_index, out_count, *rest):
 
 class _GatheredConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, in_index, in_count, out_index, out_count, *geometry):
+    def forward(ctx, input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest):
+        operands = (input, weight, in_index, in_count, out_index, out_count)
+        *finish, packed_input, capacity, size, stride, padding, dilation, groups = rest
         with torch._C._AutoDispatchBelowAutograd():
             out = torch.ops.dynconv.gathered_conv2d(
-                input, weight, bias, in_index, in_count, out_index, out_count, *geometry
+                input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest
             )
-        ctx.save_for_backward(input, weight, in_index, in_count, out_index, out_count)
-        ctx.geometry = geometry
+        ctx.save_for_backward(*operands, *sites)
+        ctx.is_finished = any(f is not None for f in finish[:3]) or finish[3] != "none"
+        ctx.geometry = (packed_input, capacity >= 0, size, stride, padding, dilation, groups)
+        ctx.rest = len(rest)
         return out
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.is_finished:
+            raise RuntimeError("gathered_conv2d: expected no gate, residual, inactive or activation for a gradient")
         wanted = list(ctx.needs_input_grad[:3])
-        results = torch.ops.dynconv.gathered_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+        (*operands,) = ctx.saved_tensors[:6]
+        results = torch.ops.dynconv.gathered_conv2d_backward(
+            grad, *operands, list(ctx.saved_tensors[6:]), *ctx.geometry, wanted
+        )
         grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
-        return (*grads, None, None, None, None, *(None,) * len(ctx.geometry))
+        return (*grads, None, None, None, None, None, *(None,) * ctx.rest)
 
 
 _library.impl("gathered_conv2d", _GatheredConv2d.apply, "Autograd")
@@ -112,29 +170,30 @@ once_differentiable(_library, "gathered_conv2d")
 
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d, get_raw=True)
-def _forward_flops(input, weight, bias, *rest, **unused) -> int:
-    return _product_flops(input, weight, *rest)
+def _forward_flops(input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest, **unused) -> int:
+    return _product_flops(weight, in_index, out_index, sites, *rest[-5:])
 
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d_backward, get_raw=True)
-def _backward_flops(grad, input, weight, *rest, **unused) -> int:
+def _backward_flops(grad, input, weight, in_index, in_count, out_index, out_count, sites, *rest, **unused) -> int:
     *rest, wanted = rest
-    return (wanted[0] + wanted[1]) * _product_flops(input, weight, *rest)
+    return (wanted[0] + wanted[1]) * _product_flops(weight, in_index, out_index, sites, *rest[-5:])
 
 
-def _product_flops(input, weight, in_index, in_count, out_index, out_count, size, *rest) -> int:
-    """2 * sites * kH * kW * sum over samples and groups of kept in * kept out; all where the sets are not known."""
-    groups = rest[-1]
+def _product_flops(weight, in_index, out_index, sites, size, stride, padding, dilation, groups) -> int:
+    """2 * kH * kW * sum over samples of sites * sum over groups of kept in * kept out; all where sets are not known."""
     kept = []
     for index, width in ((in_index, weight.shape[1] * groups), (out_index, weight.shape[0])):
         mask = torch.ones(1) if index.is_meta or is_fake(index) else ActiveChannels._mask_of(index)
-        kept.append(mask.expand(input.shape[0], width).view(-1, groups, width // groups).sum(2, dtype=torch.int64))
-    sites = size[0] * size[1] * weight.shape[2] * weight.shape[3]
-    return 2 * sites * int((kept[0] * kept[1]).sum())
+        kept.append(mask.expand(in_index.shape[0], width).view(-1, groups, width // groups).sum(2, dtype=torch.int64))
+    active = size[0] * size[1]
+    if sites and not (sites[0].is_meta or is_fake(sites[0])):
+        active = sites[0].flatten(1).sum(1, dtype=torch.int64)
+    return 2 * weight.shape[2] * weight.shape[3] * int(((kept[0] * kept[1]).sum(1) * active).sum())
 
 
 def gathered_conv2d(
-    input: Tensor,
+    input: Tensor | PackedChannels,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
@@ -144,20 +203,28 @@ def gathered_conv2d(
     *,
     in_mask: Tensor | ActiveChannels | None = None,
     out_mask: Tensor | ActiveChannels | None = None,
-) -> Tensor:
+    mask: Tensor | ActiveSites | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inactive: Tensor | None = None,
+    packed: bool = False,
+) -> Tensor | PackedChannels:
     """2-D convolution of the channels that each sample keeps: from the kept input channels to the kept output channels.
 
-    Equal to `where(out_mask, conv2d(where(in_mask, input, 0)), 0)`, at the cost of (kept in) * (kept out), forward and
-    backward. What a sample does not keep is not read: NaN or Inf there reaches neither the output nor a gradient.
+    Equal to `activation(where(out_mask, conv2d(where(in_mask, input, 0)), 0) + residual)`, at the cost of
+    (kept in) * (kept out), forward and backward. What a sample does not keep is not read: NaN or Inf there reaches
+    neither the output nor a gradient. With a spatial `mask` as well, only its sites are computed, at the cost of
+    (kept in) * (kept out) * (active sites), and the others are `inactive`.
     float32, float64, float16 and bfloat16; half types accumulate in float32. Differentiable once, in `input`, `weight`,
-    `bias` and floating masks.
+    `bias`, `residual`, `inactive` and floating masks. In inference all of it is one pass.
 
     The dynamic channels of FBS (Gao et al., ICLR 2019), DS-Net (Li et al., CVPR 2021) and LAUDNet (Han et al., 2023).
 
     On the CPU. Tensors elsewhere take the dense computation of `dynconv.reference`, with a warning the first time.
 
     Args:
-        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first.
+        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or PackedChannels, the
+            result of a layer before, whose channels are then the kept ones.
         weight: [Cout, Cin / groups, kH, kW].
         bias: [Cout].
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "same" and "valid" included.
@@ -165,36 +232,140 @@ def gathered_conv2d(
             floating mask is a gate: a channel is kept where it is not zero, and its value multiplies the input. Its
             gradient is zero at the other channels.
         out_mask: the same for [N, Cout] and the output.
+        mask: bool or floating, broadcastable to [N, 1, Ho, Wo], or `ActiveSites`: as for `masked_conv2d`; None computes
+            all sites.
+        activation: None, "relu", "relu6", "silu", "gelu" or "hardswish".
+        residual: [N, Cout, Ho, Wo], added to every channel, kept or not, before the activation.
+        inactive: [N, Cout, Ho, Wo], the values at skipped sites; None is zeros.
+        packed: return the kept channels alone, for the next layer; without `residual` and `inactive`.
 
     Returns:
-        [N, Cout, Ho, Wo] in channels_last, zeros in the channels that a sample does not keep.
+        [N, Cout, Ho, Wo] in channels_last, or PackedChannels of `out_mask`.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: an argument of the wrong shape or device.
+        ValueError: an argument of the wrong shape or device, or operands that do not go together.
     """
-    geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-    input, weight, bias = autocast(input, weight, bias)
+    if not isinstance(input, (Tensor, PackedChannels)):
+        raise TypeError(f"input: expected a tensor or PackedChannels, got {type(input).__name__}")
+    is_packed = isinstance(input, PackedChannels)
+    if is_packed:
+        ins = _check_packed("input", input)
+        if in_mask is not None:
+            raise ValueError("in_mask: expected None beside packed channels, which have theirs, got a mask")
+        geometry, size = _check_packed_convolution(input, weight, bias, stride, padding, dilation, groups)
+        input = input.features
+    else:
+        geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
+    check_activation(activation)
+    input, weight, bias, residual, inactive = autocast(input, weight, bias, residual, inactive)
     check_types(input, weight, bias)
-    ins = _channels("in_mask", in_mask, (input.shape[0], input.shape[1]), input)
-    outs = _channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
+    shape = (input.shape[0], weight.shape[0], *size)
+    for name, tensor in (("residual", residual), ("inactive", inactive)):
+        check_result(name, tensor, shape, input)
+        if packed and tensor is not None:
+            raise ValueError(f"{name}: expected None for a packed output, got a tensor")
+    if inactive is not None and mask is None:
+        raise ValueError("inactive: expected a mask beside it, got None")
+    if not is_packed:
+        ins = _channels("in_mask", in_mask, (shape[0], input.shape[1]), input)
+    outs = _channels("out_mask", out_mask, shape[:2], input)
+    sites = None if mask is None else _sites(mask, shape, input, geometry)
     if _backend(input) == "reference":
         return reference.gathered_conv2d(
-            input, weight, bias, stride, padding, dilation, groups, in_mask=ins, out_mask=outs
-        )
-    if ins.gate is not None:
+            PackedChannels(input, ins) if is_packed else input, weight, bias, stride, padding, dilation, groups,
+            in_mask=None if is_packed else ins, out_mask=outs, mask=sites, activation=activation, residual=residual,
+            inactive=inactive, packed=packed,
+        )  # fmt: skip
+    if ins.gate is not None and not is_packed:
         # The gate's gradient is a sum over the channel: what a sample does not keep must not be in it.
         kept = torch.where(ins.mask[:, :, None, None], input, 0)
         input = (kept * ins.gate[:, :, None, None]).to(input.dtype)
-    sets = (ins.index, ins.count, outs.index, outs.count)
-    where = (size, geometry.stride, geometry.padding, geometry.dilation, groups)
-    run = _forward if unwatched(input, weight, bias) else torch.ops.dynconv.gathered_conv2d
-    result = run(input, weight, bias, *sets, *where)
+    gates = [outs.gate, None if sites is None else sites.gate]
+    listed = [] if sites is None else [sites.mask, sites.index, sites.count]
+    operands = (input, weight, bias, ins.index, ins.count, outs.index, outs.count, listed)
+    where = (is_packed, outs.capacity if packed else -1)
+    where += (size, geometry.stride, geometry.padding, geometry.dilation, groups)
+    # A gradient needs what comes after the convolution as steps of their own, over the kept channels where packed.
+    is_one_pass = gates[1] is None and not (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (input, weight, bias, residual, inactive, *gates))
+    )
+    run = _forward if unwatched(input, weight, bias, *gates, residual, inactive) else torch.ops.dynconv.gathered_conv2d
+    if is_one_pass:
+        result = run(*operands, gates[0], residual, inactive, activation or "none", *where)
+    else:
+        result = run(*operands, None, None, None, "none", *where)
+        result = _finish(result, outs, sites, activation, residual, inactive, packed)
+    return PackedChannels(result, outs) if packed else result
+
+
+def _finish(result, outs, sites, activation, residual, inactive, packed) -> Tensor:
+    """What follows a convolution, step by step; zeros stay zeros."""
+    dtype = result.dtype
     if outs.gate is not None:
-        result = in_rows((result * outs.gate[:, :, None, None]).to(result.dtype))
-    return result
+        gate = outs._gather(outs.gate) if packed else outs.gate
+        result = (result * gate[:, :, None, None]).to(dtype)
+    if sites is not None and sites.gate is not None:
+        result = (result * sites.gate).to(dtype)
+    if residual is not None:
+        result = result + (residual if sites is None else torch.where(sites.mask, residual, 0))
+    result = reference.ACTIVATIONS[activation](result)
+    if inactive is not None or (sites is not None and residual is not None):
+        result = torch.where(sites.mask, result, 0 if inactive is None else inactive)
+    return in_rows(result)
+
+
+def _check_packed(name: str, packed: PackedChannels) -> ActiveChannels:
+    features, channels = packed
+    if not isinstance(features, Tensor) or features.dtype not in FLOATING:
+        got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"{name}: expected features in float32, float64, float16 or bfloat16, got {got}")
+    if not isinstance(channels, ActiveChannels):
+        raise TypeError(f"{name}: expected channels in an ActiveChannels, got {type(channels).__name__}")
+    wanted = (channels.shape[0], channels.capacity)
+    if features.dim() != 4 or features.shape[:2] != wanted:
+        raise ValueError(f"{name}: expected features [{wanted[0]}, {wanted[1]}, H, W], got {list(features.shape)}")
+    if features.device != channels.mask.device:
+        raise ValueError(f"{name}: expected features on {channels.mask.device}, where the channels are")
+    return channels
+
+
+def _check_packed_convolution(input, weight, bias, *geometry) -> tuple[Geometry, tuple[int, int]]:
+    """`check_convolution` of what the features stand for."""
+    features, channels = input
+    dense = features[:, :1] if features.shape[1] else features.new_empty(features.shape[0], 1, *features.shape[2:])
+    return check_convolution(dense.expand(-1, channels.shape[1], -1, -1), weight, bias, *geometry)
+
+
+def _sites(mask: Tensor | ActiveSites, shape: tuple[int, ...], input: Tensor, geometry: Geometry) -> ActiveSites:
+    sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (shape[0], *shape[2:]))
+    if sites.shape != (shape[0], *shape[2:]):
+        raise ValueError(f"mask: expected sites of [{shape[0]}, 1, {shape[2]}, {shape[3]}], got {sites.shape}")
+    if sites.mask.device != input.device:
+        raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
+    sites._check_pixels(input.shape[2:])
+    return sites
+
+
+def pack(input: Tensor, channels: ActiveChannels) -> PackedChannels:
+    """See `dynconv.pack`."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a dense tensor, got {type(input).__name__}")
+    if input.dtype not in FLOATING:
+        raise TypeError(f"input: expected float32, float64, float16 or bfloat16, got {input.dtype}")
+    if input.dim() != 4 or input.shape[:2] != channels.shape:
+        n, width = channels.shape
+        raise ValueError(f"input: expected shape [{n}, {width}, H, W], as the channels, got {list(input.shape)}")
+    if input.device != channels.mask.device:
+        raise ValueError(f"input: expected a tensor on {channels.mask.device}, where the channels are")
+    return reference.pack_channels(input, channels)
+
+
+def unpack(features: PackedChannels) -> Tensor:
+    """See `dynconv.PackedChannels.unpack`."""
+    _check_packed("features", features)
+    return reference.unpack_channels(features)
 
 
 def _channels(name: str, mask: Tensor | ActiveChannels | None, size: tuple[int, int], input: Tensor) -> ActiveChannels:
