@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import dynconv
 from dynconv.nn import MaskedBottleneck, MaskedInvertedResidual
-from dynconv.nn.blocks import MaskedBlock, fold
+from dynconv.nn.blocks import MaskedBlock
+from dynconv.nn.residual import fold
 
 from .._timing import input_sets
 from .bounds import Arithmetic, Bounded, BoundedChain, Link, Verdict, arithmetic, judge, judge_training, worst_of

@@ -1,7 +1,18 @@
 """Drop-in modules over the ops."""
 
 from .blocks import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+from .gathered import GatheredBasicBlock, GatheredBottleneck, GatheredConv2d
 from .masked_conv import MaskedConv2d
-from .normalization import MaskedBatchNorm2d
+from .normalization import GatheredBatchNorm2d, MaskedBatchNorm2d
 
-__all__ = ["MaskedBasicBlock", "MaskedBatchNorm2d", "MaskedBottleneck", "MaskedConv2d", "MaskedInvertedResidual"]
+__all__ = [
+    "GatheredBasicBlock",
+    "GatheredBatchNorm2d",
+    "GatheredBottleneck",
+    "GatheredConv2d",
+    "MaskedBasicBlock",
+    "MaskedBatchNorm2d",
+    "MaskedBottleneck",
+    "MaskedConv2d",
+    "MaskedInvertedResidual",
+]

@@ -1,4 +1,4 @@
-"""Batch normalisation of packed features: over the active sites, and no others."""
+"""Batch normalisation of packed features: over what is computed, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import epilogue as ops
-from ..packed import PackedFeatures
+from ..packed import PackedChannels, PackedFeatures
+from ..sites import ActiveSites
 
 
 class MaskedBatchNorm2d(nn.BatchNorm2d):
@@ -37,13 +38,91 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
         Raises TypeError where `module` is not an `nn.BatchNorm2d`.
         """
-        if not isinstance(module, nn.BatchNorm2d):
-            raise TypeError(f"module: expected an nn.BatchNorm2d, got {type(module).__name__}")
-        masked = cls(
-            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
-        )
-        masked._parameters, masked._buffers = dict(module._parameters), dict(module._buffers)
-        return masked.train(module.training)
+        return _share(cls, module)
+
+
+class GatheredBatchNorm2d(nn.BatchNorm2d):
+    """An `nn.BatchNorm2d` of packed channels: in training its statistics are those of the samples that keep a channel.
+
+    Same constructor, parameters, buffers and `state_dict`. The running statistics of a channel that no sample keeps
+    stay as they are.
+    """
+
+    def forward(self, features: PackedChannels, mask: Tensor | ActiveSites | None = None) -> PackedChannels:
+        """The features normalised, zeros where they are none.
+
+        Args:
+            features: the result of `dynconv.gathered_conv2d(..., packed=True)`.
+            mask: bool [N, 1, H, W] or ActiveSites, where only these sites were computed.
+
+        Raises TypeError where `features` are not PackedChannels.
+        """
+        if not isinstance(features, PackedChannels):
+            raise TypeError(f"features: expected PackedChannels, got {type(features).__name__}")
+        return gathered_batch_norm(self, features, mask.mask if isinstance(mask, ActiveSites) else mask)
+
+    @classmethod
+    def from_dense(cls, module: nn.BatchNorm2d) -> GatheredBatchNorm2d:
+        """A layer that shares the dense layer's parameters and buffers.
+
+        Raises TypeError where `module` is not an `nn.BatchNorm2d`.
+        """
+        return _share(cls, module)
+
+
+def _share(cls, module: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    if not isinstance(module, nn.BatchNorm2d):
+        raise TypeError(f"module: expected an nn.BatchNorm2d, got {type(module).__name__}")
+    shared = cls(
+        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
+    )
+    shared._parameters, shared._buffers = dict(module._parameters), dict(module._buffers)
+    return shared.train(module.training)
+
+
+def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Tensor | None) -> PackedChannels:
+    """What `norm` does, over each channel's samples that keep it and over the active sites of `mask` [N, 1, H, W].
+
+    In steps of PyTorch's own, at the cost of the kept channels.
+    """
+    rows, channels = features
+    index = channels.index[:, : channels.capacity]
+    computed = (index >= 0)[:, :, None, None]
+    if mask is not None:
+        computed = computed & mask
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def total(values: Tensor) -> Tensor:
+        """[N, capacity, H, W], zeros where nothing is -> [C], one sample after the other."""
+        sums = values.sum((2, 3))
+        if sums.shape[1] == 0:
+            return sums.new_zeros(channels.shape[1])
+        kept = sums.gather(1, channels.inverse.clamp(min=0).long())
+        return torch.where(channels.mask, kept, 0).sum(0)
+
+    def spread(values: Tensor) -> Tensor:
+        return channels._gather(values)[:, :, None, None]
+
+    if uses_batch_statistics(norm):
+        sites = wide.new_full((channels.shape[0],), rows.shape[2] * rows.shape[3])
+        if mask is not None:
+            sites = mask.expand(rows.shape[0], 1, *rows.shape[2:]).sum((1, 2, 3)).to(wide.dtype)
+        count = torch.where(channels.mask, sites[:, None], 0).sum(0)
+        mean = total(wide) / count.clamp(min=1)
+        centred = torch.where(computed, wide - spread(mean), 0)
+        variance = total(centred * centred) / count.clamp(min=1)
+        if norm.training and norm.track_running_stats:
+            _track(norm, mean.detach(), variance.detach(), count)
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+        centred = torch.where(computed, wide - spread(mean.to(wide.dtype)), 0)
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    result = centred * spread(scale.to(wide.dtype))
+    if norm.bias is not None:
+        result = torch.where(computed, result + spread(norm.bias.to(wide.dtype)), 0)
+    return PackedChannels(result.to(rows.dtype), channels)
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:

@@ -296,12 +296,20 @@ def gathered_conv2d(
         result = run(*operands, gates[0], residual, inactive, activation or "none", *where)
     else:
         result = run(*operands, None, None, None, "none", *where)
-        result = _finish(result, outs, sites, activation, residual, inactive, packed)
+        result = finish(result, outs, sites, activation, residual, inactive, packed)
     return PackedChannels(result, outs) if packed else result
 
 
-def _finish(result, outs, sites, activation, residual, inactive, packed) -> Tensor:
-    """What follows a convolution, step by step; zeros stay zeros."""
+def finish(
+    result: Tensor,
+    outs: ActiveChannels,
+    sites: ActiveSites | None,
+    activation: str | None,
+    residual: Tensor | None = None,
+    inactive: Tensor | None = None,
+    packed: bool = False,
+) -> Tensor:
+    """What follows a gathered convolution, step by step: gates, residual, activation, skipped sites."""
     dtype = result.dtype
     if outs.gate is not None:
         gate = outs._gather(outs.gate) if packed else outs.gate

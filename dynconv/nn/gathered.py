@@ -1,0 +1,198 @@
+"""Layers and residual blocks of the channels that each sample keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._backend import backend_for
+from ..channels import ActiveChannels
+from ..ops.gathered_conv import finish, gathered_conv2d
+from ..packed import PackedChannels
+from ..reference import ACTIVATIONS
+from ..sites import ActiveSites
+from .normalization import gathered_batch_norm, uses_batch_statistics
+from .residual import BasicBlock, Bottleneck, ResidualBlock, Stage, fold, geometry_of, needs_grad
+
+Channels = Tensor | ActiveChannels | None
+
+
+class GatheredConv2d(nn.Conv2d):
+    """An `nn.Conv2d` that computes, for each sample, the channels that masks keep.
+
+    Same constructor, parameters and `state_dict` (`padding_mode` "zeros" only).
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
+
+    def forward(
+        self, input: Tensor | PackedChannels, in_mask: Channels = None, out_mask: Channels = None, **options
+    ) -> Tensor | PackedChannels:
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with this layer's parameters.
+
+        `options` are its keywords `mask`, `activation`, `residual`, `inactive` and `packed`.
+        """
+        return gathered_conv2d(
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, in_mask=in_mask,
+            out_mask=out_mask, **options,
+        )  # fmt: skip
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> GatheredConv2d:
+        """A gathered layer that shares the dense layer's parameters.
+
+        Raises TypeError where `module` is not an `nn.Conv2d`, ValueError where its padding is not of zeros.
+        """
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
+        gathered = cls(
+            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+            module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
+        )  # fmt: skip
+        gathered._parameters = dict(module._parameters)
+        return gathered.train(module.training)
+
+
+class GatheredBlock(ResidualBlock):
+    """A chain of convolutions with a shortcut, in which each sample keeps some of the channels between them.
+
+    `block(x, channels)` is the dense block with the channels that `channels` does not keep set to zero before the
+    activation of their convolution: the dynamic width of FBS, DS-Net and LAUDNet. Features stay packed from the first
+    convolution to the last, whose output has all channels. A floating mask is a gate: it multiplies its channel, before
+    the activation, and gets a gradient. With a spatial `mask` as well, each convolution is computed at the sites that
+    the next one reads, as in `MaskedBlock`.
+
+    In training, batch normalisation takes its statistics over the samples that keep a channel (`statistics` "active"),
+    or over all ("dense"), which costs what the dense block does. In eval mode it is folded into the convolutions.
+
+    Children and `state_dict` are those of the dense block. Without masks the block is that dense block.
+    """
+
+    def forward(
+        self, input: Tensor, channels: Sequence[Channels] | Channels = None, mask: Tensor | ActiveSites | None = None
+    ) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
+
+        Args:
+            input: the features, best in channels_last.
+            channels: for each convolution but the last one a mask [N, C] of its output, bool or floating, or
+                ActiveChannels, or None for all. One that is no sequence stands for every one of them.
+            mask: as for `MaskedBlock`: skipped sites of the output are the shortcut's.
+
+        Raises TypeError, ValueError: another number of masks than of convolutions between which there are channels, and
+        as `dynconv.gathered_conv2d`.
+        """
+        inner = len(self.stages) - 1
+        chosen = list(channels) if isinstance(channels, (list, tuple)) else [channels] * inner
+        if len(chosen) != inner:
+            raise ValueError(
+                f"channels: expected {inner} masks, one for each convolution but the last, got {len(chosen)}"
+            )
+        if mask is None and all(c is None for c in chosen):
+            return self._dense(input)
+        samples = input.shape[0]
+        chosen = [
+            ActiveChannels._all((samples, width), input.device) if c is None else self._channels(c, (samples, width))
+            for c, width in zip(chosen, [self._submodule(stage.conv).out_channels for stage in self.stages])
+        ]
+        sizes, geometries = [tuple(input.shape[2:])], [geometry_of(self._submodule(s.conv)) for s in self.stages]
+        for geometry in geometries:
+            sizes.append(geometry.output_size(*sizes[-1]))
+        sites = mask
+        if mask is not None and not isinstance(mask, ActiveSites):
+            sites = ActiveSites(mask, (samples, *sizes[-1]))
+        if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
+            return self._all_dense(input, chosen, sites)
+        used = backend_for(input.device)
+        tracked = needs_grad(*(c.gate for c in chosen), None if sites is None else sites.gate)
+        folded = None if tracked or used == "reference" else self._frozen(input, used)
+        computed = [None] * (inner + 1) if sites is None else self._computed(sites, sizes, geometries)
+        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        features = input
+        for number, stage in enumerate(self.stages):
+            parameters = None if folded is None else folded[number]
+            active = computed[number]
+            if number < inner:
+                features = self._run(stage, parameters, features, chosen[number], active)
+                continue
+            activation = stage.activation if shortcut is None else self.activation
+            after = dict(residual=shortcut, inactive=None if active is None else shortcut)
+            features = self._run_last(stage, parameters, features, active, activation, **after)
+        return features
+
+    @staticmethod
+    def _channels(channels: Tensor | ActiveChannels, size: tuple[int, int]) -> ActiveChannels:
+        return channels if isinstance(channels, ActiveChannels) else ActiveChannels(channels, size)
+
+    def _run(self, stage: Stage, parameters, features, channels: ActiveChannels, sites) -> PackedChannels:
+        conv, norm = self._submodule(stage.conv), self._norm(stage)
+        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if norm is None or not uses_batch_statistics(norm):
+            parameters = fold(conv, norm) if parameters is None else parameters
+            return gathered_conv2d(
+                features, *parameters, *where, out_mask=channels, mask=sites, activation=stage.activation, packed=True
+            )  # fmt: skip
+        made = gathered_conv2d(
+            features, conv.weight, conv.bias, *where, out_mask=channels.ungated, mask=sites, packed=True
+        )  # fmt: skip
+        rows = gathered_batch_norm(norm, made, None if sites is None else sites.mask).features
+        return PackedChannels(finish(rows, channels, None, stage.activation, packed=True), channels)
+
+    def _run_last(self, stage: Stage, parameters, features, sites, activation, residual, inactive) -> Tensor:
+        conv, norm = self._submodule(stage.conv), self._norm(stage)
+        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if norm is None or not uses_batch_statistics(norm):
+            parameters = fold(conv, norm) if parameters is None else parameters
+            return gathered_conv2d(
+                features, *parameters, *where, mask=sites, activation=activation, residual=residual, inactive=inactive
+            )
+        ungated = None if sites is None else sites.ungated
+        made = gathered_conv2d(features, conv.weight, conv.bias, *where, mask=ungated)
+        everything = ActiveChannels._all(tuple(made.shape[:2]), made.device)
+        if sites is None:
+            made = nn.BatchNorm2d.forward(norm, made)
+        else:
+            made = gathered_batch_norm(norm, PackedChannels(made, everything), sites.mask).features
+        return finish(made, everything, sites, activation, residual, inactive)
+
+    def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str):
+        weight, bias = fold(conv, norm)
+        return weight.contiguous(memory_format=torch.channels_last), bias
+
+    def _all_dense(self, input: Tensor, channels: list[ActiveChannels], sites: ActiveSites | None) -> Tensor:
+        """Everything computed, and multiplied by the masks."""
+        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        result = input
+        for number, stage in enumerate(self.stages):
+            conv, norm = self._submodule(stage.conv), self._norm(stage)
+            result = nn.Conv2d.forward(conv, result)
+            if norm is not None:
+                result = nn.BatchNorm2d.forward(norm, result)
+            if number < len(channels):
+                kept, gate = channels[number].mask[:, :, None, None], channels[number].gate
+                result = torch.where(kept, result if gate is None else result * gate[:, :, None, None], 0)
+            elif sites is not None and sites.gate is not None:
+                result = result * sites.gate.to(result.dtype)
+            result = ACTIVATIONS[stage.activation](result)
+        if shortcut is not None:
+            result = ACTIVATIONS[self.activation](result + shortcut)
+        return result if sites is None else torch.where(sites.mask, result, 0 if shortcut is None else shortcut)
+
+
+class GatheredBasicBlock(BasicBlock, GatheredBlock):
+    """The block of ResNet-18 and 34 (He et al., CVPR 2016), 3x3, 3x3, with dynamic width between; see `GatheredBlock`.
+
+    The constructor is torchvision's `BasicBlock`, with `statistics` ("active" or "dense") beside it.
+    """
+
+
+class GatheredBottleneck(Bottleneck, GatheredBlock):
+    """The bottleneck of ResNet-50 and up, 1x1, 3x3, 1x1, with dynamic width between; see `GatheredBlock`.
+
+    The constructor is torchvision's `Bottleneck` (the stride is in the 3x3), with `statistics` beside it.
+    """
