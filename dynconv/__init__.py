@@ -8,6 +8,7 @@ from .calibration import calibrate, calibration_file, execution, explain
 from .channels import ActiveChannels
 from .nn.ponder import ponder_map
 from .ops.gathered_conv import gathered_conv2d
+from .ops.gathered_linear import gathered_linear
 from .ops.masked_conv import masked_conv2d
 from .packed import PackedChannels, PackedFeatures, pack
 from .sites import ActiveSites
@@ -24,6 +25,7 @@ __all__ = [
     "execution",
     "explain",
     "gathered_conv2d",
+    "gathered_linear",
     "masked_conv2d",
     "nn",
     "pack",

@@ -104,13 +104,27 @@ def gathered_conv2d(
     return result.contiguous(memory_format=torch.channels_last)
 
 
+def gathered_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_mask: Tensor | ActiveChannels | None = None,
+    out_mask: Tensor | ActiveChannels | None = None,
+) -> Tensor:
+    """where(out_mask, out_gate * linear(where(in_mask, in_gate * input, 0)), 0); see `dynconv.gathered_linear`."""
+    result = F.linear(_keep(input.movedim(-1, 1), in_mask).movedim(1, -1), weight, bias)
+    return _keep(result.movedim(-1, 1), out_mask).movedim(1, -1).contiguous()
+
+
 def _keep(input: Tensor, mask: Tensor | ActiveChannels | None) -> Tensor:
-    """The kept channels, times their gates, among zeros."""
+    """The kept channels, dimension 1, times their gates, among zeros."""
     if mask is None:
         return input
     channels = mask if isinstance(mask, ActiveChannels) else ActiveChannels(mask, tuple(input.shape[:2]))
-    kept = torch.where(channels.mask[:, :, None, None], input, 0)
-    return kept if channels.gate is None else (kept * channels.gate[:, :, None, None]).to(input.dtype)
+    shape = (*channels.shape, *(1,) * (input.dim() - 2))
+    kept = torch.where(channels.mask.view(shape), input, 0)
+    return kept if channels.gate is None else (kept * channels.gate.reshape(shape)).to(input.dtype)
 
 
 def pack_channels(input: Tensor, channels: ActiveChannels) -> PackedChannels:

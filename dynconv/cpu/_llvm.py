@@ -1164,6 +1164,210 @@ def group_weight(
         c += width
 
 
+# Rows that a dot product takes at a time, and vectors of one row that it adds up side by side: 8 accumulators in all.
+DOT_ROWS, DOT_VECTORS = 4, 2
+SUMMED_VECTORS = 8  # vectors whose sums over rows are held in registers
+
+
+def _offset(builder: ir.IRBuilder, numbers: ir.Value, at: ir.Value) -> ir.Value:
+    """numbers[at], of int32."""
+    return builder.sext(builder.load(builder.gep(numbers, [at])), _i64)
+
+
+def _sum_lanes(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The sum of a vector's elements: of its halves, and so on."""
+    count = value.type.count
+    while count > 1:
+        count //= 2
+        half = ir.VectorType(ir.IntType(32), count)
+        low, high = (
+            builder.shuffle_vector(value, value, ir.Constant(half, list(range(first, first + count))))
+            for first in (0, count)
+        )
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, ir.IntType(32)(0))
+
+
+def _dot_rows(row_count: int):
+    @intrinsic
+    def products(
+        typingctx, rows, rows_at, row, index, index_at, values, values_at, blocks, blocks_at, number, out, at
+    ):
+        storage = rows.dtype
+
+        def codegen(context, builder, signature, args):
+            element = context.get_value_type(out.dtype)
+            stored = _data(context, builder, signature, args, 0).type
+            lanes, compute = _lanes(element), out.dtype
+            zero = ir.Constant(ir.VectorType(element, lanes), [0.0] * lanes)
+
+            def build(builder, arguments):
+                rows, row, index, values, blocks, number, out = arguments
+                starts = [
+                    builder.gep(rows, [builder.mul(_offset(builder, index, _i64(i)), row)]) for i in range(row_count)
+                ]
+
+                def vectors(count):
+                    def round_(builder, at, totals):
+                        following = []
+                        for v in range(count):
+                            block = _offset(builder, blocks, builder.add(at, _i64(v)))
+                            value = _read(builder, values, block, lanes, compute)
+                            for start in starts:
+                                factor = _read(builder, start, block, lanes, storage)
+                                following.append(_call(builder, "fma", factor, value, totals[len(following)]))
+                        return following
+
+                    return round_
+
+                whole = builder.and_(number, _i64(-DOT_VECTORS))
+                totals = _for(
+                    builder, _i64(0), whole, DOT_VECTORS, [zero] * (DOT_VECTORS * row_count), vectors(DOT_VECTORS)
+                )
+                totals[:row_count] = _for(builder, whole, number, 1, totals[:row_count], vectors(1))
+                for i in range(row_count):
+                    total = totals[i]
+                    for v in range(1, DOT_VECTORS):
+                        total = builder.fadd(total, totals[v * row_count + i])
+                    before = _read(builder, out, _i64(i), 1, compute)
+                    _write(builder, builder.fadd(before, _sum_lanes(builder, total)), out, _i64(i), 1, compute)
+
+            number_type = ir.IntType(32).as_pointer()
+            function = _function(
+                builder.module,
+                f"dynconv_dot_rows_{row_count}_{storage}_{out.dtype}",
+                [stored, _i64, number_type, element.as_pointer(), number_type, _i64, element.as_pointer()],
+                build,
+            )
+            at = lambda which: builder.gep(_data(context, builder, signature, args, which), [args[which + 1]])
+            builder.call(function, [at(0), args[2], at(3), at(5), at(7), args[9], at(10)])
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(rows, i, i, index, i, values, i, blocks, i, i, out, i), codegen
+
+    return products
+
+
+_dot_rows1, _dot_rows2, _dot_rows4 = (_dot_rows(count) for count in (1, 2, DOT_ROWS))
+
+
+@njit(inline="always")
+def dot_rows(rows, rows_at, row, index, index_at, count, values, values_at, blocks, blocks_at, number, out, at):
+    """out[at + i] += rows[index[i]] . values for i < count, over the `number` vectors that begin at the `blocks`.
+
+    Rows are `row` elements apart; `values` and `out` are in the compute type, `index` and `blocks` int32, from the
+    offsets given. The order of a row's sum depends on the blocks alone.
+    """
+    i = 0
+    while i < count:
+        if count - i >= 4:
+            _dot_rows4(
+                rows, rows_at, row, index, index_at + i, values, values_at, blocks, blocks_at, number, out, at + i
+            )
+            i += 4
+        elif count - i >= 2:
+            _dot_rows2(
+                rows, rows_at, row, index, index_at + i, values, values_at, blocks, blocks_at, number, out, at + i
+            )
+            i += 2
+        else:
+            _dot_rows1(
+                rows, rows_at, row, index, index_at + i, values, values_at, blocks, blocks_at, number, out, at + i
+            )
+            i += 1
+
+
+def _add_row_products(vector_count: int):
+    @intrinsic
+    def products(
+        typingctx, scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at, out, at,
+        accumulate,
+    ):  # fmt: skip
+        def codegen(context, builder, signature, args):
+            element = context.get_value_type(out.dtype)
+            scaling, stored = (_data(context, builder, signature, args, which).type for which in (0, 6))
+            lanes, compute = _lanes(element), out.dtype
+            vector = ir.VectorType(element, lanes)
+
+            def build(builder, arguments):
+                scales, step, index, count, rows, row, blocks, out, accumulate = arguments
+                places = [_offset(builder, blocks, _i64(v)) for v in range(vector_count)]
+                before = builder.block
+                with builder.if_then(accumulate):
+                    totals = [_read(builder, out, place, lanes, compute) for place in places]
+                    inside = builder.block
+                sums = [builder.phi(vector) for _ in places]
+                for phi, total in zip(sums, totals, strict=True):
+                    phi.add_incoming(ir.Constant(vector, [0.0] * lanes), before)
+                    phi.add_incoming(total, inside)
+
+                def round_(builder, j, sums):
+                    at = _offset(builder, index, j)
+                    scale = _read(builder, scales, builder.mul(at, step), 1, signature.args[0].dtype)
+                    scale, start = _splat(builder, scale, vector), builder.gep(rows, [builder.mul(at, row)])
+                    return [
+                        _call(builder, "fma", _read(builder, start, place, lanes, signature.args[6].dtype), scale, total)
+                        for place, total in zip(places, sums, strict=True)
+                    ]
+
+                for place, total in zip(places, _for(builder, _i64(0), count, 1, sums, round_), strict=True):
+                    _write(builder, total, out, place, lanes, compute)
+
+            number_type, flag = ir.IntType(32).as_pointer(), ir.IntType(1)
+            function = _function(
+                builder.module,
+                f"dynconv_add_row_products_{vector_count}_{scales.dtype}_{rows.dtype}_{out.dtype}",
+                [scaling, _i64, number_type, _i64, stored, _i64, number_type, element.as_pointer(), flag],
+                build,
+            )
+            at = lambda which: builder.gep(_data(context, builder, signature, args, which), [args[which + 1]])
+            operands = [at(0), args[2], at(3), args[5], at(6), args[8], at(9), at(11), args[13]]
+            builder.call(function, operands)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(scales, i, i, index, i, i, rows, i, i, blocks, i, out, i, types.boolean), codegen
+
+    return products
+
+
+_add_row_products1, _add_row_products4, _add_row_products8 = (
+    _add_row_products(count) for count in (1, 4, SUMMED_VECTORS)
+)
+
+
+@njit(inline="always")
+def add_row_products(
+    scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at, number, out, at, accumulate
+):
+    """out[b] (+)= sum over j < count of scales[index[j] * step] * rows[index[j]][b], for each of `number` vectors b.
+
+    The vectors begin at the `blocks`, rows are `row` elements apart; `out` is in the compute type, `index` and
+    `blocks` int32, all from the offsets given. The order of the sum is that of `index`.
+    """
+    b = 0
+    while b < number:
+        if number - b >= 8:
+            _add_row_products8(
+                scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at + b, out, at,
+                accumulate,
+            )  # fmt: skip
+            b += 8
+        elif number - b >= 4:
+            _add_row_products4(
+                scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at + b, out, at,
+                accumulate,
+            )  # fmt: skip
+            b += 4
+        else:
+            _add_row_products1(
+                scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at + b, out, at,
+                accumulate,
+            )  # fmt: skip
+            b += 1
+
+
 @intrinsic
 def fill_elements(typingctx, source, out, begin, end, is_large):
     """out[begin:end] = source[begin:end], or zeros where `source` is an array at address 0; whole vectors go around

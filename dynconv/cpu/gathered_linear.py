@@ -1,0 +1,315 @@
+"""Gathered linear layers on the CPU: for each sample, from the features it keeps to the features it keeps.
+
+With few positions a sample there is nothing to amortise a packed weight over, and gathering single columns of it costs
+as much as multiplying them. So the weight is read where it lies, by whole vectors. A block is one vector of input
+features, and a row of `spread` holds a position's input in the compute type, zeros at what its sample does not keep.
+For each position m of sample n, with F the output features that n keeps, and B the blocks with a feature that it keeps:
+
+    forward       out[m, f]  = sum over b in B of W[f, b] . spread[m, b]  +  bias[f]      for f in F
+    input grad    dx[m, b]   = sum over f in F of g[m, f] * W[f, b]                       for b in B
+    weight grad   dW[f, b]   = sum over the m whose sample keeps f of g[m, f] * spread[m, b]
+
+So what is skipped is exact in the output features, and in the input features where they are kept by aligned groups of
+whole vectors. The order of every sum follows from the shapes and the kept features alone: the same bits on any number
+of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import carray, njit
+from torch import Tensor
+
+from ._common import SERIAL, array, ceil, clear, copy, lower_bound, vector_lanes
+from ._llvm import SUMMED_VECTORS, add_row_products, dot_rows, fetch_add, load, store
+from ._threads import compute_type, kernel, workers
+
+# Output features and columns of a tile of the weight, which stays in the cache while all samples use it: in the forward,
+# and in the gradients.
+FEATURES, GRAD_FEATURES, COLUMNS = 32, 64, 512
+TILED = 4  # positions in all from which on a tile is worth a copy
+
+
+@njit
+def _edges_kernel(arguments, storage, compute):
+    """edges[sample, i] = the first place in a sample's ascending `index` that is not below i * step."""
+    a = carray(arguments, (10,))
+    index, counts, edges = array(a[2], np.int32), array(a[3], np.int32), array(a[4], np.int32)
+    samples, width, number, step = a[5], a[6], a[7], a[8]
+    for sample in range(samples):
+        for i in range(number):
+            edges[sample * number + i] = lower_bound(index[sample * width :], np.int64(counts[sample]), i * step)
+
+
+@njit
+def _spread_kernel(arguments, storage, compute):
+    """source [sample, position, feature] -> spread [sample, position, pitch]; blocks [sample, .] and their counts."""
+    a = carray(arguments, (20,))
+    source, spread, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
+    counts, blocks, block_counts = array(a[5], np.int32), array(a[6], np.int32), array(a[7], np.int32)
+    samples, positions, features, most_blocks, pitch, lanes = a[8], a[9], a[10], a[11], a[12], a[13]
+    while True:
+        sample = fetch_add(a, 1)
+        if sample >= samples:
+            return
+        at, count, to, number = sample * features, np.int64(counts[sample]), sample * most_blocks, 0
+        for i in range(count):
+            block = np.int64(index[at + i]) // lanes * lanes
+            if number == 0 or blocks[to + number - 1] != block:
+                blocks[to + number] = block
+                number += 1
+        block_counts[sample] = number
+        for position in range(sample * positions, (sample + 1) * positions):
+            clear(spread, position * pitch, pitch, compute)
+            for i in range(count):
+                feature = np.int64(index[at + i])
+                store(spread, position * pitch + feature, load(source, position * features + feature, compute))
+
+
+@njit
+def _copy_tile(weight, begin, end, column, stop, width, tile, at, pitch, lanes, compute):
+    """The weight's rows begin..end, columns column..stop, as tile[at:] with rows `pitch` apart.
+
+    In the weight rows may be a power of two apart, and would then push each other out of the cache.
+    """
+    for feature in range(begin, end):
+        copy(weight, feature * width + column, stop - column, tile, at + (feature - begin) * pitch, lanes, compute)
+
+
+@njit
+def _forward_kernel(arguments, storage, compute):
+    """Chunks of output features; each goes through the columns, and in them through the samples."""
+    a = carray(arguments, (30,))
+    spread, blocks, block_edges = array(a[2], compute), array(a[3], np.int32), array(a[4], np.int32)
+    weight, bias, out = array(a[5], storage), array(a[6], compute), array(a[7], storage)
+    index, edges, scratch = array(a[8], np.int32), array(a[9], np.int32), array(a[10], compute)
+    samples, positions, features, width, pitch, lanes = a[11], a[12], a[13], a[14], a[15], a[16]
+    tile_pitch, scratch_size = a[17], a[18]
+    chunks, strips, rows = (features + FEATURES - 1) // FEATURES, (width + COLUMNS - 1) // COLUMNS, samples * positions
+    tile = fetch_add(a[1:], 1) * scratch_size
+    products = tile + FEATURES * tile_pitch
+    while True:
+        chunk = fetch_add(a, 1)
+        if chunk >= chunks:
+            return
+        begin, end = chunk * FEATURES, min(features, (chunk + 1) * FEATURES)
+        clear(scratch, products, rows * FEATURES, compute)
+        for strip in range(strips):
+            column = strip * COLUMNS
+            if rows >= TILED:
+                stop = min(width, column + COLUMNS)
+                _copy_tile(weight, begin, end, column, stop, width, scratch, tile, tile_pitch, lanes, compute)
+            for sample in range(samples):
+                edge, block = sample * (chunks + 1) + chunk, sample * (strips + 1) + strip
+                at, count = sample * features + np.int64(edges[edge]), np.int64(edges[edge + 1] - edges[edge])
+                low, number = np.int64(block_edges[block]), np.int64(block_edges[block + 1] - block_edges[block])
+                low += sample * (width // lanes)
+                for position in range(sample * positions, (sample + 1) * positions):
+                    to = products + position * FEATURES
+                    if rows >= TILED:
+                        dot_rows(
+                            scratch, tile - begin * tile_pitch - column, tile_pitch, index, at, count,
+                            spread, position * pitch, blocks, low, number, scratch, to,
+                        )  # fmt: skip
+                    else:
+                        dot_rows(
+                            weight, 0, width, index, at, count, spread, position * pitch, blocks, low, number,
+                            scratch, to,
+                        )  # fmt: skip
+        for sample in range(samples):
+            edge = sample * (chunks + 1) + chunk
+            at, count = sample * features + np.int64(edges[edge]), np.int64(edges[edge + 1] - edges[edge])
+            for position in range(sample * positions, (sample + 1) * positions):
+                clear(out, position * features + begin, end - begin, compute)
+                for i in range(count):
+                    feature = np.int64(index[at + i])
+                    value = load(scratch, products + position * FEATURES + i, compute) + bias[feature]
+                    store(out, position * features + feature, value)
+
+
+@njit
+def _input_grad_kernel(arguments, storage, compute):
+    """Chunks of columns; each goes through the output features, and in them through the samples."""
+    a = carray(arguments, (30,))
+    grad, weight, out = array(a[2], storage), array(a[3], storage), array(a[4], storage)
+    sums, tiles = array(a[5], compute), array(a[6], compute)
+    in_index, in_edges = array(a[7], np.int32), array(a[8], np.int32)
+    out_index, out_edges = array(a[9], np.int32), array(a[10], np.int32)
+    blocks, block_edges = array(a[11], np.int32), array(a[12], np.int32)
+    samples, positions, inner, outer, width, pitch, lanes, tile_pitch = a[13], a[14], a[15], a[16], a[17], a[18], a[19], a[20]
+    chunks, strips = (outer + GRAD_FEATURES - 1) // GRAD_FEATURES, (width + COLUMNS - 1) // COLUMNS
+    tile = fetch_add(a[1:], 1) * GRAD_FEATURES * tile_pitch
+    while True:
+        strip = fetch_add(a, 1)
+        if strip >= strips:
+            return
+        column, stop = strip * COLUMNS, min(width, (strip + 1) * COLUMNS)
+        for chunk in range(chunks):
+            begin, end = chunk * GRAD_FEATURES, min(outer, (chunk + 1) * GRAD_FEATURES)
+            if samples * positions >= TILED:
+                _copy_tile(weight, begin, end, column, stop, width, tiles, tile, tile_pitch, lanes, compute)
+            for sample in range(samples):
+                edge, block = sample * (chunks + 1) + chunk, sample * (strips + 1) + strip
+                at, count = sample * outer + np.int64(out_edges[edge]), np.int64(out_edges[edge + 1] - out_edges[edge])
+                low, number = np.int64(block_edges[block]), np.int64(block_edges[block + 1] - block_edges[block])
+                low += sample * (width // lanes)
+                for position in range(sample * positions, (sample + 1) * positions):
+                    if samples * positions >= TILED:
+                        add_row_products(
+                            grad, position * outer, 1, out_index, at, count,
+                            tiles, tile - begin * tile_pitch - column, tile_pitch, blocks, low, number,
+                            sums, position * pitch, chunk > 0,
+                        )  # fmt: skip
+                    else:
+                        add_row_products(
+                            grad, position * outer, 1, out_index, at, count, weight, 0, width, blocks, low, number,
+                            sums, position * pitch, chunk > 0,
+                        )  # fmt: skip
+        for sample in range(samples):
+            at, edge = sample * inner, sample * (strips + 1) + strip
+            for position in range(sample * positions, (sample + 1) * positions):
+                clear(out, position * inner + column, min(inner, stop) - column, compute)
+                for i in range(at + np.int64(in_edges[edge]), at + np.int64(in_edges[edge + 1])):
+                    feature = np.int64(in_index[i])
+                    store(out, position * inner + feature, load(sums, position * pitch + feature, compute))
+
+
+@njit
+def _weight_grad_kernel(arguments, storage, compute):
+    """Chunks of output features; each goes through the columns, and in them from feature to feature."""
+    a = carray(arguments, (30,))
+    grad, spread, total = array(a[2], storage), array(a[3], compute), array(a[4], compute)
+    index, edges, blocks = array(a[5], np.int32), array(a[6], np.int32), array(a[7], np.int32)
+    lists, list_counts = array(a[8], np.int32), array(a[9], np.int32)
+    samples, positions, outer, width, pitch, lanes = a[10], a[11], a[12], a[13], a[14], a[15]
+    chunks, rows, strip = (outer + GRAD_FEATURES - 1) // GRAD_FEATURES, samples * positions, SUMMED_VECTORS * lanes
+    worker = fetch_add(a[1:], 1)
+    listed, counted = worker * GRAD_FEATURES * rows, worker * GRAD_FEATURES
+    while True:
+        chunk = fetch_add(a, 1)
+        if chunk >= chunks:
+            return
+        begin, end = chunk * GRAD_FEATURES, min(outer, (chunk + 1) * GRAD_FEATURES)
+        for feature in range(end - begin):
+            list_counts[counted + feature] = 0
+        for sample in range(samples):
+            at, edge = sample * outer, sample * (chunks + 1) + chunk
+            for i in range(at + np.int64(edges[edge]), at + np.int64(edges[edge + 1])):
+                feature = np.int64(index[i]) - begin
+                for position in range(sample * positions, (sample + 1) * positions):
+                    place = np.int64(list_counts[counted + feature])
+                    lists[listed + feature * rows + place] = position
+                    list_counts[counted + feature] = place + 1
+        for column in range(0, width, strip):
+            number = (min(width, column + strip) - column) // lanes
+            for feature in range(end - begin):
+                count = np.int64(list_counts[counted + feature])
+                add_row_products(
+                    grad, begin + feature, outer, lists, listed + feature * rows, count,
+                    spread, 0, pitch, blocks, column // lanes, number,
+                    total, (begin + feature) * width, False,
+                )  # fmt: skip
+
+
+_run_edges = kernel(_edges_kernel)
+_run_spread = kernel(_spread_kernel)
+_run_forward = kernel(_forward_kernel)
+_run_input_grad = kernel(_input_grad_kernel)
+_run_weight_grad = kernel(_weight_grad_kernel)
+
+Features = tuple[Tensor, Tensor]  # index [N, C] and count [N] of an ActiveChannels
+
+
+def _whole_vectors(weight: Tensor) -> Tensor:
+    """The weight, contiguous; its rows end with a vector, those of another length in a copy among zeros."""
+    missing = -weight.shape[1] % vector_lanes(weight.dtype)
+    return F.pad(weight, (0, missing)) if missing else weight.contiguous()
+
+
+def _pitch(width: int, dtype: torch.dtype) -> int:
+    """Elements from one row to the next: an odd number of cache lines, so that rows do not fall on each other's."""
+    line = 64 // dtype.itemsize
+    return (ceil(width, line) | 1) * line
+
+
+def _edges(index: Tensor, counts: Tensor, width: int, step: int) -> Tensor:
+    """[N, i]: where the i-th `step` of the width begins among each sample's ascending entries of `index`."""
+    samples, number = index.shape[0], ceil(width, step) + 1
+    edges = torch.empty(samples, number, dtype=torch.int32)
+    _run_edges(
+        torch.float32, 1, index.data_ptr(), counts.data_ptr(), edges.data_ptr(), samples, index.shape[1], number, step
+    )
+    return edges
+
+
+class Spread:
+    """The input [N, L, C] as the kernels read it: see the module's docstring."""
+
+    def __init__(self, input: Tensor, kept: Features) -> None:
+        samples, positions, features = input.shape
+        lanes, compute = vector_lanes(input.dtype), compute_type(input.dtype)
+        self.width = ceil(features, lanes) * lanes
+        self.pitch = _pitch(self.width, compute)
+        self.rows = torch.empty(samples, positions, self.pitch, dtype=compute)
+        self.blocks = torch.empty(samples, self.width // lanes, dtype=torch.int32)
+        counts, input = torch.empty(samples, dtype=torch.int32), input.contiguous()
+        _run_spread(
+            input.dtype, workers(min(samples, self.rows.numel() // SERIAL)), input.data_ptr(),
+            self.rows.data_ptr(), kept[0].data_ptr(), kept[1].data_ptr(), self.blocks.data_ptr(), counts.data_ptr(),
+            samples, positions, features, self.width // lanes, self.pitch, lanes,
+        )  # fmt: skip
+        self.edges = _edges(self.blocks, counts, self.width, COLUMNS)
+
+
+def forward(spread: Spread, outs: Features, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write the layer's output to `out` [N, L, Cout], contiguous."""
+    samples, positions, features = out.shape
+    compute = spread.rows.dtype
+    threads, tile_pitch = workers(ceil(features, FEATURES)), _pitch(min(COLUMNS, spread.width), compute)
+    size = FEATURES * (tile_pitch + samples * positions)
+    scratch = torch.empty(threads * size, dtype=compute)
+    shift = torch.zeros(features, dtype=compute) if bias is None else bias.to(compute).contiguous()
+    weight, edges = _whole_vectors(weight), _edges(*outs, features, FEATURES)
+    _run_forward(
+        out.dtype, threads, spread.rows.data_ptr(), spread.blocks.data_ptr(), spread.edges.data_ptr(),
+        weight.data_ptr(), shift.data_ptr(), out.data_ptr(), outs[0].data_ptr(),
+        edges.data_ptr(), scratch.data_ptr(), samples, positions, features, spread.width,
+        spread.pitch, vector_lanes(out.dtype), tile_pitch, size,
+    )  # fmt: skip
+
+
+def input_grad(grad: Tensor, spread: Spread, ins: Features, outs: Features, weight: Tensor, out: Tensor) -> None:
+    """Write the input's gradient to `out` [N, L, Cin], from the output's, both contiguous."""
+    inner, outer = out.shape[2], grad.shape[2]
+    sums, weight = torch.empty_like(spread.rows), _whole_vectors(weight)
+    threads, tile_pitch = workers(ceil(spread.width, COLUMNS)), _pitch(min(COLUMNS, spread.width), sums.dtype)
+    tiles = torch.empty(threads * GRAD_FEATURES * tile_pitch, dtype=sums.dtype)
+    in_edges, out_edges = _edges(*ins, spread.width, COLUMNS), _edges(*outs, outer, GRAD_FEATURES)
+    _run_input_grad(
+        out.dtype, threads, grad.data_ptr(), weight.data_ptr(), out.data_ptr(), sums.data_ptr(), tiles.data_ptr(),
+        ins[0].data_ptr(), in_edges.data_ptr(), outs[0].data_ptr(),
+        out_edges.data_ptr(), spread.blocks.data_ptr(), spread.edges.data_ptr(),
+        *out.shape[:2], inner, outer, spread.width, spread.pitch, vector_lanes(out.dtype), tile_pitch,
+    )  # fmt: skip
+
+
+def weight_grad(grad: Tensor, spread: Spread, outs: Features, weight: Tensor) -> Tensor:
+    """The weight's gradient, of its type and strides, from the output's, contiguous."""
+    samples, positions, outer = grad.shape
+    lanes, rows = vector_lanes(grad.dtype), samples * positions
+    total = torch.empty(outer, spread.width, dtype=spread.rows.dtype)
+    blocks = torch.arange(0, spread.width, lanes, dtype=torch.int32)
+    edges, threads = _edges(*outs, outer, GRAD_FEATURES), workers(ceil(outer, GRAD_FEATURES))
+    lists = torch.empty(threads * GRAD_FEATURES * rows, dtype=torch.int32)
+    list_counts = torch.empty(threads * GRAD_FEATURES, dtype=torch.int32)
+    _run_weight_grad(
+        grad.dtype, threads, grad.data_ptr(), spread.rows.data_ptr(), total.data_ptr(), outs[0].data_ptr(),
+        edges.data_ptr(), blocks.data_ptr(), lists.data_ptr(), list_counts.data_ptr(),
+        samples, positions, outer, spread.width, spread.pitch, lanes,
+    )  # fmt: skip
+    total = total[:, : weight.shape[1]]
+    if total.dtype == weight.dtype and total.stride() == weight.stride():
+        return total
+    return torch.empty_like(weight).copy_(total)

@@ -1,0 +1,236 @@
+"""gathered_linear: a linear layer between the features that each sample keeps."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from .._backend import backend_for, forced_backend, module, unwatched
+from ..channels import ActiveChannels
+from . import gathered_conv
+from ._common import FLOATING, autocast, check_types, once_differentiable
+
+# Positions a sample from which on its share of the weight is worth packing: then the layer is a 1x1 convolution.
+PACKED_POSITIONS = 8
+_POINTWISE = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of that convolution
+
+_SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count"
+_library = torch.library.Library("dynconv", "FRAGMENT")
+_library.define(f"gathered_linear(Tensor input, Tensor weight, Tensor? bias, {_SETS}) -> Tensor")
+_library.define(
+    f"gathered_linear_backward(Tensor grad, Tensor input, Tensor weight, {_SETS}, bool[3] wanted) -> "
+    "(Tensor input, Tensor weight, Tensor bias)"
+)
+
+
+def _as_image(tensor: Tensor) -> Tensor:
+    """[N, L, C] as the [N, C, L, 1] of a convolution; without a copy where it is contiguous."""
+    return tensor.transpose(1, 2)[..., None]
+
+
+def _as_tokens(image: Tensor) -> Tensor:
+    return image[..., 0].transpose(1, 2).contiguous()
+
+
+def _forward(input, weight, bias, in_index, in_count, out_index, out_count) -> Tensor:
+    samples, positions = input.shape[:2]
+    out = input.new_empty(samples, positions, weight.shape[0])
+    if out.numel() == 0:
+        return out
+    if positions >= PACKED_POSITIONS:
+        sets, filters = (in_index, in_count, out_index, out_count), weight[:, :, None, None]
+        return _as_tokens(gathered_conv._forward(_as_image(input), filters, bias, *sets, (positions, 1), *_POINTWISE))
+    kernels = module(".cpu.gathered_linear")
+    kernels.forward(kernels.Spread(input, (in_index, in_count)), (out_index, out_count), weight, bias, out)
+    return out
+
+
+def _backward(
+    grad, input, weight, in_index, in_count, out_index, out_count, wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples, positions = input.shape[:2]
+    if positions >= PACKED_POSITIONS:
+        sets, filters = (in_index, in_count, out_index, out_count), weight[:, :, None, None]
+        grads = list(
+            gathered_conv._backward(
+                _as_image(grad), _as_image(input), filters, *sets, (positions, 1), *_POINTWISE, wanted
+            )
+        )
+        if wanted[0]:
+            grads[0] = _as_tokens(grads[0])
+        if wanted[1]:
+            grads[1] = grads[1][..., 0, 0]
+        return tuple(grads)
+    grads = [grad.new_empty(0) for _ in wanted]  # not one three times: outputs must not alias
+    if input.numel() == 0:
+        like = (input.new_empty(input.shape), torch.zeros_like(weight), weight.new_zeros(weight.shape[0]))
+        return tuple(zeros if want else none for zeros, want, none in zip(like, wanted, grads, strict=True))
+    kernels = module(".cpu.gathered_linear")
+    ins, outs, grad = (in_index, in_count), (out_index, out_count), grad.contiguous()
+    spread = kernels.Spread(input, ins) if wanted[0] or wanted[1] else None
+    if wanted[0]:
+        grads[0] = input.new_empty(input.shape)
+        kernels.input_grad(grad, spread, ins, outs, weight, grads[0])
+    if wanted[1]:
+        grads[1] = kernels.weight_grad(grad, spread, outs, weight)
+    if wanted[2]:
+        sums = grad.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
+        kept = ActiveChannels._mask_of(out_index)
+        grads[2] = torch.where(kept, sums, 0).sum(0).to(weight.dtype)
+    return tuple(grads)
+
+
+_library.impl("gathered_linear", _forward, "CPU")
+_library.impl("gathered_linear_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("dynconv::gathered_linear", lib=_library)
+def _(input, weight, bias, in_index, in_count, out_index, out_count):
+    return input.new_empty(*input.shape[:2], weight.shape[0])
+
+
+@torch.library.register_fake("dynconv::gathered_linear_backward", lib=_library)
+def _(grad, input, weight, in_index, in_count, out_index, out_count, wanted):
+    return (
+        input.new_empty(input.shape) if wanted[0] else grad.new_empty(0),
+        torch.empty_like(weight) if wanted[1] else grad.new_empty(0),
+        weight.new_empty(weight.shape[0]) if wanted[2] else grad.new_empty(0),
+    )
+
+
+class _GatheredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, in_index, in_count, out_index, out_count):
+        sets = (in_index, in_count, out_index, out_count)
+        with torch._C._AutoDispatchBelowAutograd():
+            out = torch.ops.dynconv.gathered_linear(input, weight, bias, *sets)
+        ctx.save_for_backward(input, weight, *sets)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = list(ctx.needs_input_grad[:3])
+        results = torch.ops.dynconv.gathered_linear_backward(grad, *ctx.saved_tensors, wanted)
+        grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
+        return (*grads, None, None, None, None)
+
+
+_library.impl("gathered_linear", _GatheredLinear.apply, "Autograd")
+once_differentiable(_library, "gathered_linear")
+
+
+@register_flop_formula(torch.ops.dynconv.gathered_linear, get_raw=True)
+def _forward_flops(input, weight, bias, *sets, **unused) -> int:
+    return _product_flops(input, weight, *sets)
+
+
+@register_flop_formula(torch.ops.dynconv.gathered_linear_backward, get_raw=True)
+def _backward_flops(grad, input, weight, *rest, **unused) -> int:
+    *sets, wanted = rest
+    return (wanted[0] + wanted[1]) * _product_flops(input, weight, *sets)
+
+
+def _product_flops(input, weight, in_index, in_count, out_index, out_count) -> int:
+    """2 * positions * sum over samples of kept in * kept out; all where the sets are not known."""
+    if any(count.is_meta or is_fake(count) for count in (in_count, out_count)):
+        kept = input.shape[0] * weight.shape[0] * weight.shape[1]
+    else:
+        kept = int((in_count.long() * out_count.long()).sum())
+    return 2 * input.shape[1] * kept
+
+
+def gathered_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_mask: Tensor | ActiveChannels | None = None,
+    out_mask: Tensor | ActiveChannels | None = None,
+) -> Tensor:
+    """A linear layer between the features that each sample keeps: from the kept input to the kept output features.
+
+    Equal to `where(out_mask, linear(where(in_mask, input, 0)), 0)`, at a cost that falls with (kept in) * (kept out),
+    forward and backward. What a sample does not keep is not read: NaN or Inf there reaches neither the output nor a
+    gradient. float32, float64, float16 and bfloat16; half types accumulate in float32. Differentiable once, in `input`,
+    `weight`, `bias` and floating masks.
+
+    The dynamic widths of FBS (Gao et al., ICLR 2019) and DS-Net (Li et al., CVPR 2021) for linear layers; contextual
+    sparsity of a transformer's MLP (Liu et al., Deja Vu, ICML 2023).
+
+    On the CPU. Samples of fewer than 8 positions skip all output features that are not kept, and input features by
+    whole vectors: keep them in aligned groups of 16. Tensors elsewhere take the dense computation of
+    `dynconv.reference`, with a warning the first time.
+
+    Args:
+        input: [N, Cin] or [N, ..., Cin]: all positions of a sample share its masks.
+        weight: [Cout, Cin].
+        bias: [Cout].
+        in_mask: bool, broadcastable to [N, Cin], or `ActiveChannels` made once for several layers; None keeps all. A
+            floating mask is a gate: a feature is kept where it is not zero, and its value multiplies the input. Its
+            gradient is zero at the other features.
+        out_mask: the same for [N, Cout] and the output.
+
+    Returns:
+        [N, Cout] or [N, ..., Cout], contiguous, zeros in the features that a sample does not keep.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape or device.
+    """
+    _check(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
+    check_types(input, weight, bias)
+    ins = gathered_conv._channels("in_mask", in_mask, (input.shape[0], input.shape[-1]), input)
+    outs = gathered_conv._channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
+    if _backend(input) == "reference":
+        return reference.gathered_linear(input, weight, bias, in_mask=ins, out_mask=outs)
+    shape = (*input.shape[:-1], weight.shape[0])
+    input = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
+    if ins.gate is not None:
+        # The gate's gradient is a sum over the positions: what a sample does not keep must not be in it.
+        kept = torch.where(ins.mask[:, None], input, 0)
+        input = (kept * ins.gate[:, None]).to(input.dtype)
+    run = _forward if unwatched(input, weight, bias) else torch.ops.dynconv.gathered_linear
+    result = run(input, weight, bias, ins.index, ins.count, outs.index, outs.count)
+    if outs.gate is not None:
+        result = (result * outs.gate[:, None]).to(result.dtype)
+    return result.view(shape)
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, operand in (("input", input), ("weight", weight), ("bias", bias)):
+        if operand is None and name == "bias":
+            continue
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        if operand.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
+        if operand.device != input.device:
+            raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {operand.device}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected a shape [Cout, Cin] of no zeros, got {list(weight.shape)}")
+    if input.dim() < 2 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input: expected shape [N, ..., {weight.shape[1]}], got {list(input.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _backend(input: Tensor) -> str:
+    name = backend_for(input.device)
+    if name != "triton":
+        return name
+    if forced_backend() == "triton":
+        raise ValueError("backend: expected 'cpu' or 'reference' for gathered_linear, got 'triton'")
+    _warn_dense(input.device.type)
+    return "reference"
+
+
+@functools.cache
+def _warn_dense(device: str) -> None:
+    warnings.warn(f"gathered_linear: computes every feature on {device}, where it has no kernels yet", stacklevel=4)
