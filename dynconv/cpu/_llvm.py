@@ -1190,9 +1190,7 @@ def _sum_lanes(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 def _dot_rows(row_count: int):
     @intrinsic
-    def products(
-        typingctx, rows, rows_at, row, index, index_at, values, values_at, blocks, blocks_at, number, out, at
-    ):
+    def products(typingctx, rows, rows_at, row, index, index_at, values, values_at, blocks, blocks_at, number, out, at):
         storage = rows.dtype
 
         def codegen(context, builder, signature, args):
@@ -1306,10 +1304,8 @@ def _add_row_products(vector_count: int):
                     at = _offset(builder, index, j)
                     scale = _read(builder, scales, builder.mul(at, step), 1, signature.args[0].dtype)
                     scale, start = _splat(builder, scale, vector), builder.gep(rows, [builder.mul(at, row)])
-                    return [
-                        _call(builder, "fma", _read(builder, start, place, lanes, signature.args[6].dtype), scale, total)
-                        for place, total in zip(places, sums, strict=True)
-                    ]
+                    values = [_read(builder, start, place, lanes, signature.args[6].dtype) for place in places]
+                    return [_call(builder, "fma", v, scale, total) for v, total in zip(values, sums, strict=True)]
 
                 for place, total in zip(places, _for(builder, _i64(0), count, 1, sums, round_), strict=True):
                     _write(builder, total, out, place, lanes, compute)
@@ -1332,8 +1328,8 @@ def _add_row_products(vector_count: int):
     return products
 
 
-_add_row_products1, _add_row_products4, _add_row_products8 = (
-    _add_row_products(count) for count in (1, 4, SUMMED_VECTORS)
+_add_row_products1, _add_row_products2, _add_row_products4, _add_row_products8 = (
+    _add_row_products(count) for count in (1, 2, 4, SUMMED_VECTORS)
 )
 
 
@@ -1360,6 +1356,12 @@ def add_row_products(
                 accumulate,
             )  # fmt: skip
             b += 4
+        elif number - b >= 2:
+            _add_row_products2(
+                scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at + b, out, at,
+                accumulate,
+            )  # fmt: skip
+            b += 2
         else:
             _add_row_products1(
                 scales, scales_at, step, index, index_at, count, rows, rows_at, row, blocks, blocks_at + b, out, at,

@@ -26,10 +26,10 @@ from ._common import SERIAL, array, ceil, clear, copy, lower_bound, vector_lanes
 from ._llvm import SUMMED_VECTORS, add_row_products, dot_rows, fetch_add, load, store
 from ._threads import compute_type, kernel, workers
 
-# Output features and columns of a tile of the weight, which stays in the cache while all samples use it: in the forward,
-# and in the gradients.
-FEATURES, GRAD_FEATURES, COLUMNS = 32, 64, 512
-TILED = 4  # positions in all from which on a tile is worth a copy
+# Output features, in the forward and in the gradients, and columns of a tile of the weight, which stays in the cache
+# while all samples use it.
+FEATURES, GRAD_FEATURES, COLUMNS = 32, 64, 1024
+TILED = 16  # positions in all from which on a tile is worth a copy
 
 
 @njit
@@ -138,14 +138,15 @@ def _input_grad_kernel(arguments, storage, compute):
     in_index, in_edges = array(a[7], np.int32), array(a[8], np.int32)
     out_index, out_edges = array(a[9], np.int32), array(a[10], np.int32)
     blocks, block_edges = array(a[11], np.int32), array(a[12], np.int32)
-    samples, positions, inner, outer, width, pitch, lanes, tile_pitch = a[13], a[14], a[15], a[16], a[17], a[18], a[19], a[20]
-    chunks, strips = (outer + GRAD_FEATURES - 1) // GRAD_FEATURES, (width + COLUMNS - 1) // COLUMNS
+    samples, positions, inner, outer, width, pitch, lanes = a[13], a[14], a[15], a[16], a[17], a[18], a[19]
+    columns, tile_pitch = a[20], a[21]
+    chunks, strips = (outer + GRAD_FEATURES - 1) // GRAD_FEATURES, (width + columns - 1) // columns
     tile = fetch_add(a[1:], 1) * GRAD_FEATURES * tile_pitch
     while True:
         strip = fetch_add(a, 1)
         if strip >= strips:
             return
-        column, stop = strip * COLUMNS, min(width, (strip + 1) * COLUMNS)
+        column, stop = strip * columns, min(width, (strip + 1) * columns)
         for chunk in range(chunks):
             begin, end = chunk * GRAD_FEATURES, min(outer, (chunk + 1) * GRAD_FEATURES)
             if samples * positions >= TILED:
@@ -213,11 +214,25 @@ def _weight_grad_kernel(arguments, storage, compute):
                 )  # fmt: skip
 
 
+@njit
+def _bias_grad_kernel(arguments, storage, compute):
+    """sums[f] += g[m, f] over the positions m whose sample keeps f; one thread."""
+    a = carray(arguments, (10,))
+    grad, index, counts, sums = array(a[2], storage), array(a[3], np.int32), array(a[4], np.int32), array(a[5], compute)
+    samples, positions, features = a[6], a[7], a[8]
+    for sample in range(samples):
+        for position in range(sample * positions, (sample + 1) * positions):
+            for i in range(sample * features, sample * features + np.int64(counts[sample])):
+                feature = np.int64(index[i])
+                sums[feature] += load(grad, position * features + feature, compute)
+
+
 _run_edges = kernel(_edges_kernel)
 _run_spread = kernel(_spread_kernel)
 _run_forward = kernel(_forward_kernel)
 _run_input_grad = kernel(_input_grad_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
+_run_bias_grad = kernel(_bias_grad_kernel)
 
 Features = tuple[Tensor, Tensor]  # index [N, C] and count [N] of an ActiveChannels
 
@@ -254,13 +269,16 @@ class Spread:
         self.pitch = _pitch(self.width, compute)
         self.rows = torch.empty(samples, positions, self.pitch, dtype=compute)
         self.blocks = torch.empty(samples, self.width // lanes, dtype=torch.int32)
-        counts, input = torch.empty(samples, dtype=torch.int32), input.contiguous()
+        self.block_counts, input = torch.empty(samples, dtype=torch.int32), input.contiguous()
         _run_spread(
             input.dtype, workers(min(samples, self.rows.numel() // SERIAL)), input.data_ptr(),
-            self.rows.data_ptr(), kept[0].data_ptr(), kept[1].data_ptr(), self.blocks.data_ptr(), counts.data_ptr(),
-            samples, positions, features, self.width // lanes, self.pitch, lanes,
+            self.rows.data_ptr(), kept[0].data_ptr(), kept[1].data_ptr(), self.blocks.data_ptr(),
+            self.block_counts.data_ptr(), samples, positions, features, self.width // lanes, self.pitch, lanes,
         )  # fmt: skip
-        self.edges = _edges(self.blocks, counts, self.width, COLUMNS)
+
+    def edges(self, columns: int) -> Tensor:
+        """Where each strip of so many columns begins among the blocks."""
+        return _edges(self.blocks, self.block_counts, self.width, columns)
 
 
 def forward(spread: Spread, outs: Features, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -271,9 +289,9 @@ def forward(spread: Spread, outs: Features, weight: Tensor, bias: Tensor | None,
     size = FEATURES * (tile_pitch + samples * positions)
     scratch = torch.empty(threads * size, dtype=compute)
     shift = torch.zeros(features, dtype=compute) if bias is None else bias.to(compute).contiguous()
-    weight, edges = _whole_vectors(weight), _edges(*outs, features, FEATURES)
+    weight, edges, block_edges = _whole_vectors(weight), _edges(*outs, features, FEATURES), spread.edges(COLUMNS)
     _run_forward(
-        out.dtype, threads, spread.rows.data_ptr(), spread.blocks.data_ptr(), spread.edges.data_ptr(),
+        out.dtype, threads, spread.rows.data_ptr(), spread.blocks.data_ptr(), block_edges.data_ptr(),
         weight.data_ptr(), shift.data_ptr(), out.data_ptr(), outs[0].data_ptr(),
         edges.data_ptr(), scratch.data_ptr(), samples, positions, features, spread.width,
         spread.pitch, vector_lanes(out.dtype), tile_pitch, size,
@@ -284,14 +302,18 @@ def input_grad(grad: Tensor, spread: Spread, ins: Features, outs: Features, weig
     """Write the input's gradient to `out` [N, L, Cin], from the output's, both contiguous."""
     inner, outer = out.shape[2], grad.shape[2]
     sums, weight = torch.empty_like(spread.rows), _whole_vectors(weight)
-    threads, tile_pitch = workers(ceil(spread.width, COLUMNS)), _pitch(min(COLUMNS, spread.width), sums.dtype)
+    lanes, threads = vector_lanes(out.dtype), torch.get_num_threads()
+    # No sum depends on how wide a strip is: all threads get one.
+    whole = SUMMED_VECTORS * lanes
+    columns = min(COLUMNS, ceil(ceil(spread.width, threads), whole) * whole)
+    threads, tile_pitch = workers(ceil(spread.width, columns)), _pitch(columns, sums.dtype)
     tiles = torch.empty(threads * GRAD_FEATURES * tile_pitch, dtype=sums.dtype)
-    in_edges, out_edges = _edges(*ins, spread.width, COLUMNS), _edges(*outs, outer, GRAD_FEATURES)
+    in_edges, out_edges = _edges(*ins, spread.width, columns), _edges(*outs, outer, GRAD_FEATURES)
+    block_edges = spread.edges(columns)
     _run_input_grad(
         out.dtype, threads, grad.data_ptr(), weight.data_ptr(), out.data_ptr(), sums.data_ptr(), tiles.data_ptr(),
-        ins[0].data_ptr(), in_edges.data_ptr(), outs[0].data_ptr(),
-        out_edges.data_ptr(), spread.blocks.data_ptr(), spread.edges.data_ptr(),
-        *out.shape[:2], inner, outer, spread.width, spread.pitch, vector_lanes(out.dtype), tile_pitch,
+        ins[0].data_ptr(), in_edges.data_ptr(), outs[0].data_ptr(), out_edges.data_ptr(), spread.blocks.data_ptr(),
+        block_edges.data_ptr(), *out.shape[:2], inner, outer, spread.width, spread.pitch, lanes, columns, tile_pitch,
     )  # fmt: skip
 
 
@@ -313,3 +335,10 @@ def weight_grad(grad: Tensor, spread: Spread, outs: Features, weight: Tensor) ->
     if total.dtype == weight.dtype and total.stride() == weight.stride():
         return total
     return torch.empty_like(weight).copy_(total)
+
+
+def bias_grad(grad: Tensor, outs: Features) -> Tensor:
+    """The bias's gradient, from the output's, contiguous."""
+    sums = torch.zeros(grad.shape[2], dtype=compute_type(grad.dtype))
+    _run_bias_grad(grad.dtype, 1, grad.data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), sums.data_ptr(), *grad.shape)
+    return sums.to(grad.dtype)

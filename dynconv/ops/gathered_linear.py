@@ -51,10 +51,8 @@ def _forward(input, weight, bias, in_index, in_count, out_index, out_count) -> T
     return out
 
 
-def _backward(
-    grad, input, weight, in_index, in_count, out_index, out_count, wanted
-) -> tuple[Tensor, Tensor, Tensor]:
-    samples, positions = input.shape[:2]
+def _backward(grad, input, weight, in_index, in_count, out_index, out_count, wanted) -> tuple[Tensor, Tensor, Tensor]:
+    positions = input.shape[1]
     if positions >= PACKED_POSITIONS:
         sets, filters = (in_index, in_count, out_index, out_count), weight[:, :, None, None]
         grads = list(
@@ -80,9 +78,7 @@ def _backward(
     if wanted[1]:
         grads[1] = kernels.weight_grad(grad, spread, outs, weight)
     if wanted[2]:
-        sums = grad.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
-        kept = ActiveChannels._mask_of(out_index)
-        grads[2] = torch.where(kept, sums, 0).sum(0).to(weight.dtype)
+        grads[2] = kernels.bias_grad(grad, outs)
     return tuple(grads)
 
 
