@@ -190,16 +190,24 @@ def test_crossover_outside_of_what_was_measured(points, text):
 
 
 def test_summary_takes_the_3x3_layers_that_were_right():
-    def row(layer, kernel, ratio, failure=None):
+    def row(layer, kernel, ratio, failure=None, kind="layer"):
         check = bounds.Verdict(0.0, 1.0, 0.0, failure is None)
-        made = Row("f", layer, kernel, "plain", 1, 0.25, 0.25, check, 0.25, failure)
+        made = Row("f", layer, kernel, "plain", 1, 0.25, 0.25, check, 0.25, failure, kind=kind)
         if failure is None:
             made.dense, made.sparse = timing.Timing(ratio, ratio, ratio, 5), timing.Timing(1.0, 1.0, 1.0, 5)
         return made
 
-    rows = [row("a", 3, 1.0), row("b", 3, 4.0), row("c", 1, 100.0), row("d", 3, 9.0, "wrong"), row("e", 0, 3.0)]
+    rows = [
+        row("a", 3, 1.0),
+        row("b", 3, 4.0),
+        row("c", 1, 100.0),
+        row("d", 3, 9.0, "wrong"),
+        row("e", 0, 3.0, kind="block"),
+        row("g", 1, 5.0, kind="width"),
+    ]
     summary = summarise(rows)
     assert [(mean["layers"], mean["ratio"]) for mean in summary["means_blocks"]] == [(1, pytest.approx(3.0))]
+    assert [(mean["layers"], mean["ratio"]) for mean in summary["means_width"]] == [(1, pytest.approx(5.0))]
     (mean,) = summary["means_3x3"]
     assert mean["layers"] == 2
     assert mean["ratio"] == pytest.approx(2.0)

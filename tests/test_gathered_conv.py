@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynconv
 from dynconv import ActiveChannels, ActiveSites, PackedChannels, gathered_conv2d, pack, reference
-from dynconv.ops import gathered_conv as ops
 
 NAMES = ("output", "input", "weight", "bias", "in_mask", "out_mask")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -423,7 +422,7 @@ class TestRegistration:
         ins, outs = (ActiveChannels(m) for m in masks)
         sites = ActiveSites(torch.arange(120).view(4, 1, 6, 5) % 3 > 0)
         sets = (ins.index, ins.count, outs.index, outs.count, [sites.mask, sites.index, sites.count] if listed else [])
-        return operands, grad, sets, ((6, 5), (1, 1), (1, 1), (1, 1), 2)
+        return operands, grad, sets, ((6, 5), (1, 1), (1, 1), (1, 1), 2, 1, "cpu")
 
     @pytest.mark.parametrize("listed", [False, True], ids=["all sites", "listed sites"])
     def test_opcheck_forward(self, listed):
@@ -534,14 +533,9 @@ def test_bad_arguments_are_named(message):
     assert str(raised.value).startswith(message)
 
 
-def test_other_devices_compute_densely_and_say_so_once():
-    ops._warn_dense.cache_clear()
+def test_meta_tensors_have_the_right_shape():
     input, weight = torch.ones(2, 3, 4, 4, device="meta"), torch.ones(5, 3, 1, 1, device="meta")
-    with pytest.warns(UserWarning, match="every channel on meta"):
-        assert gathered_conv2d(input, weight).shape == (2, 5, 4, 4)
-    assert gathered_conv2d(input, weight).shape == (2, 5, 4, 4)  # a second warning would be an error
-    with dynconv.backend("triton"), pytest.raises(ValueError, match="backend: expected 'cpu' or 'reference'"):
-        gathered_conv2d(input, weight)
+    assert gathered_conv2d(input, weight, out_mask=torch.ones(2, 5, device="meta") > 0).shape == (2, 5, 4, 4)
 
 
 def test_the_reference_can_be_forced():

@@ -21,7 +21,8 @@ from . import console, extra, table
 from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge, worst_of
 from .environment import environment, write_json
-from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer, modes_of
+from .gathered import WidthBench, WidthCheck
+from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer, Width, modes_of
 
 MODES = ("plain", "in-place", "backward")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -50,6 +51,8 @@ class Row:
     compaction: Timing | None = None
     masked_dense: Timing | None = None
     compiled: Timing | None = None
+    sliced: Timing | None = None  # of a layer of dynamic width: a sample after the other
+    kind: str = "layer"  # or "block" or "width"
 
     @property
     def ratio(self) -> float | None:
@@ -58,7 +61,10 @@ class Row:
 
     @property
     def ideal(self) -> float:
-        """What the FLOPs allow: 1 / density for a layer; a block's first layers have more to compute."""
+        """What the FLOPs allow: 1 / density for a layer; a block's first layers have more to compute.
+
+        1 / (kept in * kept out) for a layer of dynamic width.
+        """
         return 1 / self.work
 
     @property
@@ -175,15 +181,22 @@ class Check:
         )[:2]
 
 
-def prepare(layer: Layer | Block, batch: int, dtype: torch.dtype, device: str):
+_KINDS = {
+    Layer: ("layer", Bench, Check),
+    Block: ("block", BlockBench, BlockCheck),
+    Width: ("width", WidthBench, WidthCheck),
+}
+
+
+def prepare(layer: Layer | Block | Width, batch: int, dtype: torch.dtype, device: str):
     """What times a layer or a block, and what checks it."""
-    kinds = (BlockBench, BlockCheck) if isinstance(layer, Block) else (Bench, Check)
+    kinds = _KINDS[type(layer)][1:]
     bench = kinds[0](layer, batch, dtype, device)
     return bench, kinds[1](bench)
 
 
 def measure(
-    layer: Layer | Block,
+    layer: Layer | Block | Width,
     densities: Sequence[float],
     modes: Sequence[str],
     *,
@@ -202,7 +215,8 @@ def measure(
     """
     modes = modes_of(layer, modes)
     bench, check = prepare(layer, batch, dtype, device)
-    if automatic and not (isinstance(layer, Block) and tuple(modes) == ("backward",)):  # which has no choice
+    has_choice = not isinstance(layer, Width) and not (isinstance(layer, Block) and tuple(modes) == ("backward",))
+    if automatic and has_choice:
         mask = layer.active(0.5, masks, batch, torch.Generator().manual_seed(1)).to(device)
         dynconv.calibrate(lambda: _each_once(bench, mask, modes), store=False)
     compiled = _compiled(bench) if baselines and "plain" in modes else None
@@ -213,7 +227,8 @@ def measure(
         for mode in modes:
             verdict, failure = check_mode(bench, check, mask, mode)
             rows[mode] = Row(
-                layer.family, layer.name, layer.kernel, mode, batch, asked, density, verdict, bench.work(mask), failure
+                layer.family, layer.name, layer.kernel, mode, batch, asked, density, verdict, bench.work(mask), failure,
+                kind=_KINDS[type(layer)][0],
             )  # fmt: skip
         sound = [mode for mode, row in rows.items() if row.failure is None]
         timings = _timed(bench, mask, sound, repeats, seconds, compiled)
@@ -223,6 +238,7 @@ def measure(
             row.sparse, row.compaction = timings[mode], timings.get("compaction")
             if mode == "plain":
                 row.masked_dense, row.compiled = timings.get("masked dense"), timings.get("compiled")
+                row.sliced = timings.get("sliced")
         yield from rows.values()
 
 
@@ -248,7 +264,7 @@ def measure_pose(
     failure = None if verdict.passed else f"wrong result: {verdict}"
     asked = sum(POSE_DENSITIES) / len(POSE_DENSITIES)
     row = Row(
-        "dynconv-pose", bench.name, 0, "plain", batch, asked, bench.density, verdict, bench.work, failure
+        "dynconv-pose", bench.name, 0, "plain", batch, asked, bench.density, verdict, bench.work, failure, kind="block"
     )  # fmt: skip
     if failure is None:
         calls = {"dense": bench.dense, "plain": bench.sparse, "compaction": bench.compaction}
@@ -297,6 +313,8 @@ def _timed(bench: Bench, mask: Tensor, modes: Sequence[str], repeats, seconds, c
         forward["in-place"] = lambda number: bench.sparse(number, sites, bench.caches[number])
     if forward:
         forward = {"dense": bench.dense, "compaction": lambda number: bench.compact(mask)} | forward
+        if isinstance(bench, WidthBench):
+            forward["sliced"] = lambda number: bench.sliced(number, mask)
         if compiled is not None:
             forward["masked dense"] = lambda number: bench.masked_dense(number, mask)
             forward["compiled"] = lambda number: compiled(number, mask)
@@ -355,20 +373,24 @@ def curves(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def summarise(rows: Sequence[Row]) -> dict:
-    """Crossover densities, and geometric means over the 3x3 layers of each family, as plain data for JSON."""
+    """Crossover densities, and geometric means over the layers of each family, as plain data for JSON.
+
+    Over its 3x3 layers, its blocks, and its layers of dynamic width.
+    """
     means = defaultdict(list)
     for row in rows:
-        if row.ratio is not None and row.kernel != 1:
-            means[row.family, row.kernel == 3, row.mode, row.asked].append(row)
-    summary = {"crossover": [], "means_3x3": [], "means_blocks": []}
+        name = {"block": "means_blocks", "width": "means_width"}.get(row.kind, "means_3x3" if row.kernel == 3 else None)
+        if row.ratio is not None and name is not None:
+            means[row.family, name, row.mode, row.asked].append(row)
+    summary = {"crossover": [], "means_3x3": [], "means_blocks": [], "means_width": []}
     for (family, layer, mode), curve in curves(rows).items():
         crossing = crossover([(r.density, r.ratio) for r in curve])
         summary["crossover"].append({"family": family, "layer": layer, "mode": mode} | asdict(crossing))
-    for (family, is_layer, mode, asked), group in means.items():
+    for (family, name, mode, asked), group in means.items():
         mean = {"family": family, "mode": mode, "asked": asked, "layers": len(group)}
         mean["ratio"] = geometric_mean([row.ratio for row in group])
         mean["share"] = geometric_mean([row.share for row in group])
-        summary["means_3x3" if is_layer else "means_blocks"].append(mean)
+        summary[name].append(mean)
     return summary
 
 
@@ -491,7 +513,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if any(row.failure for row in rows) else 0
 
 
-def _cost(layer: Layer) -> float:
+def _cost(layer: Layer | Block | Width) -> float:
     """Roughly the time that a row takes, for the progress bar: a fixed part, and one that grows with the FLOPs."""
     return 1 + layer.height * layer.width * layer.products * layer.out_channels / 2e9
 
@@ -501,6 +523,8 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
     where = machine["device"] if arguments.device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     for mode in arguments.modes:
         baselines = "|conv2d·mask|compiled" if arguments.baselines and mode == "plain" else ""
+        if any(row.sliced for row in rows if row.mode == mode):
+            baselines += "|sample by sample"
         columns = "<family|<layer|batch|density|dense ms [20-80 %]|dynconv ms [20-80 %]|ratio|ideal|share|compaction ms"
         caption = "~: the 80 % quantile of a time is more than 1.3 times its 20 % quantile"
         shown = table(f"\n{mode}: {CAPTIONS[mode]}", columns + baselines, caption)
@@ -518,9 +542,13 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
             cells += [str(row.dense), str(row.sparse), f"[{style}]{noisy}{row.ratio:.2f}x", f"{row.ideal:.2f}x"]
             cells += [f"{row.share:.0%}", f"{row.compaction.median:.3f}"]
             cells += [f"{timing.median:.2f}" for timing in (row.masked_dense, row.compiled) if timing]
+            if row.sliced:
+                missing = len(shown.columns) - len(cells) - 1
+                cells += [""] * missing + [f"{row.sliced.median:.2f} ({row.dense.median / row.sliced.median:.2f}x)"]
             shown.add_row(*cells)
         out.print(shown)
-    for name, what in (("means_3x3", "3x3 layers"), ("means_blocks", "blocks")):
+    named = (("means_3x3", "3x3 layers"), ("means_blocks", "blocks"), ("means_width", "layers of dynamic width"))
+    for name, what in named:
         if not summary[name]:
             continue
         means = table(
@@ -574,7 +602,7 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
 
 
 CAPTIONS = {
-    "plain": "the call with a bool mask; compaction and the zeros included",
+    "plain": "the call with bool masks; compaction and the zeros included",
     "in-place": "out= on a cached output, ActiveSites shared; compaction, paid once for all layers, beside it",
     "backward": "forward, and the gradients of input and weight; compaction included",
 }

@@ -109,6 +109,60 @@ class Block:
         return coarse.repeat_interleave(cell, 2).repeat_interleave(cell, 3)[..., : self.height, : self.width]
 
 
+@dataclass(frozen=True)
+class Width:
+    """A layer of which each sample keeps some input and output channels, in groups of `granularity`.
+
+    A convolution, "same" padding, or (`linear`) a linear layer of one position. `densities` are the keep rates, the
+    same on both sides, so that the products fall with their square.
+    """
+
+    family: str
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: int
+    granularity: int
+    batch: int | None = None
+    densities: tuple[float, ...] = (0.75, 0.5, 0.25)
+    linear: bool = False
+
+    @property
+    def name(self) -> str:
+        """For example "56x56 64->64 3x3" or "4096->4096 linear"."""
+        channels = f"{self.in_channels}->{self.out_channels}"
+        if self.linear:
+            return f"{channels} linear"
+        return f"{self.height}x{self.width} {channels} {self.kernel}x{self.kernel}"
+
+    @property
+    def padding(self) -> int:
+        """What keeps the output the size of the input."""
+        return self.kernel // 2
+
+    @property
+    def products(self) -> int:
+        """Terms of the sum behind one output element."""
+        return self.in_channels * self.kernel**2
+
+    def active(self, density: float, kind: str, batch: int, generator: torch.Generator) -> Tensor:
+        """bool [batch, Cin + Cout]: what each sample keeps of its inputs, then of its outputs, at random."""
+        sides = (self.in_channels, self.out_channels)
+        return torch.cat([kept_groups(batch, c, self.granularity, density, generator) for c in sides], 1)
+
+
+def kept_groups(batch: int, channels: int, size: int, rate: float, generator: torch.Generator) -> Tensor:
+    """bool [batch, channels]: of each sample's groups of `size` channels the same number, at random ones.
+
+    At least one where the rate is above zero.
+    """
+    groups = math.ceil(channels / size)
+    number = max(1, round(rate * groups)) if rate > 0 else 0
+    order = torch.rand(batch, groups, generator=generator).argsort(1)
+    return (order < number).repeat_interleave(size, 1)[:, :channels]
+
+
 def _resnet50() -> tuple[Layer | Block, ...]:
     """The 3x3 layers of the bottlenecks, and a 1x1 layer of each stage."""
     spatial = ((56, 64), (28, 128), (14, 256), (7, 512))
@@ -176,6 +230,25 @@ def _lasnet() -> tuple[Layer | Block, ...]:
     )
 
 
+def _laudnet() -> tuple[Width, ...]:
+    """LAUDNet's channel mode: the bottlenecks' 3x3 layers and a 1x1 layer, channel groups of 1, 8, 16 and 32."""
+    shapes = ((56, 64, 3), (28, 128, 3), (14, 256, 3), (7, 512, 3), (28, 256, 1))
+    return tuple(
+        Width(f"laudnet groups of {group}", size, size, channels, channels, kernel, group, 8)
+        for group in (16, 32, 8, 1)
+        for size, channels, kernel in shapes
+    )
+
+
+def _linear() -> tuple[Width, ...]:
+    """Fully connected layers with dropped neurons, in groups and one by one."""
+    return tuple(
+        Width(f"linear groups of {group}", 1, 1, width, width, 1, group, 64, linear=True)
+        for group in (16, 1)
+        for width in (4096, 1024)
+    )
+
+
 def hourglass(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes of an hourglass's blocks in the order they run: beside the pooling, then before, inside and after."""
     inside = hourglass(sizes[1:]) if len(sizes) > 2 else (sizes[1],)
@@ -194,13 +267,15 @@ POSE_DENSITIES = tuple(
 )  # fmt: skip
 
 
-def modes_of(layer: Layer | Block, modes: Sequence[str]) -> list[str]:
+def modes_of(layer: Layer | Block | Width, modes: Sequence[str]) -> list[str]:
     """Those of some modes in which a layer is measured."""
+    if isinstance(layer, Width):
+        return [mode for mode in modes if mode != "in-place"]
     return [mode for mode in modes if not (layer.inference and mode == "backward")]
 
 
 # DynConv's training batch is 32, for pose estimation as published; its MobileNetV2 layers are measured at the same.
-LAYERS: dict[str, tuple[Layer | Block, ...]] = {
+LAYERS: dict[str, tuple[Layer | Block | Width, ...]] = {
     "resnet50": _resnet50(),
     "mobilenetv2": _inverted("mobilenetv2", ((56, 24), (28, 32), (14, 64), (14, 96), (7, 160)), 32),
     # Blocks in inference alone: to check a training step at 64x64 and batch 32 takes 20 GB.
@@ -208,6 +283,8 @@ LAYERS: dict[str, tuple[Layer | Block, ...]] = {
     "lasnet": _lasnet(),
     "sige-ddpm": _sige_ddpm(),
     "sbnet": _sbnet(),
+    "laudnet": _laudnet(),
+    "linear": _linear(),
 }
 
 

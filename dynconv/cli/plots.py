@@ -47,7 +47,9 @@ def plot_rows(rows: Sequence[Row], summary: dict, subtitle: str, path: str) -> N
             ax = axes[i][j]
             found = [row.density for row in rows if row.family == family]
             lowest, highest = min(found) / 1.3, 1.0
-            ax.plot((lowest, highest), (lowest, highest), "--", color="0.4", linewidth=1, label="ideal: the density")
+            power = 2 if any(row.kind == "width" for row in rows if row.family == family) else 1
+            ideal = "ideal: the density" if power == 1 else "ideal: kept in · kept out"
+            ax.plot((lowest, highest), (lowest**power, highest), "--", color="0.4", linewidth=1, label=ideal)
             ax.axhline(1, color="0.2", linewidth=1)
             ax.annotate("dense", (lowest, 1), xytext=(2, 2), textcoords="offset points", color="0.2", fontsize=8)
             for layer in layers:

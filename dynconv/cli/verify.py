@@ -18,6 +18,7 @@ from . import console, table
 from .bounds import Arithmetic, Verdict, arithmetic, judge
 from .chains import BlockTraining, EvalBlock, MaskedChain
 from .environment import environment, is_installed, write_json
+from .gathered import Gathered
 from .layers import MASKS
 
 BACKENDS = ("cpu", "triton")
@@ -202,7 +203,7 @@ class MaskedConv2d:
 
 # Each is made of (case, dtype, device) and has `cases`, the `op` that the table names, source(quantity),
 # expect(rules, backend), `expected` by quantity, actual(), and judge(quantity, actual).
-OPERATIONS = (MaskedConv2d, MaskedChain, EvalBlock, BlockTraining)
+OPERATIONS = (MaskedConv2d, MaskedChain, EvalBlock, BlockTraining, Gathered)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -228,7 +229,7 @@ def unavailable(backend: str, dtype: str) -> str | None:
 
 QUICK = (
     "3x3", "3x3 gate", "3x3 stride 2", "1x1", "3x3 empty", "relu6 depthwise 3x3", "inverted residual packed",
-    "bottleneck",
+    "bottleneck", "3x3 width", "packed width at sites", "linear width",
 )  # fmt: skip
 
 

@@ -465,12 +465,6 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).flatten(0, 2).to(compute_type(tensor.dtype)).contiguous()
 
 
-def list_rows(mask: Tensor, index: Tensor) -> Listed:
-    """The active rows of a mask [N, 1, H, W], of whose compaction `index` is."""
-    ends = mask.flatten(1).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return index, torch.cat([ends.new_zeros(1), ends])
-
-
 def _addresses(listed: Listed | None) -> tuple[int, int]:
     return (0, 0) if listed is None else (listed[0].data_ptr(), listed[1].data_ptr())
 

@@ -22,6 +22,11 @@ def channels_last(shape, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def allow_tf32() -> bool:
+    """The switch that F.conv2d obeys for float32 on CUDA."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def in_rows(tensor: Tensor | None) -> Tensor | None:
     """Dense features in channels_last, packed ones contiguous: a row of channels for each pixel."""
     if tensor is None:

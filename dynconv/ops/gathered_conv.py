@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
+import math
 
 import torch
 from torch import Tensor
@@ -11,13 +10,14 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from .._backend import backend_for, forced_backend, module, unwatched
+from .._backend import backend_for, module, unwatched
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import ActiveChannels
 from ..packed import PackedChannels
 from ..sites import ActiveSites
 from ._common import (
     FLOATING,
+    allow_tf32,
     autocast,
     channels_last,
     check_activation,
@@ -30,7 +30,7 @@ from ._common import (
 
 # `sites`: nothing, or the mask, index and count of an ActiveSites. `capacity`: the channels of a packed output, or -1.
 _SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count, Tensor[] sites"
-_GEOMETRY = "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups"
+_GEOMETRY = "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups, int granularity, str backend"
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define(
     f"gathered_conv2d(Tensor input, Tensor weight, Tensor? bias, {_SETS}, Tensor? gate, Tensor? residual, "
@@ -49,51 +49,93 @@ def _place(size, input, weight, stride, padding, dilation) -> tuple[int, ...]:
 
 def _forward(
     input, weight, bias, in_index, in_count, out_index, out_count, sites, gate, residual, inactive, activation,
-    packed_input, capacity, size, stride, padding, dilation, groups,
+    packed_input, capacity, size, stride, padding, dilation, groups, granularity, backend,
 ) -> Tensor:  # fmt: skip
     out = channels_last((input.shape[0], weight.shape[0] if capacity < 0 else capacity, *size), input)
     if out.numel() == 0:
         return out
+    input, ins, residual = in_rows(input), (in_index, in_count), in_rows(residual)
+    if backend == "triton":
+        module(".kernels.gathered_conv").forward(
+            input, weight, bias, None if gate is None else gate.contiguous(), residual,
+            _filled(out, sites, residual, inactive, activation), ins, (out_index, out_count), _listed(sites),
+            activation=activation, packed_source=packed_input, packed_out=capacity >= 0, granularity=granularity,
+            **_sizes(size, input, stride, padding, dilation, groups),
+        )  # fmt: skip
+        return out
     kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
-    input, ins = in_rows(input), (in_index, in_count)
     where = _place(size, input, weight, stride, padding, dilation)
     listed = table = read = None
     if sites:
         mask, index, count = sites
-        listed, table = kernels.list_rows(mask, index), tables.neighbours(index, count, where)
+        listed, table = _listed(sites), tables.neighbours(index, count, where)
         read = _read_rows(mask, input, weight, stride, padding, dilation)
         out.zero_() if inactive is None else out.copy_(inactive)
     source = kernels.rows_of(input) if packed_input else kernels.pack(input, ins, read)
     kernels.products(
         source, ins, (out_index, out_count), weight, out, groups, where, bias=bias, gate=gate,
-        residual=in_rows(residual), activation=activation, is_packed=capacity >= 0, listed=listed, table=table,
+        residual=residual, activation=activation, is_packed=capacity >= 0, listed=listed, table=table,
     )  # fmt: skip
     return out
 
 
+def _filled(out, sites, residual, inactive, activation) -> Tensor:
+    """`out` with what the Triton kernels leave alone: the other channels, and the skipped sites."""
+    if residual is None:
+        out.zero_()
+    else:
+        out.copy_(reference.ACTIVATIONS[None if activation == "none" else activation](residual))
+    if sites and (inactive is not None or residual is not None):
+        out.copy_(torch.where(sites[0], out, 0 if inactive is None else inactive))
+    return out
+
+
+def _listed(sites) -> tuple[Tensor, Tensor] | None:
+    """The active sites as the kernels take a list of rows: their index, and where each sample's begin [N + 1]."""
+    return (sites[1], _starts(sites[0])) if sites else None
+
+
+def _starts(mask: Tensor) -> Tensor:
+    ends = mask.flatten(1).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch.cat([ends.new_zeros(1), ends])
+
+
+def _sizes(size, input, stride, padding, dilation, groups) -> dict:
+    """The geometry as the Triton launchers take it."""
+    return dict(
+        input_size=tuple(input.shape[2:]), site_size=tuple(size), stride=tuple(stride), padding=tuple(padding),
+        dilation=tuple(dilation), groups=groups, allow_tf32=allow_tf32(),
+    )  # fmt: skip
+
+
 def _read_rows(mask, input, weight, stride, padding, dilation) -> tuple[Tensor, Tensor]:
     """The pixels that active sites read, as the CPU kernels take a list of rows."""
-    kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
+    tables = module(".cpu.sites")
     touched = tables.touched(mask, input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return kernels.list_rows(touched, tables.compact(touched)[0])
+    return tables.compact(touched)[0], _starts(touched)
 
 
 def _backward(
     grad, input, weight, in_index, in_count, out_index, out_count, sites, packed_input, packed, size, stride, padding,
-    dilation, groups, wanted,
+    dilation, groups, granularity, backend, wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = [grad.new_empty(0) for _ in wanted]  # not one three times: outputs must not alias
     ins, outs = (in_index, in_count), (out_index, out_count)
     if input.shape[0] == 0:
         like = (channels_last(input.shape, input), torch.zeros_like(weight), weight.new_zeros(weight.shape[0]))
         return tuple(zeros if want else none for zeros, want, none in zip(like, wanted, grads, strict=True))
-    kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
     grad, input = in_rows(grad), in_rows(input)
+    if backend == "triton":
+        geometry = (size, stride, padding, dilation, groups)
+        return _triton_backward(
+            grad, input, weight, ins, outs, sites, packed_input, packed, geometry, granularity, wanted, grads
+        )
+    kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
     where = _place(size, input, weight, stride, padding, dilation)
     listed = read = table = readers = None
     if sites:
         mask, index, count = sites
-        listed, read = kernels.list_rows(mask, index), _read_rows(mask, input, weight, stride, padding, dilation)
+        listed, read = _listed(sites), _read_rows(mask, input, weight, stride, padding, dilation)
         if wanted[0]:
             readers = tables.readers(read[0], read[1][-1:], where, tables.inverse(index, count))
         if wanted[1]:
@@ -115,8 +157,32 @@ def _backward(
     return tuple(grads)
 
 
-_library.impl("gathered_conv2d", _forward, "CPU")
-_library.impl("gathered_conv2d_backward", _backward, "CPU")
+def _triton_backward(
+    grad, input, weight, ins, outs, sites, packed_input, packed, geometry, granularity, wanted, grads
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, compaction = module(".kernels.gathered_conv"), module(".kernels.compaction")
+    size, stride, padding, dilation, groups = geometry
+    listed, options = _listed(sites), _sizes(size, input, stride, padding, dilation, groups)
+    options |= dict(packed_source=packed_input, packed_out=packed, granularity=granularity)
+    if wanted[0]:
+        grads[0], read = channels_last(input.shape, input).zero_(), None
+        if sites:
+            mask, index, count = sites
+            where = (weight.shape[2:], stride, padding, dilation)
+            touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], *where)
+            inverse = compaction.inverse_map(index, count, mask.numel())
+            read = (inverse, compaction.compact(touched)[0], _starts(touched))
+        kernels.input_grad(grad, weight, grads[0], ins, outs, read, **options)
+    if wanted[1]:
+        grads[1] = kernels.weight_grad(input, grad, weight, ins, outs, listed, **options)
+    if wanted[2]:
+        grads[2] = kernels.bias_grad(grad, outs, listed, packed)
+    return tuple(grads)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("gathered_conv2d", _forward, _key)
+    _library.impl("gathered_conv2d_backward", _backward, _key)
 
 
 @torch.library.register_fake("dynconv::gathered_conv2d", lib=_library)
@@ -141,14 +207,14 @@ class _GatheredConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest):
         operands = (input, weight, in_index, in_count, out_index, out_count)
-        *finish, packed_input, capacity, size, stride, padding, dilation, groups = rest
+        finish, (packed_input, capacity), where = rest[:4], rest[4:6], rest[6:]
         with torch._C._AutoDispatchBelowAutograd():
             out = torch.ops.dynconv.gathered_conv2d(
                 input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest
             )
         ctx.save_for_backward(*operands, *sites)
         ctx.is_finished = any(f is not None for f in finish[:3]) or finish[3] != "none"
-        ctx.geometry = (packed_input, capacity >= 0, size, stride, padding, dilation, groups)
+        ctx.geometry = (packed_input, capacity >= 0, *where)
         ctx.rest = len(rest)
         return out
 
@@ -171,16 +237,16 @@ once_differentiable(_library, "gathered_conv2d")
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d, get_raw=True)
 def _forward_flops(input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest, **unused) -> int:
-    return _product_flops(weight, in_index, out_index, sites, *rest[-5:])
+    return _product_flops(weight, in_index, out_index, sites, *rest[-7:])
 
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d_backward, get_raw=True)
 def _backward_flops(grad, input, weight, in_index, in_count, out_index, out_count, sites, *rest, **unused) -> int:
     *rest, wanted = rest
-    return (wanted[0] + wanted[1]) * _product_flops(weight, in_index, out_index, sites, *rest[-5:])
+    return (wanted[0] + wanted[1]) * _product_flops(weight, in_index, out_index, sites, *rest[-7:])
 
 
-def _product_flops(weight, in_index, out_index, sites, size, stride, padding, dilation, groups) -> int:
+def _product_flops(weight, in_index, out_index, sites, size, stride, padding, dilation, groups, *rest) -> int:
     """2 * kH * kW * sum over samples of sites * sum over groups of kept in * kept out; all where sets are not known."""
     kept = []
     for index, width in ((in_index, weight.shape[1] * groups), (out_index, weight.shape[0])):
@@ -219,8 +285,6 @@ def gathered_conv2d(
     `bias`, `residual`, `inactive` and floating masks. In inference all of it is one pass.
 
     The dynamic channels of FBS (Gao et al., ICLR 2019), DS-Net (Li et al., CVPR 2021) and LAUDNet (Han et al., 2023).
-
-    On the CPU. Tensors elsewhere take the dense computation of `dynconv.reference`, with a warning the first time.
 
     Args:
         input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or PackedChannels, the
@@ -271,7 +335,8 @@ def gathered_conv2d(
         ins = _channels("in_mask", in_mask, (shape[0], input.shape[1]), input)
     outs = _channels("out_mask", out_mask, shape[:2], input)
     sites = None if mask is None else _sites(mask, shape, input, geometry)
-    if _backend(input) == "reference":
+    backend = backend_for(input.device)
+    if backend == "reference":
         return reference.gathered_conv2d(
             PackedChannels(input, ins) if is_packed else input, weight, bias, stride, padding, dilation, groups,
             in_mask=None if is_packed else ins, out_mask=outs, mask=sites, activation=activation, residual=residual,
@@ -286,6 +351,7 @@ def gathered_conv2d(
     operands = (input, weight, bias, ins.index, ins.count, outs.index, outs.count, listed)
     where = (is_packed, outs.capacity if packed else -1)
     where += (size, geometry.stride, geometry.padding, geometry.dilation, groups)
+    where += (math.gcd(ins.granularity, outs.granularity), backend)
     # A gradient needs what comes after the convolution as steps of their own, over the kept channels where packed.
     is_one_pass = gates[1] is None and not (
         torch.is_grad_enabled()
@@ -389,18 +455,3 @@ def _channels(name: str, mask: Tensor | ActiveChannels | None, size: tuple[int, 
     if mask.mask.device != input.device:
         raise ValueError(f"{name}: expected a mask on {input.device}, where the input is, got {mask.mask.device}")
     return mask
-
-
-def _backend(input: Tensor) -> str:
-    name = backend_for(input.device)
-    if name != "triton":
-        return name
-    if forced_backend() == "triton":
-        raise ValueError("backend: expected 'cpu' or 'reference' for gathered_conv2d, got 'triton'")
-    _warn_dense(input.device.type)
-    return "reference"
-
-
-@functools.cache
-def _warn_dense(device: str) -> None:
-    warnings.warn(f"gathered_conv2d: computes every channel on {device}, where it has no kernels yet", stacklevel=4)

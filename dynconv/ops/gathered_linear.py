@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from .._backend import backend_for, forced_backend, module, unwatched
+from .._backend import backend_for, module, unwatched
 from ..channels import ActiveChannels
 from . import gathered_conv
 from ._common import FLOATING, autocast, check_types, once_differentiable
 
 # Positions a sample from which on its share of the weight is worth packing: then the layer is a 1x1 convolution.
 PACKED_POSITIONS = 8
-_POINTWISE = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of that convolution
 
 _SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count"
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -29,42 +25,17 @@ _library.define(
 )
 
 
-def _as_image(tensor: Tensor) -> Tensor:
-    """[N, L, C] as the [N, C, L, 1] of a convolution; without a copy where it is contiguous."""
-    return tensor.transpose(1, 2)[..., None]
-
-
-def _as_tokens(image: Tensor) -> Tensor:
-    return image[..., 0].transpose(1, 2).contiguous()
-
-
 def _forward(input, weight, bias, in_index, in_count, out_index, out_count) -> Tensor:
     samples, positions = input.shape[:2]
     out = input.new_empty(samples, positions, weight.shape[0])
     if out.numel() == 0:
         return out
-    if positions >= PACKED_POSITIONS:
-        sets, filters = (in_index, in_count, out_index, out_count), weight[:, :, None, None]
-        return _as_tokens(gathered_conv._forward(_as_image(input), filters, bias, *sets, (positions, 1), *_POINTWISE))
     kernels = module(".cpu.gathered_linear")
     kernels.forward(kernels.Spread(input, (in_index, in_count)), (out_index, out_count), weight, bias, out)
     return out
 
 
 def _backward(grad, input, weight, in_index, in_count, out_index, out_count, wanted) -> tuple[Tensor, Tensor, Tensor]:
-    positions = input.shape[1]
-    if positions >= PACKED_POSITIONS:
-        sets, filters = (in_index, in_count, out_index, out_count), weight[:, :, None, None]
-        grads = list(
-            gathered_conv._backward(
-                _as_image(grad), _as_image(input), filters, *sets, (positions, 1), *_POINTWISE, wanted
-            )
-        )
-        if wanted[0]:
-            grads[0] = _as_tokens(grads[0])
-        if wanted[1]:
-            grads[1] = grads[1][..., 0, 0]
-        return tuple(grads)
     grads = [grad.new_empty(0) for _ in wanted]  # not one three times: outputs must not alias
     if input.numel() == 0:
         like = (input.new_empty(input.shape), torch.zeros_like(weight), weight.new_zeros(weight.shape[0]))
@@ -159,9 +130,8 @@ def gathered_linear(
     The dynamic widths of FBS (Gao et al., ICLR 2019) and DS-Net (Li et al., CVPR 2021) for linear layers; contextual
     sparsity of a transformer's MLP (Liu et al., Deja Vu, ICML 2023).
 
-    On the CPU. Samples of fewer than 8 positions skip all output features that are not kept, and input features by
-    whole vectors: keep them in aligned groups of 16. Tensors elsewhere take the dense computation of
-    `dynconv.reference`, with a warning the first time.
+    On the CPU samples of fewer than 8 positions skip all output features that are not kept, and input features by whole
+    vectors: keep them in aligned groups of 16. Otherwise it is `gathered_conv2d` of one pixel a position.
 
     Args:
         input: [N, Cin] or [N, ..., Cin]: all positions of a sample share its masks.
@@ -184,10 +154,15 @@ def gathered_linear(
     check_types(input, weight, bias)
     ins = gathered_conv._channels("in_mask", in_mask, (input.shape[0], input.shape[-1]), input)
     outs = gathered_conv._channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
-    if _backend(input) == "reference":
+    backend, shape = backend_for(input.device), (*input.shape[:-1], weight.shape[0])
+    if backend == "reference" or input.numel() == 0:
         return reference.gathered_linear(input, weight, bias, in_mask=ins, out_mask=outs)
-    shape = (*input.shape[:-1], weight.shape[0])
     input = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
+    if backend == "triton" or input.shape[1] >= PACKED_POSITIONS:
+        # [N, L, C] as [N, C, L, 1] in channels_last, without a copy where it is contiguous.
+        image, filters = input.transpose(1, 2)[..., None], weight[:, :, None, None]
+        image = gathered_conv.gathered_conv2d(image, filters, bias, in_mask=ins, out_mask=outs)
+        return image[..., 0].transpose(1, 2).reshape(shape)
     if ins.gate is not None:
         # The gate's gradient is a sum over the positions: what a sample does not keep must not be in it.
         kept = torch.where(ins.mask[:, None], input, 0)
@@ -215,18 +190,3 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"input: expected shape [N, ..., {weight.shape[1]}], got {list(input.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-
-
-def _backend(input: Tensor) -> str:
-    name = backend_for(input.device)
-    if name != "triton":
-        return name
-    if forced_backend() == "triton":
-        raise ValueError("backend: expected 'cpu' or 'reference' for gathered_linear, got 'triton'")
-    _warn_dense(input.device.type)
-    return "reference"
-
-
-@functools.cache
-def _warn_dense(device: str) -> None:
-    warnings.warn(f"gathered_linear: computes every feature on {device}, where it has no kernels yet", stacklevel=4)

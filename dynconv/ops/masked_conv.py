@@ -17,6 +17,7 @@ from .._geometry import Geometry, IntPair, Padding, is_stencil
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
+    allow_tf32,
     autocast,
     channels_last,
     check_activation,
@@ -101,7 +102,7 @@ def _forward_into(
         module(".kernels.masked_conv").forward(
             input, weight, bias, index, count, gate, residual, source[0].view(-1) if source else None, out,
             input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]), activation=activation,
-            stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=_allow_tf32(),
+            stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=allow_tf32(),
         )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def _triton_backward(grad, input, weight, bias, sites, shared, source, gate, str
     kernels, compaction = module(".kernels.masked_conv"), module(".kernels.compaction")
     lookup = source[0].view(-1) if source else None
     sizes = dict(input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]))
-    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=_allow_tf32())
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=allow_tf32())
     grad_input = grad_weight = grad_bias = grad_gate = None
     if wanted[0]:
         grad_input = torch.empty_like(input)
@@ -336,11 +337,6 @@ class _Backward(_Call):
 
     def at(self, density: float) -> _Backward:
         return _Backward(self._operands_at(density), self.grad, self.wanted, self.geometry)
-
-
-def _allow_tf32() -> bool:
-    """The switch that F.conv2d obeys for float32 on CUDA."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _in_place(out, input, weight, bias, mask, index, count, *rest) -> None:
