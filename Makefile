@@ -10,6 +10,8 @@ GPU_PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 # More arguments, e.g. make test ARGS="-k masked -x".
 ARGS ?=
+# The tests on one worker a core, and not on more than pay: ARGS="-n 0" runs them in this process, for a debugger.
+WORKERS := -n auto --maxprocesses 4
 
 # Not dynconv-pose, whose maps at batch 32 take 14 GB.
 SHAPES := resnet50 mobilenetv2 lasnet sige-ddpm sbnet
@@ -25,7 +27,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 test: lint ## lint, check the format and run every test that needs no GPU
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## check style and format, change nothing
 	$(RUN) -m ruff check .

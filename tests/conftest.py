@@ -4,6 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two threads show what depends on their number. The other workers have the cores as well: who waits must not spin.
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -17,6 +22,30 @@ import pytest
 import dynconv
 
 ON_GPU = torch.cuda.is_available()
+
+
+def group(nodeid: str) -> str:
+    """What one worker of pytest-xdist has to itself: tests of a group share what a process makes once.
+
+    The gate's rows, the built wheel, and the CPU backend, whose Numba kernels two workers would both compile. A test
+    of the Triton kernels is a group of its own. By the id: pytest-xdist 3.8 loses its own groups with pytest 9.2.
+    """
+    file, _, name = nodeid.rpartition("/")[2].partition("::")
+    if file in ("test_compile_gate.py", "test_packaging.py"):
+        return file
+    return nodeid if file == "test_kernels.py" or "triton" in name else "cpu"
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it
+def pytest_xdist_make_scheduler(config, log):
+    """Hand out the tests by group, the largest first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 class Target:

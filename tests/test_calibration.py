@@ -1,13 +1,15 @@
 """Dense or sparse: both ways give the same, and what was measured decides."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dynconv
-from dynconv import calibration
+from dynconv import _timing, calibration
 from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
 from dynconv.ops import masked_conv
 
@@ -232,23 +234,31 @@ def test_calibrations_add_up(monkeypatch, own_file):
     assert call(0.6).path == "dense"
 
 
-def test_calibrate_measures(own_file):
-    input, weight = torch.randn(1, 16, 128, 128), torch.randn(16, 16, 3, 3, requires_grad=True)
-    told = []
+def test_calibrate_measures(own_file, monkeypatch):
+    # In CPU time, and the best of three: other work on the machine slows some measurements down, but not all.
+    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=time.process_time))
+    input, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3, requires_grad=True)
 
     def step():
-        dynconv.masked_conv2d(input, weight, padding=1, mask=_mask(1, 1, 128, 128)).sum().backward()
+        dynconv.masked_conv2d(input, weight, padding=1, mask=_mask(1, 1, 64, 64)).sum().backward()
 
-    with dynconv.backend("cpu"):
-        dynconv.calibrate(step, densities=(0.01, 1.0), seconds=0.01, progress=lambda *args: told.append(args))
-    assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2)]
-    assert told[1][2] == "conv 128x128 16->16 3x3, batch 1, float32, gradients of weight"
-    (entries,) = json.loads(own_file.read_text()).values()
-    for entry in entries:
-        assert entry["densities"] == [0.01, 1.0]
-        assert min(entry["sparse_ms"] + entry["dense_ms"]) > 0
-        # A hundred times the sites: were the masks not what they are called, this would be about 1.
-        assert entry["sparse_ms"][1] > 2 * entry["sparse_ms"][0]
+    ratios = []
+    for _ in range(3):
+        calibration.forget()
+        told = []
+        with dynconv.backend("cpu"):
+            dynconv.calibrate(
+                step, densities=(0.01, 1.0), seconds=0.01, progress=lambda *args, told=told: told.append(args)
+            )
+        assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2)]
+        assert told[1][2] == "conv 64x64 64->64 3x3, batch 1, float32, gradients of weight"
+        (entries,) = json.loads(own_file.read_text()).values()
+        for entry in entries:
+            assert entry["densities"] == [0.01, 1.0]
+            assert min(entry["sparse_ms"] + entry["dense_ms"]) > 0
+        ratios.append([entry["sparse_ms"][1] / entry["sparse_ms"][0] for entry in entries])
+    # A hundred times the sites: were the masks not what they are called, this would be about 1.
+    assert all(max(of_call) > 2 for of_call in zip(*ratios, strict=True)), ratios
 
 
 def test_calibrating_changes_nothing_of_the_callers(own_file):
