@@ -9,8 +9,8 @@ import torch
 from test_blocks import CLOSE, basic, bottleneck, timm_bottleneck
 from torch import nn
 
-from dynconv import ActiveChannels, ActiveSites, PackedChannels, backend, gathered_conv2d, pack
-from dynconv.nn import GatheredBasicBlock, GatheredBatchNorm2d, GatheredBottleneck, GatheredConv2d
+from dynconv import ActiveChannels, ActiveSites, PackedChannels, backend, gathered_conv2d, gathered_linear, pack
+from dynconv.nn import GatheredBasicBlock, GatheredBatchNorm2d, GatheredBottleneck, GatheredConv2d, GatheredLinear
 
 BLOCKS = {
     "basic": (GatheredBasicBlock, lambda: basic(8, 8), 8),
@@ -262,6 +262,17 @@ class TestLayers:
             GatheredConv2d.from_dense(nn.Linear(2, 2))
         with pytest.raises(ValueError, match="padding_mode: expected 'zeros', got 'circular'"):
             GatheredConv2d(2, 2, 1, padding_mode="circular")
+
+    def test_the_linear_layer_is_the_op(self):
+        dense = nn.Linear(6, 8)
+        layer = GatheredLinear.from_dense(dense)
+        assert layer.weight is dense.weight
+        assert list(layer.state_dict()) == list(dense.state_dict())
+        input, ins, outs = torch.randn(3, 2, 6), torch.rand(3, 6) < 0.5, torch.rand(3, 8) < 0.5
+        expected = gathered_linear(input, dense.weight, dense.bias, in_mask=ins, out_mask=outs)
+        assert torch.equal(layer(input, ins, outs), expected)
+        with pytest.raises(TypeError, match=r"module: expected an nn\.Linear, got Conv2d"):
+            GatheredLinear.from_dense(nn.Conv2d(2, 2, 1))
 
     @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
     def test_the_normalisation_is_that_of_each_channels_samples(self, train):

@@ -1,16 +1,18 @@
 """gathered_conv2d and ActiveChannels against the dense reference: values, gradients, contract."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynconv
-from dynconv import ActiveChannels, ActiveSites, PackedChannels, gathered_conv2d, pack, reference
+from dynconv import ActiveChannels, ActiveSites, PackedChannels, gathered_conv2d, gathered_linear, pack, reference
 
 NAMES = ("output", "input", "weight", "bias", "in_mask", "out_mask")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -52,22 +54,29 @@ def run(function, operands, grad, geometry, masks):
     return [output.detach(), *(t.grad for t in (*leaves, *masks) if torch.is_tensor(t) and t.requires_grad)]
 
 
-def assert_equal_to_reference(operands, grad, geometry, masks):
+def assert_equal_to_reference(operands, grad, geometry, masks, target=None):
     double = [m.double() if torch.is_tensor(m) and m.is_floating_point() else m for m in masks]
     exact = [None if t is None else t.double() for t in operands]
     expected = run(reference.gathered_conv2d, exact, grad.double(), geometry, double)
-    actual = run(gathered_conv2d, operands, grad, geometry, masks)
+    if target is not None:
+        place = lambda tensors: [None if t is None else t.to(target.device) for t in tensors]
+        operands, masks, grad = place(operands), place(masks), grad.to(target.device)
+    with target.use() if target is not None else contextlib.nullcontext():
+        actual = run(gathered_conv2d, operands, grad, geometry, masks)
     assert len(actual) == len(expected)
     for which, (want, have) in enumerate(zip(expected, actual, strict=True)):
         assert have.dtype == grad.dtype, which
+        have = have.cpu()
         assert torch.equal(have, want.to(grad.dtype)), f"{which}: {(have - want).abs().max()}"
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", [1, 8, 16])
-def test_values_and_gradients_equal_the_reference(dtype, granularity):
-    assert_equal_to_reference(*case(cin=40, cout=52, size=(5, 4), kernel=(1, 3), dtype=dtype, granularity=granularity))
+def test_values_and_gradients_equal_the_reference(target, dtype, granularity):
+    target.skip_unless(dtype)
+    made = case(cin=40, cout=52, size=(5, 4), kernel=(1, 3), dtype=dtype, granularity=granularity)
+    assert_equal_to_reference(*made, target)
 
 
 GEOMETRIES = {
@@ -371,6 +380,65 @@ def test_chains_stay_packed(dtype, granularity, gated):
         with torch.no_grad():
             assert torch.equal(chain(function, input, weights, biases, channels, mask), results[-1][0])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+class TestTriton:
+    """What goes around the Triton kernels: filled outputs, listed rows, packed features, what is fused."""
+
+    target = Target("triton")
+
+    def compare(self, function, *leaves):
+        """Values, fused and not, and gradients on the reference backend and on this one."""
+        results = []
+        for used in (dynconv.backend("reference"), self.target.use()):
+            mine = [t.to(self.target.device).clone().requires_grad_() for t in leaves]
+            with used:
+                output = function(*mine)
+                grad = integers(*output.shape, low=0, high=2, seed=40).to(output)
+                grads = torch.autograd.grad(output, mine, grad)
+                with torch.no_grad():
+                    fused = function(*mine)
+            results.append([output.detach(), fused, *grads])
+        for which, (want, have) in enumerate(zip(*results, strict=True)):
+            assert torch.equal(want, have), which
+
+    @pytest.mark.parametrize("kind", ["bool", "gate", "residual", "at sites"])
+    def test_epilogue(self, kind):
+        (input, weight, bias), grad, _, masks = case(n=2, cin=8, cout=16, size=(4, 3), granularity=8)
+        ins, outs = (m.to(self.target.device) for m in masks)
+        gate = torch.where(masks[1], integers(*masks[1].shape, low=1, high=3, seed=9), 0).float()
+        residual, inactive = integers(*grad.shape, seed=11), integers(*grad.shape, seed=12)
+        sites = (torch.arange(24).view(2, 1, 4, 3) % 3 > 0).to(self.target.device)
+        call = lambda x, w, b, **options: gathered_conv2d(x, w, b, 1, 1, in_mask=ins, activation="relu6", **options)
+        if kind == "bool":
+            self.compare(lambda x, w, b: call(x, w, b, out_mask=outs), input, weight, bias)
+        elif kind == "gate":
+            self.compare(lambda x, w, b, g: call(x, w, b, out_mask=g), input, weight, bias, gate)
+        elif kind == "residual":
+            self.compare(lambda x, w, b, r: call(x, w, b, out_mask=outs, residual=r), input, weight, bias, residual)
+        else:
+            self.compare(
+                lambda x, w, b, r, i: call(x, w, b, out_mask=outs, residual=r, inactive=i, mask=sites),
+                input, weight, bias, residual, inactive,
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("granularity", [1, 8])
+    def test_chain_at_sites(self, granularity):
+        widths = (5, 16, 8, 7)
+        channels = [random_channels(2, c, seed, granularity) for seed, c in enumerate(widths[1:3])]
+        channels = [ActiveChannels(c.to(self.target.device)) for c in channels]
+        weights = [integers(b, a, k, k, low=-1, high=2, seed=20 + a) for a, b, k in zip(widths, widths[1:], (1, 3, 1))]
+        biases = [integers(b, seed=30 + b) for b in widths[1:]]
+        mask = (torch.arange(24).view(2, 1, 4, 3) % 3 > 0).to(self.target.device)
+        function = lambda x, *rest: chain(gathered_conv2d, x, rest[:3], rest[3:], channels, mask)
+        self.compare(function, integers(2, 5, 4, 3, low=-1, high=2), *weights, *biases)
+
+    @pytest.mark.parametrize("positions", [(), (3,)], ids=str)
+    def test_linear(self, positions):
+        masks = [m.to(self.target.device) for m in (random_channels(3, 24, 1, 8), random_channels(3, 20, 2))]
+        function = lambda x, w, b: gathered_linear(x, w, b, in_mask=masks[0], out_mask=masks[1])
+        self.compare(function, integers(3, *positions, 24), integers(20, 24, seed=1), integers(20, seed=2))
 
 
 def test_packed_features_are_the_kept_channels():

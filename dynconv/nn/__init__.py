@@ -1,7 +1,7 @@
 """Drop-in modules over the ops."""
 
 from .blocks import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
-from .gathered import GatheredBasicBlock, GatheredBottleneck, GatheredConv2d
+from .gathered import GatheredBasicBlock, GatheredBottleneck, GatheredConv2d, GatheredLinear
 from .masked_conv import MaskedConv2d
 from .normalization import GatheredBatchNorm2d, MaskedBatchNorm2d
 
@@ -10,6 +10,7 @@ __all__ = [
     "GatheredBatchNorm2d",
     "GatheredBottleneck",
     "GatheredConv2d",
+    "GatheredLinear",
     "MaskedBasicBlock",
     "MaskedBatchNorm2d",
     "MaskedBottleneck",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._backend import backend_for
 from ..channels import ActiveChannels
 from ..ops.gathered_conv import finish, gathered_conv2d
+from ..ops.gathered_linear import gathered_linear
 from ..packed import PackedChannels
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
@@ -54,6 +55,29 @@ class GatheredConv2d(nn.Conv2d):
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
             module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
         )  # fmt: skip
+        gathered._parameters = dict(module._parameters)
+        return gathered.train(module.training)
+
+
+class GatheredLinear(nn.Linear):
+    """An `nn.Linear` that computes, for each sample, the features that masks keep.
+
+    Same constructor, parameters and `state_dict`.
+    """
+
+    def forward(self, input: Tensor, in_mask: Channels = None, out_mask: Channels = None) -> Tensor:
+        """[N, ..., Cin] -> [N, ..., Cout]: `dynconv.gathered_linear` with this layer's parameters."""
+        return gathered_linear(input, self.weight, self.bias, in_mask=in_mask, out_mask=out_mask)
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear) -> GatheredLinear:
+        """A gathered layer that shares the dense layer's parameters.
+
+        Raises TypeError where `module` is not an `nn.Linear`.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
+        gathered = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
         gathered._parameters = dict(module._parameters)
         return gathered.train(module.training)
 
