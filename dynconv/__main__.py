@@ -12,7 +12,7 @@ from .cli import bench, demo, verify
 COMMANDS = {
     "verify": (verify, "compare every op with its dense reference on this machine"),
     "bench": (bench, "time dense against dynconv on published layers"),
-    "demo": (demo, "run a photo through a network that computes only what matters, or what changed"),
+    "demo": (demo, "run photos and digits through networks that compute only what matters, or what changed"),
 }
 
 

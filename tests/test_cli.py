@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import dynconv
 from dynconv import _timing as timing
 from dynconv.__main__ import main
-from dynconv.cli import bounds, chains, demo, extra, scaling, verify
+from dynconv.cli import bounds, chains, demo, digits, extra, scaling, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
 from dynconv.cli.layers import LAYERS, Block, Layer, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
@@ -563,6 +563,43 @@ def test_ponder_sees_a_wrong_block(monkeypatch):
     monkeypatch.setattr(MaskedBottleneck, "forward", wrong)
     torch.manual_seed(0)
     assert not demo.ponder(torch.rand(1, 3, 64, 64), 0.25, (2, 1, 1, 1)).passed
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The scene with a few images, narrow layers and two epochs."""
+    found = digits.Digits.load()
+    few = digits.Digits(found.train[:64], found.train_labels[:64], found.test[:40], found.test_labels[:40])
+    scene = digits.channels
+    monkeypatch.setattr(digits, "channels", lambda: scene(few, 2, (16, 16, 16)))
+
+
+def test_channels_trains_both_networks_and_counts_what_it_computes(few_digits, tmp_path, capsys):
+    assert main(["demo", "--scene", "channels", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "channels.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "channels.json").read_text())
+    assert record["passed"]
+    assert str(ROOT) not in (tmp_path / "channels.json").read_text()
+    assert record["images"] == {"train": 64, "test": 40}
+    layers = record["layers"]
+    assert [layer["products"] for layer in layers] == [64 * 9 * 16, 64 * 9 * 16 * 16, 16 * 9 * 16 * 16]
+    for layer in layers:
+        assert layer["share"] == pytest.approx(layer["computed"] / layer["all"])
+        assert len(layer["kept_by_class"]) == 10
+    assert layers[0]["share"] == pytest.approx(layers[0]["kept"])  # the image itself is always read
+    computed = sum(layer["share"] * layer["products"] for layer in layers)
+    assert record["products"] == pytest.approx(computed / sum(layer["products"] for layer in layers))
+    for name in ("dense", "gated"):
+        assert len(record[name]["accuracy"]) == 2
+        assert record[name]["training_s"] > 0 and record[name]["inference_s"] > 0
+    printed = capsys.readouterr().out
+    assert "points of accuracy" in printed and "WRONG" not in printed
+
+
+def test_channels_sees_a_wrong_op(few_digits, monkeypatch):
+    right = dynconv.gathered_conv2d
+    monkeypatch.setattr(dynconv, "gathered_conv2d", lambda *arguments, **options: right(*arguments, **options) * 1.001)
+    assert not digits.channels()["passed"]
 
 
 # --- the command itself

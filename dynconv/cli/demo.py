@@ -1,4 +1,4 @@
-"""`python -m dynconv demo`: a photo, and networks that compute only what matters in it, or only what changed."""
+"""`python -m dynconv demo`: networks that compute only what matters in a photo, what changed, or what a digit needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynconv
 from dynconv.nn import MaskedBottleneck
 
-from . import console, extra, table
+from . import console, digits, extra, table
 from .blocks import bounded_block, dense_block, folded_layers
 from .bounds import Arithmetic, judge
 from .layers import patch, reached
@@ -508,13 +508,13 @@ def _draw_ponder(figure, ax, image, pictures: dict) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `demo`."""
-    parser.add_argument("--scene", choices=("attend", "ponder", "edit", "all"), default="all")
+    parser.add_argument("--scene", choices=("attend", "ponder", "edit", "channels", "all"), default="all")
     parser.add_argument("--photo", choices=("china", "flower"), default="china")
     parser.add_argument(
         "--density", type=_share, default=0.25, help="attend, ponder: the share of the photo to compute"
     )
     parser.add_argument("--edited", type=_share, default=0.05, help="edit: the share of the photo that changes")
-    parser.add_argument("--out", metavar="DIR", default="dynconv-demo", help="for the pictures")
+    parser.add_argument("--out", metavar="DIR", default="dynconv-demo", help="for the pictures and figures")
 
 
 def _share(text: str) -> float:
@@ -548,4 +548,6 @@ def main(arguments: argparse.Namespace) -> int:
         draw(title.partition(":")[0], result, target)
         console().print(f"picture: {target}")
         passed &= result.passed
+    if arguments.scene in ("channels", "all"):
+        passed &= digits.scene(Path(arguments.out))
     return 0 if passed else 1
