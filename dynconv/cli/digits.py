@@ -74,16 +74,24 @@ class Network(nn.Module):
         sites = [64] * (len(self.convs) - 1) + [16]
         return [count * conv.weight.numel() for count, conv in zip(sites, self.convs)]
 
-    def forward(self, input: Tensor, watch=None) -> tuple[Tensor, list[gating.Selection]]:
-        """[N, 1, 8, 8] -> [N, 10] and what each layer chose; `watch` sees each gated layer's operands and result."""
+    def forward(self, input: Tensor, watch=None, dense: bool = False) -> tuple[Tensor, list[gating.Selection]]:
+        """[N, 1, 8, 8] -> [N, 10] and what each layer chose.
+
+        `watch` sees each gated layer's operands and result. With `dense` the gates multiply what is computed in full,
+        so that skipped ones get the task's gradient too.
+        """
         kept, selections = None, []
         for i, conv in enumerate(self.convs):
             if i == len(self.convs) - 1:
                 input = F.max_pool2d(input, 2)
             if self.gates:
                 selections.append(self.gates[i](input))
-                masks = {"in_mask": kept, "out_mask": selections[-1].channels}
-                output = dynconv.gathered_conv2d(input, conv.weight, conv.bias, padding=1, **masks)
+                chosen = selections[-1].channels
+                if dense:
+                    output = conv(input) * chosen.gate[:, :, None, None]
+                else:
+                    options = {"padding": 1, "in_mask": kept, "out_mask": chosen}
+                    output = dynconv.gathered_conv2d(input, conv.weight, conv.bias, **options)
                 if watch is not None:
                     watch(conv, input, kept, selections[-1].kept, output)
                 kept = selections[-1].kept
@@ -103,7 +111,10 @@ class Outcome:
 
 
 def train(gated: bool, digits: Digits, epochs: int, widths: tuple[int, ...] = WIDTHS) -> Outcome:
-    """Adam and a cosine; the gates hold the products to the target, and are those of inference in the last third."""
+    """Adam and a cosine, and a pull of the products to the target.
+
+    In the first third the gates multiply dense convolutions, in the last they decide as in inference.
+    """
     torch.manual_seed(1)
     network = Network(gated, widths)
     layers = [p for name, p in network.named_parameters() if not name.startswith("gates")]
@@ -117,7 +128,7 @@ def train(gated: bool, digits: Digits, epochs: int, widths: tuple[int, ...] = WI
         network.train()
         network.gates.train(epoch < 2 * epochs // 3)
         for batch in torch.randperm(len(digits.train), generator=shuffle).split(BATCH):
-            output, selections = network(digits.train[batch])
+            output, selections = network(digits.train[batch], dense=epoch < epochs // 3)
             loss = F.cross_entropy(output, digits.train_labels[batch])
             if gated:
                 rates = [selection.rate for selection in selections]
