@@ -56,11 +56,7 @@ class Selection(NamedTuple):
     @property
     def kept(self) -> ActiveChannels:
         """The same channels without the gate: the `in_mask` of the next layer, as a gate multiplies only once."""
-        chosen = self.channels
-        if chosen.gate is None:
-            return chosen
-        group = chosen.granularity
-        return ActiveChannels(chosen.mask[:, ::group], chosen.shape, granularity=group, capacity=chosen.capacity)
+        return self.channels.ungated
 
 
 class _Selector(nn.Module):
