@@ -99,7 +99,10 @@ def _copy_kept(source, at, index, index_at, runs, run_at, run_count, count, targ
 
 @njit
 def _pack_kernel(arguments, storage, compute):
-    """Each row's kept channels of `source` as a row of `packed` [., most]: the same, or the one of its listed place."""
+    """Each row's kept channels of `source`, one row behind the other in the sample's share of `packed`.
+
+    A row keeps its place among the sample's rows, or (`is_compact`) has that of its entry in the list.
+    """
     a = carray(arguments, (24,))
     source, packed, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
     counts, all_runs = array(a[5], np.int32), array(a[6], np.int32)
@@ -116,14 +119,15 @@ def _pack_kernel(arguments, storage, compute):
         begin, end = sample * rows, (sample + 1) * rows
         if has_list:
             begin, end = np.int64(starts[sample]), np.int64(starts[sample + 1])
+        count, at, number = np.int64(counts[sample]), sample * channels, 0
+        share = (begin if has_list and is_compact else sample * rows) * (most - count)
         begin += item % chunks * chunk_rows
         end = min(end, begin + chunk_rows)
-        count, at, number = np.int64(counts[sample]), sample * channels, 0
         if begin < end and not is_packed:
             number = _find_runs(index, at, 0, count, all_runs, runs)
         for m in range(begin, end):
             row = np.int64(listed[m]) if has_list else m
-            target = (m if is_compact else row) * most
+            target = share + (m if is_compact else row) * count
             if is_packed:
                 copy(source, row * width, count, packed, target, lanes, compute)
             else:
@@ -217,6 +221,7 @@ def _products_kernel(arguments, storage, compute):
         array(a[32], np.int32),
     )
     compact_size, packed_size, products_size, gathered_size, runs_size = a[33], a[34], a[35], a[36], a[37]
+    is_tight, source_starts, is_compact = a[38] != 0, array(a[39], np.int32), a[39] != 0
     from_channels, to_channels = from_width // groups, to_width // groups
     worker = fetch_add(a[1:], 1)
     runs = worker * 2 * (from_width + to_width)
@@ -278,7 +283,10 @@ def _products_kernel(arguments, storage, compute):
         blocks = (taps + block_taps - 1) // block_taps
         block_taps = (taps + blocks - 1) // blocks
         chunk_rows = max(ROWS, min(MOST_ROWS, GATHERED // max(1, block_taps * kept)) // ROWS * ROWS)
-        source_at = first if has_list else first + sample * from_rows * from_stride
+        stride = np.int64(from_counts[sample]) if is_tight else from_stride
+        # A list's table counts the rows of the batch, the other one those of a sample.
+        begins = np.int64(source_starts[sample]) if is_compact else sample * from_rows
+        source_at = first + begins * (from_stride - (stride if has_list else 0))
         for first_row in range(begin, end_row, chunk_rows):
             rows = min(chunk_rows, end_row - first_row)
             if kept == 0:
@@ -287,12 +295,12 @@ def _products_kernel(arguments, storage, compute):
                 tap_count = min(block_taps, taps - first_tap)
                 entry = first_row * taps + first_tap
                 gather_scattered(
-                    source[source_at:], from_stride, kept, table, entry, taps, rows, tap_count, scratch, gathered,
-                    is_run, lanes, compute,
+                    source[source_at:], stride, kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run,
+                    lanes, compute,
                 )  # fmt: skip
                 multiply_scattered(
-                    source[source_at:], from_stride, kept, table, entry, taps, rows, tap_count, scratch, gathered,
-                    is_run, first_tap > 0, scratch, packed + first_tap * kept * lanes, taps * kept * lanes, panels,
+                    source[source_at:], stride, kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run,
+                    first_tap > 0, scratch, packed + first_tap * kept * lanes, taps * kept * lanes, panels,
                     scratch, products, width, lanes, compute,
                 )  # fmt: skip
             for r in range(rows):
@@ -312,6 +320,12 @@ def _products_kernel(arguments, storage, compute):
                         clear(out, at + to_end, to_stride - to_end, compute)
                     continue
                 at = row * to_stride + group * to_channels
+                if to_number * SHORT > filters and not has_residual and activation == 0:
+                    clear(out, at, to_channels, compute)
+                    for c in range(filters):
+                        to = at + np.int64(to_index[to_at + to_first + c]) - group * to_channels
+                        store(out, to, load(scratch, value + c, compute) + scratch[shift + c])
+                    continue
                 if to_number * SHORT > filters or (has_residual and filters < to_channels):
                     clear(scratch, whole, to_channels, compute)
                     for c in range(filters):
@@ -344,8 +358,8 @@ def _weight_grad_kernel(arguments, storage, compute):
     out_index, out_counts = array(a[8], np.int32), array(a[9], np.int32)
     samples, taps, pixels, sites, cin, cout, groups, lanes = a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17]
     scratch, scratch_size, pieces = array(a[18], compute), a[19], a[20]
-    in_stride, out_stride, all_runs = a[21], a[22], array(a[23], np.int32)
-    starts, has_list = array(a[24], np.int32), a[24] != 0
+    in_most, out_most, all_runs = a[21], a[22], array(a[23], np.int32)
+    starts, has_list, is_tight = array(a[24], np.int32), a[24] != 0, a[25] != 0
     channels, filters = cin // groups, cout // groups
     worker = fetch_add(a[1:], 1)
     gathered, runs = worker * scratch_size, worker * 2 * TILE_VECTORS * lanes
@@ -369,11 +383,14 @@ def _weight_grad_kernel(arguments, storage, compute):
                 0,
                 sites,
             )
-            if has_list:
+            in_stride = np.int64(in_counts[sample]) if is_tight else in_most
+            out_stride = np.int64(out_counts[sample])
+            source_at += sample * pixels * in_most
+            grad_at += sample * sites * out_most
+            if has_list:  # its table counts the pixels of the batch, and its gradient is compact
                 begin, end_row = np.int64(starts[sample]), np.int64(starts[sample + 1])
-            else:
-                source_at += sample * pixels * in_stride
-                grad_at += sample * sites * out_stride
+                source_at -= sample * pixels * in_stride
+                grad_at += begin * (out_most - out_stride) - sample * sites * out_most
             for column in range(0, kept if outs > 0 else 0, TILE_VECTORS * lanes):
                 valid = min(TILE_VECTORS * lanes, kept - column)
                 vectors = (valid + lanes - 1) // lanes
@@ -441,9 +458,9 @@ def pack(
 ) -> Tensor:
     """The kept channels of each row of a channels_last tensor [N, C, H, W], side by side, in the compute type.
 
-    [N * H * W, the most channels that any sample keeps], of which what lies past a sample's kept channels is not
-    initialised. With a list of rows, those alone, at their own place or (`is_compact`) in the order of the list.
-    `is_packed`: the tensor's channels are the kept ones already.
+    [N * H * W, the most channels that any sample keeps]; "tight": a sample that keeps fewer has its rows one behind the
+    other at the beginning of its share. What lies behind is not initialised. With a list of rows, those alone, at their
+    own place or (`is_compact`) in the order of the list. `is_packed`: the tensor's channels are the kept ones already.
     """
     index, count = kept
     samples, channels = index.shape
@@ -484,15 +501,18 @@ def products(
     activation: str = "none",
     is_transposed: bool = False,
     is_packed: bool = False,
+    is_tight: bool = True,
     listed: Listed | None = None,
+    source_listed: Listed | None = None,
     table: Tensor | None = None,
 ) -> None:
-    """Write the convolution of the `source_channels`, as `pack` leaves them, to the `channels` of `out`.
+    """Write the convolution of the `source_channels`, as `pack` or `rows_of` leave them, to the `channels` of `out`.
 
     `out` is channels_last; its other channels become activation(residual), or zero; where `is_packed`, its channels are
     the kept ones, and zeros. Where `is_transposed`, `source` is of the output's gradient and `out` the input's. Of
-    listed rows, only they are written, `table` being theirs. `geometry`: Ho, Wo, H, W, kernel, stride, padding and
-    dilation, two numbers each. `bias` [Cout], `gate` [N, Cout], `residual` as `out`.
+    listed rows, only they are written, `table` being theirs; `source_listed` is the list of a compact source.
+    `geometry`: Ho, Wo, H, W, kernel, stride, padding and dilation, two numbers each. `bias` [Cout], `gate` [N, Cout],
+    `residual` as `out`.
     """
     dtype, compute = out.dtype, compute_type(out.dtype)
     lanes, threads = vector_lanes(dtype), torch.get_num_threads()
@@ -525,7 +545,7 @@ def products(
         source_channels[0].data_ptr(), source_channels[1].data_ptr(), channels[0].data_ptr(), channels[1].data_ptr(),
         samples, taps, from_rows, to_rows, from_width, to_width, source.shape[1], out.shape[1], is_packed, groups,
         lanes, is_transposed, parts, part_rows, scratch.data_ptr(), size, runs.data_ptr(), compact, weights, product,
-        gathered, MOST_ROWS,
+        gathered, MOST_ROWS, is_tight, _addresses(source_listed)[1],
     )  # fmt: skip
 
 
@@ -539,10 +559,11 @@ def weight_grad(
     geometry: tuple[int, ...],
     listed: Listed | None = None,
     table: Tensor | None = None,
+    is_tight: bool = True,
 ) -> Tensor:
     """The weight's gradient, of its type and strides, from the input and the gradient as `pack` leaves them.
 
-    Of listed sites, `grad` is compact and `table` theirs.
+    Of listed sites, `grad` is compact and `table` theirs. The input may be that of `rows_of`, which is not tight.
     """
     compute, lanes = source.dtype, vector_lanes(source.dtype)
     cout, channels, height, width = weight.shape
@@ -558,7 +579,7 @@ def weight_grad(
         compute, threads, source.data_ptr(), grad.data_ptr(), total.data_ptr(), table.data_ptr(),
         ins[0].data_ptr(), ins[1].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), samples,
         height * width, pixels, outputs, channels * groups, cout, groups, lanes, scratch.data_ptr(), size, pieces,
-        source.shape[1], grad.shape[1], runs.data_ptr(), _addresses(listed)[1],
+        source.shape[1], grad.shape[1], runs.data_ptr(), _addresses(listed)[1], is_tight,
     )  # fmt: skip
     if total.dtype == weight.dtype and total.stride() == weight.stride():
         return total
@@ -569,13 +590,10 @@ def bias_grad(grad: Tensor, outs: Channels, listed: Listed | None) -> Tensor:
     """[C] in the compute type: the sums of `grad`, as `pack` leaves it (compact, where listed), over its rows."""
     index, count = outs
     samples, width = index.shape
-    if listed is None:
-        sums = grad.view(samples, grad.shape[0] // samples, grad.shape[1]).sum(1)
-    else:
-        bounds = listed[1].tolist()
-        sums = torch.stack([grad[begin:end].sum(0) for begin, end in itertools.pairwise(bounds)])
-    # One sample after the other; what lies past its count is not initialised.
-    total = grad.new_zeros(width)
-    for channels, kept, row in zip(index, count.tolist(), sums):
-        total[channels[:kept].long()] += row[:kept]
+    rows, most = grad.shape
+    bounds = range(0, rows + 1, rows // samples) if listed is None else listed[1].tolist()
+    values, total = grad.view(-1), grad.new_zeros(width)
+    for channels, kept, (begin, end) in zip(index, count.tolist(), itertools.pairwise(bounds)):
+        share = values[begin * most : begin * most + (end - begin) * kept].view(end - begin, kept)
+        total[channels[:kept].long()] += share.sum(0)
     return total

@@ -74,7 +74,8 @@ def _forward(
     source = kernels.rows_of(input) if packed_input else kernels.pack(input, ins, read)
     kernels.products(
         source, ins, (out_index, out_count), weight, out, groups, where, bias=bias, gate=gate,
-        residual=residual, activation=activation, is_packed=capacity >= 0, listed=listed, table=table,
+        residual=residual, activation=activation, is_packed=capacity >= 0, is_tight=not packed_input, listed=listed,
+        table=table,
     )  # fmt: skip
     return out
 
@@ -147,11 +148,11 @@ def _backward(
             grads[0].zero_()
         kernels.products(
             rows, outs, ins, weight, grads[0], groups, where, is_transposed=True, is_packed=packed_input, listed=read,
-            table=readers,
+            source_listed=listed, table=readers,
         )  # fmt: skip
     if wanted[1]:
         source = kernels.rows_of(input) if packed_input else kernels.pack(input, ins, read)
-        grads[1] = kernels.weight_grad(source, rows, ins, outs, weight, groups, where, listed, table)
+        grads[1] = kernels.weight_grad(source, rows, ins, outs, weight, groups, where, listed, table, not packed_input)
     if wanted[2]:
         grads[2] = kernels.bias_grad(rows, outs, listed).to(weight.dtype)
     return tuple(grads)
