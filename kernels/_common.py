@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+# Taps whose validity one int32 word per row holds.
+TAP_GROUP = tl.constexpr(32)
+
 
 def on_device(tensor):
     """Context in which a launch goes to the tensor's device (Triton launches on the current one)."""
@@ -138,6 +141,47 @@ def undo_stride(y, x, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
     else:
         exact = (y % STRIDE_H == 0) & (x % STRIDE_W == 0)
     return y // STRIDE_H, x // STRIDE_W, exact
+
+
+@triton.jit
+def find_taps(
+    first_tap,
+    y,
+    x,
+    sample_row,
+    lookup,
+    listed,
+    source_height,
+    source_width,
+    dilation_h,
+    dilation_w,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """int32 [M], bit i set where tap first_tap + i of the listed site (y, x) finds a source pixel, for TAP_GROUP taps.
+
+    y and x are those of tap (0, 0), a stride not yet undone where TRANSPOSED; sample_row is the source row on which
+    the sample begins. lookup, if given, is not negative at the pixels that count.
+    """
+    TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    has_tap = tl.zeros(listed.shape, tl.int32)
+    for bit in tl.static_range(TAPS if TAPS < TAP_GROUP else TAP_GROUP):
+        tap = first_tap + bit
+        tap_y = tap // KERNEL_WIDTH * dilation_h
+        tap_x = tap % KERNEL_WIDTH * dilation_w
+        if TRANSPOSED:
+            source_y, source_x, valid = undo_stride(y - tap_y, x - tap_x, STRIDE_H, STRIDE_W)
+            valid &= is_inside(source_y, source_x, source_height, source_width) & listed & (tap < TAPS)
+            if lookup is not None:
+                source_row = (sample_row + source_y) * source_width + source_x
+                valid = tl.load(lookup + source_row, mask=valid, other=-1) >= 0
+        else:
+            valid = is_inside(y + tap_y, x + tap_x, source_height, source_width) & listed & (tap < TAPS)
+        has_tap |= valid.to(tl.int32) << bit
+    return has_tap
 
 
 @triton.jit

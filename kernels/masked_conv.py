@@ -19,11 +19,13 @@ import triton.language as tl
 
 from . import depthwise
 from ._common import (
+    TAP_GROUP,
     accumulator,
     architecture,
     arithmetic,
     bucket,
     divisor,
+    find_taps,
     is_inside,
     is_packed,
     on_device,
@@ -32,12 +34,8 @@ from ._common import (
     split_rows,
     split_site,
     store_rows,
-    undo_stride,
     unit,
 )
-
-# Taps whose validity one int32 word per row holds.
-TAP_GROUP = tl.constexpr(32)
 
 # Tiles of the implicit GEMM, by (arithmetic, bucket of its N): (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages).
 # BLOCK_K is an upper bound: it shrinks with the channels of a tap (see config). Nothing here depends on the active
@@ -129,13 +127,14 @@ _VARIES += ["dilation_h", "dilation_w", "splits", "sites", "channel_units", "fil
 # `groups` stays specialised: where it is 1 it is a constant, and the kernel is the ungrouped one.
 
 
-def config(kind, channels, filters, arch, *, packed=False, finished=False):
+def config(kind, channels, filters, arch, *, packed=False, finished=False, piece=None):
     """Tile of the implicit GEMM for `channels` summed per tap and `filters` columns, both of one group.
 
     kind is the class of arithmetic ("half", "tf32", "ieee", "double"), arch a row of CONV_TILES. packed says that the
-    source is, finished that a residual or an activation follows the product.
+    source is, finished that a residual or an activation follows the product. piece is how many channels a load finds
+    side by side; None is all of them.
     """
-    tile = _tile(CONV_TILES[arch], kind, filters, _is_aligned(kind, channels))
+    tile = _tile(CONV_TILES[arch], kind, filters, is_aligned(kind, piece or channels))
     # Channels past those of the tap are multiplied by zero: a tap of 16 takes steps of 16.
     tile["BLOCK_K"] = min(tile["BLOCK_K"], bucket(channels, (16, 32, 64)))
     if packed:
@@ -148,10 +147,10 @@ def config(kind, channels, filters, arch, *, packed=False, finished=False):
     return tile
 
 
-def weight_grad_config(kind, channels, filters, arch, *, packed=False):
+def weight_grad_config(kind, channels, filters, arch, *, packed=False, piece=None):
     """Tile of wgrad: BLOCK_M of Cout (`filters`) by BLOCK_N of Cin (`channels`), BLOCK_K active rows a step."""
-    is_aligned = _is_aligned(kind, channels) and _is_aligned(kind, filters)
-    tile = _tile(WEIGHT_GRAD_TILES[arch], kind, min(channels, filters), is_aligned)
+    aligned = is_aligned(kind, piece or channels) and is_aligned(kind, piece or filters)
+    tile = _tile(WEIGHT_GRAD_TILES[arch], kind, min(channels, filters), aligned)
     if packed:
         # The lookup makes a chain of two loads one of three; see config.
         tile["num_stages"] = max(tile["num_stages"], (tile["num_stages"] - 1) // 2 * 3 + 1)
@@ -160,17 +159,17 @@ def weight_grad_config(kind, channels, filters, arch, *, packed=False):
     return tile
 
 
-def _is_aligned(kind, channels):
+def is_aligned(kind, channels):
     """Whether every row of that many channels starts on 16 bytes."""
     return unit(channels) * {"half": 2, "tf32": 4, "ieee": 4, "double": 8}[kind] >= 16
 
 
-def _tile(table, kind, width, is_aligned):
+def _tile(table, kind, width, aligned):
     # Rows that do not start on 16 bytes are loaded in pieces, each with an address in a register: the largest tiles
     # would spill.
-    widths = [size for name, size in table if name == kind and (is_aligned or size <= 64)]
+    widths = [size for name, size in table if name == kind and (aligned or size <= 64)]
     block_m, block_n, block_k, num_warps, num_stages = table[kind, bucket(width, widths)]
-    if not is_aligned:
+    if not aligned:
         block_k = min(block_k, 16)
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages)
 
@@ -281,20 +280,27 @@ def _masked_conv_kernel(
         # Which taps a row has is the same for every block of channels, so it is found once, ahead of the
         # pipelined loop: a bit per tap. In dgrad this also keeps a dependent load out of that loop. The rows of a
         # packed source are looked up inside it, because nothing but registers could carry them there.
-        has_tap = tl.zeros([BLOCK_M], tl.int32)
-        for bit in tl.static_range(TAPS if TAPS < TAP_GROUP else TAP_GROUP):
-            tap = first_tap + bit
-            tap_y = tap // KERNEL_WIDTH * dilation_h
-            tap_x = tap % KERNEL_WIDTH * dilation_w
-            if TRANSPOSED:
-                source_y, source_x, valid = undo_stride(y - tap_y, x - tap_x, STRIDE_H, STRIDE_W)
-                valid &= is_inside(source_y, source_x, source_height, source_width) & listed & (tap < TAPS)
-                if not PACKED_SOURCE:
-                    source_row = (sample_row + source_y) * source_width + source_x
-                    valid = tl.load(lookup + source_row, mask=valid, other=-1) >= 0
-            else:
-                valid = is_inside(y + tap_y, x + tap_x, source_height, source_width) & listed & (tap < TAPS)
-            has_tap |= valid.to(tl.int32) << bit
+        if PACKED_SOURCE:
+            tap_lookup = None
+        else:
+            tap_lookup = lookup
+        has_tap = find_taps(
+            first_tap,
+            y,
+            x,
+            sample_row,
+            tap_lookup,
+            listed,
+            source_height,
+            source_width,
+            dilation_h,
+            dilation_w,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            STRIDE_H,
+            STRIDE_W,
+            TRANSPOSED,
+        )
 
         bit = 0
         channel = 0
@@ -563,7 +569,7 @@ def forward(
         return
     _launch_conv(
         input,
-        _channels_last_rows(weight),
+        channels_last_rows(weight),
         bias,
         gate,
         residual,
@@ -611,12 +617,11 @@ def input_grad(
     filters = total_filters // groups
     # 16-bit tensor cores take B contiguous along N as well: the forward's layout, [Cout, taps, Cin/groups], serves.
     # wgmma takes TF32 operands contiguous along K only: the weight becomes [Cin, taps, Cout/groups].
-    k_contiguous = weight.dtype not in (torch.float16, torch.bfloat16) or not _is_aligned("half", channels)
+    k_contiguous = weight.dtype not in (torch.float16, torch.bfloat16) or not is_aligned("half", channels)
     if k_contiguous:
-        by_group = weight.reshape(groups, filters, channels, kernel_height, kernel_width)
-        rows = by_group.permute(0, 2, 3, 4, 1).contiguous()
+        rows = transposed_rows(weight, groups)
     else:
-        rows = _channels_last_rows(weight)
+        rows = channels_last_rows(weight)
     _launch_conv(
         grad,
         rows,
@@ -667,7 +672,7 @@ def gate_grad(
     partial = torch.zeros((tiles, index.numel()), dtype=partial_dtype(input.dtype), device=input.device)
     _launch_conv(
         input,
-        _channels_last_rows(weight),
+        channels_last_rows(weight),
         bias,
         None,
         None,
@@ -874,6 +879,12 @@ def _is_depthwise(weight, groups):
     return 1 < groups == weight.shape[0] and weight.shape[1] == 1
 
 
-def _channels_last_rows(weight):
+def channels_last_rows(weight):
     """[Cout, kH, kW, Cin/groups] contiguous: 16-byte loads along Cin. A view if the weight is channels_last already."""
     return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def transposed_rows(weight, groups):
+    """[groups, Cin/groups, kH, kW, Cout/groups] contiguous: 16-byte loads along Cout."""
+    by_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return by_group.permute(0, 2, 3, 4, 1).contiguous()
