@@ -1,0 +1,279 @@
+"""The Triton launchers of gathered convolution against the dense reference: interpreted where there is no GPU."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dynconv import ActiveChannels, kernels, reference
+
+gathered_conv, compaction = kernels.gathered_conv, kernels.compaction
+
+pytestmark = pytest.mark.gpu
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+NOT_A_SITE = 2**31 - 1  # a kernel that used it would read outside every tensor here
+
+
+def dtypes(*selected):
+    broken = "bfloat16 is broken in Triton's interpreter (products, rounding); the compile gate builds the kernels"
+    skip = pytest.mark.skipif(not ON_GPU, reason=broken)
+    return [pytest.param(dtype, id=str(dtype)[6:], marks=skip if dtype == torch.bfloat16 else ()) for dtype in selected]
+
+
+def integers(*shape, dtype=torch.float32, low=-2, high=3, seed=0):
+    """Small integers: every sum below is exact in any order, so the results have to be equal."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def random_channels(n, channels, granularity, seed):
+    """About half of them; of three samples or more one keeps none, and another all."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(n, math.ceil(channels / granularity), generator=generator) < 0.5
+    mask = mask.repeat_interleave(granularity, 1)[:, :channels].clone()
+    if n > 2:
+        mask[seed % n], mask[(seed + 1) % n] = False, True
+    return ActiveChannels(mask.to(DEVICE))
+
+
+def pack(dense, channels, capacity):
+    """[N, capacity, H, W]: the kept channels of each sample, then NaN: it is not to be used."""
+    packed = dense.new_full((len(dense), capacity, *dense.shape[2:]), torch.nan)
+    for sample, count in enumerate(channels.count.tolist()):
+        packed[sample, :count] = dense[sample, channels.index[sample, :count].long()]
+    return channels_last(packed)
+
+
+def unpack(packed, channels, background):
+    """background with the packed channels in their places. Columns past count have to be as `pack` left them."""
+    dense = background.clone()
+    for sample, count in enumerate(channels.count.tolist()):
+        assert packed[sample, count:].isnan().all()
+        dense[sample, channels.index[sample, :count].long()] = packed[sample, :count]
+    return dense
+
+
+def listed(mask):
+    """(index, starts) of the active sites of a mask [N, 1, H, W]; what lies past the last one is not to be used."""
+    index, count = compaction.compact(mask)
+    index[count.item() :] = NOT_A_SITE
+    starts = F.pad(mask.flatten(1).sum(1).cumsum(0), (1, 0)).int()
+    return index, starts
+
+
+class Case:
+    """Operands of one gathered convolution, and its dense results in fp64.
+
+    What is not kept, and what only sites not listed would read, is NaN. `packed` names what is packed: "", "input",
+    "output" or "input+output"; the grad goes with the output.
+    """
+
+    def __init__(
+        self, n=3, cin=5, cout=7, size=(4, 5), kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1,
+        granularity=1, density=None, packed="", spare=1, gated=False, residual=False, activation="none",
+        dtype=torch.float32,
+    ):  # fmt: skip
+        self.geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        self.size, self.kernel, self.granularity, self.dtype, self.activation = (
+            size,
+            kernel,
+            granularity,
+            dtype,
+            activation,
+        )
+        self.ins, self.outs = random_channels(n, cin, granularity, 3), random_channels(n, cout, granularity, 4)
+        self.input = self.poisoned(integers(n, cin, *size, dtype=dtype), self.ins)
+        self.weight = integers(cout, cin // groups, *kernel, dtype=dtype, seed=1)
+        self.bias = integers(cout, dtype=dtype, seed=2)
+        self.gate = integers(n, cout, dtype=dtype, low=1, seed=6) if gated else None
+        shape = F.conv2d(torch.zeros(n, cin, *size), torch.zeros(self.weight.shape), **self.geometry).shape
+        self.site_size = tuple(shape[2:])
+        self.grad = self.poisoned(integers(*shape, dtype=dtype, seed=5), self.outs)
+        self.cache = channels_last(integers(*shape, dtype=dtype, seed=7))
+        self.residual = self.poisoned(integers(*shape, dtype=dtype, low=-9, high=9, seed=8), self.outs)
+        self.residual = self.residual if residual else None
+        self.active = None
+        if density is not None:
+            generator = torch.Generator().manual_seed(9)
+            self.active = (torch.rand(n, 1, *self.site_size, generator=generator) < density).to(DEVICE)
+            self.active[0] = False
+            self.grad = channels_last(torch.where(self.active, self.grad, torch.nan))
+        self.packed_source, self.packed_out = "input" in packed, "output" in packed
+        self.capacity = [int(kept.count.max()) + spare for kept in (self.ins, self.outs)]
+
+    @staticmethod
+    def poisoned(tensor, channels):
+        return channels_last(torch.where(channels.mask[:, :, None, None], tensor, torch.nan))
+
+    @property
+    def computed(self):
+        """bool [N, Cout, Ho, Wo]: where the output is written."""
+        kept = self.outs.mask[:, :, None, None].expand(self.cache.shape)
+        return kept if self.active is None else kept & self.active
+
+    def rows(self):
+        return None if self.active is None else listed(self.active)
+
+    def common(self):
+        return dict(
+            input_size=self.size, site_size=self.site_size, **self.geometry, packed_source=self.packed_source,
+            packed_out=self.packed_out, granularity=self.granularity, allow_tf32=False,
+        )  # fmt: skip
+
+    def sets(self):
+        return (self.ins.index, self.ins.count), (self.outs.index, self.outs.count)
+
+    def as_packed(self, tensor, side):
+        kept = (self.ins, self.outs)[side]
+        is_packed = (self.packed_source, self.packed_out)[side]
+        return pack(tensor, kept, self.capacity[side]) if is_packed else tensor
+
+    def expected_output(self):
+        operands = (self.input.double(), self.weight.double(), self.bias.double())
+        result = reference.gathered_conv2d(*operands, **self.geometry, in_mask=self.ins, out_mask=self.outs)
+        if self.gate is not None:
+            result = result * self.gate.double()[:, :, None, None]
+        if self.residual is not None:
+            result = result + self.residual.double()
+        result = getattr(F, self.activation)(result) if self.activation != "none" else result
+        return torch.where(self.computed, result, self.cache.double())
+
+    def actual_output(self, aliased=False):
+        background = self.cache if self.residual is None or not aliased else torch.where(
+            self.computed, self.residual, self.cache)  # fmt: skip
+        out = self.as_packed(channels_last(background.clone()), 1)
+        residual = None if self.residual is None else out if aliased else self.as_packed(self.residual, 1)
+        gathered_conv.forward(
+            self.as_packed(self.input, 0), self.weight, self.bias, self.gate, residual, out, *self.sets(), self.rows(),
+            activation=self.activation, **self.common(),
+        )  # fmt: skip
+        return unpack(out, self.outs, self.cache) if self.packed_out else out
+
+    def check_output(self, aliased=False):
+        have, want = self.actual_output(aliased), self.expected_output()
+        assert torch.equal(have.double(), want), f"{(have.double() - want).abs().max()} apart"
+
+    def expected_grads(self):
+        """By input, weight and bias, of the kept channels at the sites that are computed."""
+        leaves = [t.double().requires_grad_() for t in (self.input, self.weight, self.bias)]
+        result = reference.gathered_conv2d(*leaves, **self.geometry, in_mask=self.ins, out_mask=self.outs)
+        return torch.autograd.grad(torch.where(self.computed, result, 0), leaves, self.grad.double())
+
+    def pixels(self):
+        """The rows of input_grad."""
+        if self.active is None:
+            return None
+        geometry = [self.geometry[name] for name in ("stride", "padding", "dilation")]
+        touched = compaction.touched(self.active, self.site_size, self.size, self.kernel, *geometry)
+        sites, starts = self.rows()
+        return compaction.inverse_map(sites, starts[-1:].clone(), self.active.numel()), *listed(touched)
+
+    def actual_grads(self):
+        input, grad = self.as_packed(self.input, 0), self.as_packed(self.grad, 1)
+        zeros = channels_last(torch.zeros_like(self.input))
+        grad_input = self.as_packed(zeros, 0)
+        gathered_conv.input_grad(grad, self.weight, grad_input, *self.sets(), self.pixels(), **self.common())
+        return [
+            unpack(grad_input, self.ins, zeros) if self.packed_source else grad_input,
+            gathered_conv.weight_grad(input, grad, self.weight, *self.sets(), self.rows(), **self.common()),
+            gathered_conv.bias_grad(grad, self.sets()[1], self.rows(), self.packed_out),
+        ]
+
+    def check_grads(self):
+        for name, want, have in zip(
+            ("input", "weight", "bias"), self.expected_grads(), self.actual_grads(), strict=True
+        ):
+            assert have.dtype == self.weight.dtype and have.shape == want.shape, name
+            assert torch.equal(have.double(), want), f"{name}: {(have.double() - want).abs().max()} apart"
+
+
+GEOMETRIES = {
+    "3x3": dict(),
+    "1x1": dict(kernel=(1, 1), padding=(0, 0), cin=19, cout=33),
+    "stride_2": dict(stride=(2, 2)),
+    "uneven": dict(kernel=(2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), size=(6, 5)),
+    "stride_and_dilation": dict(stride=(2, 3), dilation=(3, 2), padding=(3, 2), size=(5, 6)),
+    "more_taps_than_bits": dict(kernel=(7, 5), padding=(3, 2), n=2, cin=3, cout=3),
+    "one_channel": dict(cin=1, cout=1),
+    "one_pixel": dict(size=(1, 1), kernel=(1, 1), padding=(0, 0), n=5, cin=20, cout=18),
+    "several_tiles": dict(cin=70, cout=150, n=3, size=(9, 9), kernel=(1, 1), padding=(0, 0)),
+}
+GROUPS = {
+    "groups_of_3_to_2": dict(cin=6, cout=4, groups=2),
+    "groups_of_16": dict(cin=32, cout=48, groups=2, granularity=8),
+    "depthwise": dict(cin=5, cout=5, groups=5),
+}
+GRANULAR = {
+    "runs_of_8": dict(cin=40, cout=24, granularity=8),
+    "runs_of_16": dict(cin=32, cout=64, granularity=16, kernel=(1, 3), padding=(0, 1)),
+    "last_run_cut": dict(cin=20, cout=28, granularity=8),
+    "tiles_of_runs": dict(cin=136, cout=264, granularity=8, kernel=(1, 1), padding=(0, 0), size=(2, 2)),
+}
+PACKED = ("", "input", "output", "input+output")
+
+
+@pytest.mark.parametrize("name", [*GEOMETRIES, *GROUPS, *GRANULAR])
+def test_forward(name):
+    Case(**(GEOMETRIES | GROUPS | GRANULAR)[name]).check_output()
+
+
+@pytest.mark.parametrize("packed", PACKED[1:])
+@pytest.mark.parametrize("name", ["3x3", "stride_2", "one_pixel", *GROUPS, *GRANULAR])
+def test_forward_of_packed(name, packed):
+    Case(**(GEOMETRIES | GROUPS | GRANULAR)[name], packed=packed).check_output()
+
+
+@pytest.mark.parametrize("packed", PACKED, ids=lambda packed: packed or "dense")
+@pytest.mark.parametrize("name", ["3x3", "uneven", "groups_of_3_to_2", "runs_of_8"])
+def test_forward_of_listed_sites(name, packed):
+    Case(**(GEOMETRIES | GROUPS | GRANULAR)[name], packed=packed, density=0.4).check_output()
+
+
+@pytest.mark.parametrize("packed", PACKED, ids=lambda packed: packed or "dense")
+@pytest.mark.parametrize("density", [None, 0.4], ids=["all_sites", "listed_sites"])
+def test_epilogue_of_forward(density, packed):
+    case = Case(packed=packed, density=density, gated=True, residual=True, activation="relu6")
+    case.check_output()
+    case.check_output(aliased=True)
+
+
+@pytest.mark.parametrize("name", ["3x3", "runs_of_8"])
+@pytest.mark.parametrize("dtype", dtypes(torch.float64, torch.float16, torch.bfloat16))
+def test_forward_in(dtype, name):
+    Case(**(GEOMETRIES | GRANULAR)[name], dtype=dtype, gated=True).check_output()
+
+
+@pytest.mark.parametrize("name", [*GEOMETRIES, *GROUPS, *GRANULAR])
+def test_gradients(name):
+    Case(**(GEOMETRIES | GROUPS | GRANULAR)[name]).check_grads()
+
+
+@pytest.mark.parametrize("packed", PACKED[1:])
+@pytest.mark.parametrize("name", ["3x3", "stride_2", "groups_of_3_to_2", "last_run_cut"])
+def test_gradients_of_packed(name, packed):
+    Case(**(GEOMETRIES | GROUPS | GRANULAR)[name], packed=packed).check_grads()
+
+
+@pytest.mark.parametrize("packed", PACKED, ids=lambda packed: packed or "dense")
+@pytest.mark.parametrize("name", ["3x3", "uneven", "groups_of_3_to_2"])
+def test_gradients_of_listed_sites(name, packed):
+    Case(**(GEOMETRIES | GROUPS)[name], packed=packed, density=0.4).check_grads()
+
+
+@pytest.mark.parametrize("name", ["3x3", "runs_of_8"])
+@pytest.mark.parametrize("dtype", dtypes(torch.float64, torch.float16))
+def test_gradients_in(dtype, name):
+    Case(**(GEOMETRIES | GRANULAR)[name], dtype=dtype).check_grads()
+
+
+def test_weight_gradient_in_chunks_and_splits(monkeypatch):
+    case = Case(n=5, size=(24, 24), kernel=(1, 1), padding=(0, 0), density=0.8)
+    monkeypatch.setattr(gathered_conv, "WEIGHT_GRAD_STEPS", 1)
+    monkeypatch.setattr(gathered_conv, "PARTIAL_BYTES", 2 * 36 * case.weight.numel() * 4)
+    case.check_grads()
