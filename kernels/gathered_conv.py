@@ -87,6 +87,8 @@ def weight_grad_config(kind, channels, filters, arch, *, piece, listed):
     if not listed:
         # Without a list ahead of them the loads keep all stages to themselves: half as many are as many buffers.
         tile["num_stages"] = triton.cdiv(tile["num_stages"] - 1, 2) + 1
+    if arch == "sm_100" and kind == "tf32" and tile["BLOCK_M"] == 64:
+        tile["num_warps"] = 8  # with four it spills
     return tile
 
 
@@ -441,7 +443,7 @@ def _gathered_weight_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["first_sample", "samples", "splits", "channels", "filters"])
-def _reduce_weight_grad_kernel(
+def _reduce_gathered_weight_grad_kernel(
     partial,
     in_places,
     out_places,
@@ -690,7 +692,7 @@ def weight_grad(
                 PRECISION=PRECISION[kind],
                 **tile,
             )
-            _reduce_weight_grad_kernel[(total_filters * triton.cdiv(taps * channels, block),)](
+            _reduce_gathered_weight_grad_kernel[(total_filters * triton.cdiv(taps * channels, block),)](
                 partial,
                 in_places,
                 out_places,

@@ -57,7 +57,9 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #   packed                 source and result are packed
 #   grouped, depthwise     2 groups of that many channels and filters; as many groups as channels
 #   stride2, 1x1, 7x7      another geometry than 3 x 3
-#   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true
+#   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true, or
+#                          in gathered convolution that kept channels do not lie side by side
+#   rows, linear           of gathered convolution: at listed sites; of one pixel by one tap
 CASE = ("target", "kernel", "dtype", "allow_tf32", "channels", "filters", "variant")
 DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float32",), "double": ("float64",)}
 
@@ -72,6 +74,7 @@ def cases():
     for target in TARGETS:
         yield from depthwise_cases(target)
         yield from epilogue_cases(target)
+        yield from gathered_cases(target)
         row = TABLE_ROW.get(target, target)
         table = masked_conv.CONV_TILES[row]
         for (kind, width), (_, _, depth, _, _) in table.items():
@@ -149,6 +152,26 @@ def epilogue_cases(target):
     yield target, "gather", "float16", False, 64, 64, ""
 
 
+def gathered_cases(target):
+    """Tiles are masked convolution's: the largest in each arithmetic, and what changes the code around them."""
+    for kernel in ("forward", "input_grad", "weight_grad"):
+        yield target, f"gathered_{kernel}", "float16", False, 256, 256, ""
+        yield target, f"gathered_{kernel}", "float32", True, 256, 256, ""
+    yield target, "gathered_forward", "bfloat16", False, 256, 256, ""
+    yield target, "gathered_forward", "float32", False, 128, 128, ""
+    yield target, "gathered_forward", "float64", False, 128, 128, ""
+    yield target, "gathered_weight_grad", "float64", False, 128, 128, ""
+    everything = "packed+rows+gate+bias+residual+gelu"
+    yield target, "gathered_forward", "float16", False, 256, 256, everything
+    yield target, "gathered_forward", "float32", True, 256, 256, everything
+    yield target, "gathered_forward", "float16", False, 256, 256, "packed+rows+residual+silu+unaligned"
+    yield target, "gathered_forward", "float16", False, 256, 256, "linear+bias"
+    yield target, "gathered_forward", "float16", False, 32, 32, "grouped+bias"
+    yield target, "gathered_input_grad", "float16", False, 256, 256, "packed+rows+stride2"
+    yield target, "gathered_weight_grad", "float16", False, 256, 256, "packed+rows"
+    yield target, "gathered_weight_grad", "float16", False, 256, 256, "unaligned"
+
+
 class TargetDriver:
     """What Triton's launcher asks of a driver before it compiles."""
 
@@ -175,6 +198,9 @@ def launch(case):
     from dynconv.kernels import compaction, epilogue, masked_conv
 
     _, kernel, dtype, allow_tf32, channels, filters, variant = case
+    if kernel.startswith("gathered"):
+        launch_gathered(case)
+        return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
         index, count = compaction.compact(mask)
@@ -235,6 +261,49 @@ def launch(case):
             epilogue.moments(rows, count)
         elif kernel == "gather":
             epilogue.gather(source, index, count, rows)
+
+
+def launch_gathered(case):
+    import torch
+
+    from dynconv.kernels import gathered_conv
+
+    _, kernel, dtype, allow_tf32, channels, filters, variant = case
+    dtype, flags = getattr(torch, dtype), variant.split("+")
+    groups, size, taps = 2 if "grouped" in flags else 1, 1 if "linear" in flags else 16, 1 if "linear" in flags else 3
+    step = 2 if "stride2" in flags else 1
+    widths = (groups * channels, groups * filters)
+    source, out = (
+        torch.zeros(2, columns, pixels, pixels, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for columns, pixels in zip(widths, (size, size // step), strict=True)
+    )
+    ins, outs = (
+        (torch.arange(columns, dtype=torch.int32).repeat(2, 1), torch.full((2,), columns, dtype=torch.int32))
+        for columns in widths
+    )
+    weight = torch.zeros(groups * filters, channels, taps, taps, dtype=dtype)
+
+    def listed(sites):
+        return torch.arange(2 * sites, dtype=torch.int32), torch.tensor([0, sites, 2 * sites], dtype=torch.int32)
+
+    rows = listed(out[0, 0].numel()) if "rows" in flags else None
+    where = dict(input_size=(size, size), site_size=(size // step, size // step), stride=(step, step), groups=groups)
+    where |= dict(padding=(taps // 2, taps // 2), dilation=(1, 1), allow_tf32=allow_tf32)
+    where |= dict(packed_source="packed" in flags, packed_out="packed" in flags)
+    where |= dict(granularity=1 if "unaligned" in flags else 8)
+    if kernel == "gathered_forward":
+        bias = weight[:, 0, 0, 0].contiguous() if "bias" in flags else None
+        gate = torch.ones(2, groups * filters, dtype=dtype) if "gate" in flags else None
+        residual = out.clone() if "residual" in flags else None
+        activation = next((name for name in flags if name in ACTIVATIONS), "none")
+        gathered_conv.forward(
+            source, weight, bias, gate, residual, out, ins, outs, rows, activation=activation, **where
+        )
+    elif kernel == "gathered_input_grad":
+        reads = None if rows is None else (rows[0], *listed(source[0, 0].numel()))
+        gathered_conv.input_grad(out, weight, source, ins, outs, reads, **where)
+    else:
+        gathered_conv.weight_grad(source, out, weight, ins, outs, rows, **where)
 
 
 def compile_case(case):

@@ -19,7 +19,8 @@ from dynconv import kernels
 pytestmark = pytest.mark.slow
 
 GATE = Path(__file__).with_name("compile_gate.py")
-GEMMS = ("masked_conv_kernel", "weight_grad_kernel")
+GATHERED = ("gathered_conv_kernel", "gathered_weight_grad_kernel")
+GEMMS = ("masked_conv_kernel", "weight_grad_kernel", *GATHERED)
 # The matrix instruction of the target, and its older one for tiles of fewer than 64 rows.
 TENSOR_CORE = {
     "sm_80": ("mma",),
@@ -122,12 +123,24 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
     for row in filter(is_gemm, rows):
         if "unaligned" in row["variant"]:
             continue
-        if row["function"] == "weight_grad_kernel" and row["precision"] == "tf32" and target in ("sm_90", "sm_100"):
+        is_wgrad = row["function"] in ("weight_grad_kernel", "gathered_weight_grad_kernel")
+        if is_wgrad and row["precision"] == "tf32" and target in ("sm_90", "sm_100"):
             # Both operands of wgrad lie across K (K is the site), and wgmma takes TF32 along K only: they are
             # transposed on the way into shared memory, 4 bytes at a time.
             assert row["cp_async"] > 0, describe([row])
             continue
         assert row["cp_async_16"] > 0, describe([row])
+
+
+def test_runs_of_channels_are_loaded_16_bytes_at_a_time(target, rows):
+    """Through registers where there is no cp.async: the hints on gathered columns have to reach the loads."""
+    found = [row for row in rows if row["function"] in GATHERED and "unaligned" not in row["variant"]]
+    assert {row["function"] for row in found} == set(GATHERED)
+    for row in found:
+        if target != "gfx942":
+            assert row["cp_async"] > 0, describe([row])
+        elif "grouped" not in row["variant"]:  # the small tile of a group has less than 16 bytes for each thread
+            assert row["vector_16"] >= 2, describe([row])
 
 
 def test_aligned_rows_of_stencils_are_loaded_16_bytes_at_a_time(target, rows):
