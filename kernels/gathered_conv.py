@@ -66,8 +66,10 @@ def config(kind, sites, channels, filters, arch, *, piece, finished=False):
     channels, filters = triton.cdiv(channels, 2), triton.cdiv(filters, 2)
     if finished and kind == "tf32":
         filters = min(filters, 64)
-    # The columns are looked up ahead of what is loaded from them, as a packed source's rows are.
-    tile = masked_conv.config(kind, channels, filters, arch, packed=True, finished=finished, piece=piece)
+    # The columns are looked up ahead of what is loaded from them, as a packed source's rows are. With stages for the
+    # lookup Triton for AMD pipelines none of the loads.
+    chained = arch != "gfx942"
+    tile = masked_conv.config(kind, channels, filters, arch, packed=chained, finished=finished, piece=piece)
     if finished and kind == "tf32":
         # Where a thread holds a row (tcgen05), bias and gate take as many registers as the accumulators and a residual.
         tile["num_warps"] = 8
@@ -724,7 +726,7 @@ def bias_grad(grad, outs, rows, packed):
         samples, _, height, width = grad.shape
         # What is past the last site is sent to a place of its own.
         active = torch.zeros(len(sites) + 1, dtype=torch.bool, device=grad.device)
-        active[torch.where(listed, sites, len(sites)).long()] = True
+        active.scatter_(0, torch.where(listed, sites, len(sites)).long(), True)
         grad = torch.where(active[:-1].view(samples, 1, height, width), grad, 0)
     sums = grad.sum((2, 3), dtype=dtype)
     place = places(index)
