@@ -67,14 +67,18 @@ def config(kind, sites, channels, filters, arch, *, piece, finished=False):
     if finished and kind == "tf32":
         filters = min(filters, 64)
     # The columns are looked up ahead of what is loaded from them, as a packed source's rows are. With stages for the
-    # lookup Triton for AMD pipelines none of the loads.
-    chained = arch != "gfx942"
+    # lookup Triton for AMD pipelines none of the loads; without, many small ones run out of scalar registers.
+    aligned = is_aligned(kind, piece)
+    chained = arch != "gfx942" or not aligned
     tile = masked_conv.config(kind, channels, filters, arch, packed=chained, finished=finished, piece=piece)
     if finished and kind == "tf32":
         # Where a thread holds a row (tcgen05), bias and gate take as many registers as the accumulators and a residual.
         tile["num_warps"] = 8
-    if not is_aligned(kind, piece):
-        tile["BLOCK_M"] = min(tile["BLOCK_M"], 64)  # every element has an address of its own: more of them spill
+    if not aligned:
+        # Every element has an address of its own: more of them for each thread spill.
+        tile["BLOCK_M"] = min(tile["BLOCK_M"], 64)
+        if kind == "ieee":
+            tile["num_warps"] = 8
     # A tile does not cross samples.
     block_m = max(16, triton.next_power_of_2(sites))
     if block_m < tile["BLOCK_M"]:

@@ -157,8 +157,8 @@ def gathered_cases(target):
     for kernel in ("forward", "input_grad", "weight_grad"):
         yield target, f"gathered_{kernel}", "float16", False, 256, 256, ""
         yield target, f"gathered_{kernel}", "float32", True, 256, 256, ""
-    yield target, "gathered_forward", "bfloat16", False, 256, 256, ""
     yield target, "gathered_forward", "float32", False, 128, 128, ""
+    yield target, "gathered_input_grad", "float32", False, 128, 128, "unaligned"
     yield target, "gathered_forward", "float64", False, 128, 128, ""
     yield target, "gathered_weight_grad", "float64", False, 128, 128, ""
     # The most that a forward holds at once.
@@ -166,7 +166,7 @@ def gathered_cases(target):
     yield target, "gathered_forward", "float32", True, 256, 256, "rows+gate+bias+residual+gelu"
     yield target, "gathered_forward", "float16", False, 256, 256, "packed+rows+residual+silu+unaligned"
     yield target, "gathered_forward", "float16", False, 256, 256, "linear+bias"
-    yield target, "gathered_forward", "float16", False, 32, 32, "grouped+bias"
+    yield target, "gathered_forward", "bfloat16", False, 32, 32, "grouped+bias"
     yield target, "gathered_input_grad", "float16", False, 256, 256, "packed+rows+stride2"
     yield target, "gathered_weight_grad", "float16", False, 256, 256, "packed+rows"
     yield target, "gathered_weight_grad", "float16", False, 256, 256, "unaligned"
