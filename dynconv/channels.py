@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from ._backend import module, unwatched
+
 
 def _check_int(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
@@ -18,6 +20,15 @@ def _check_int(name: str, value: int, least: int) -> None:
 
 def _is_grouped(mask: Tensor, size: int) -> bool:
     return torch.equal(mask, mask[:, ::size].repeat_interleave(size, 1)[:, : mask.shape[1]])
+
+
+def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+    if mask.is_cpu and unwatched(mask):
+        return module(".cpu.channels").compact(mask.contiguous())
+    count = mask.sum(1, dtype=torch.int32)
+    order = mask.byte().argsort(stable=True, dim=1, descending=True)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(place < count[:, None], order, -1).int(), count
 
 
 class ActiveChannels:
@@ -80,12 +91,9 @@ class ActiveChannels:
         # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
         self.mask = mask.clone(memory_format=torch.contiguous_format) if self.gate is None else mask.detach() != 0
         self.granularity, self._capacity, self._inverse = granularity, None, []
-        self.count = self.mask.sum(1, dtype=torch.int32)
+        self.index, self.count = _compact(self.mask)
         if capacity is not None and capacity < size[1]:
             self._bound(capacity)
-        order = self.mask.byte().argsort(stable=True, dim=1, descending=True)
-        place = torch.arange(size[1], device=mask.device)
-        self.index = torch.where(place < self.count[:, None], order, -1).int()
 
     def _bound(self, capacity: int) -> None:
         fits = (self.count <= capacity).all()

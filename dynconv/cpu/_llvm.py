@@ -106,6 +106,23 @@ def load(typingctx, array, offset, compute):
 
 
 @intrinsic
+def prefetch(typingctx, array, offset):
+    """Ask for the cache line of array[offset], which may lie past its end."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(function, [address, number(0), number(3), number(1)])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
 def copy_vector(typingctx, source, source_at, target, target_at):
     """Copy one vector of elements, widened to the compute type."""
 

@@ -49,6 +49,7 @@ from ._llvm import (
     finish_row,
     load,
     multiply_transposed_tile,
+    prefetch,
     store,
     transpose_vectors,
 )
@@ -60,6 +61,7 @@ DEPTH = 1152
 MOST_ROWS = 96
 WEIGHT_ROWS = 128  # rows of a chunk of the weight's gradient, and
 SUMMED_CHUNKS = 8  # chunks that one running sum adds up
+AHEAD = 8  # rows that are asked for ahead of the one that is copied
 SHORT = 6  # channels of a run that is not worth a copy of its own, on average
 FILTERS = 48  # output channels of a piece of the weight's gradient
 
@@ -128,6 +130,11 @@ def _pack_kernel(arguments, storage, compute):
         for m in range(begin, end):
             row = np.int64(listed[m]) if has_list else m
             target = share + (m if is_compact else row) * count
+            # Rows with gaps are no stream that the hardware would see: it waits for each line.
+            for r in range(runs, runs + 2 * number, 2):
+                ahead = (row + AHEAD) * width + np.int64(index[at + all_runs[r]])
+                for c in range(0, np.int64(all_runs[r + 1]), lanes):
+                    prefetch(source, ahead + c)
             if is_packed:
                 copy(source, row * width, count, packed, target, lanes, compute)
             else:
