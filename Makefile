@@ -14,7 +14,7 @@ ARGS ?=
 WORKERS := -n auto --maxprocesses 4
 
 # Not dynconv-pose, whose maps at batch 32 take 14 GB.
-SHAPES := resnet50 mobilenetv2 lasnet sige-ddpm sbnet
+SHAPES := resnet50 mobilenetv2 lasnet sige-ddpm sbnet laudnet linear
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

@@ -39,6 +39,10 @@ for dtype, channels, stride in ((torch.float16, 64, 1), (torch.float32, 17, 2)):
     output.backward(torch.ones_like(output))
     with torch.no_grad():
         dynconv.masked_conv2d(input, weight, bias, stride, 1, mask=gate.detach() != 0, out=output.detach().clone())
+    ins, outs = (torch.rand(2, c, device="cuda", generator=generator) < 0.5 for c in (channels, 40))
+    sites = gate.detach() != 0
+    output = dynconv.gathered_conv2d(input, weight, bias, stride, 1, in_mask=ins, out_mask=outs, mask=sites)
+    output.backward(torch.ones_like(output))
 torch.cuda.synchronize()
 print("probe done")
 """
@@ -95,7 +99,7 @@ def parts(out: Path, dry_run: bool) -> Iterator[Part]:
         missing = "a dry run has no GPU" if dry_run else None if tool else "compute-sanitizer is not here"
         # Without PyTorch's cache every tensor is an allocation of its own, with its own bounds.
         yield Part(check, command, 90, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
-    sizes = ["--device", "cuda", "--batch", "128", "--repeats", "15", "--seconds", "0.3"]
+    sizes = ["--device", "cuda", "--repeats", "15", "--seconds", "0.3"]
     if dry_run:
         sizes = ["--batch", "1", "--quick", "--repeats", "2", "--shapes", "resnet50", "--layers", "7x7"]
     for dtype in ("bfloat16", "float16"):
@@ -103,7 +107,9 @@ def parts(out: Path, dry_run: bool) -> Iterator[Part]:
         if dtype == "bfloat16":
             results += ["--plot", str(out / "bench-bfloat16.png")]
             results += [] if dry_run else ["--scaling", str(out / "scaling.png")]
-        yield Part(f"bench {dtype}", [*package, "bench", *sizes, "--dtype", dtype, *results], 150)
+        shapes = [] if dry_run or dtype == "bfloat16" else ["--shapes", "resnet50"]
+        limit = 240 if dtype == "bfloat16" else 60
+        yield Part(f"bench {dtype}", [*package, "bench", *sizes, *shapes, "--dtype", dtype, *results], limit)
     automatic = ["--automatic", "--shapes", "resnet50", "--modes", "plain", "--json", str(out / "automatic.json")]
     if dry_run:
         automatic = [*automatic[-2:], "--automatic"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-# (family, kernel; 0 are whole blocks) -> title, and the densities to show, or all.
+# (family, kernel; 0 are whole blocks, None all layers) -> title, and the densities to show, or all.
 GROUPS = {
     ("resnet50", 3): ("ResNet-50, 3×3", None),
     ("sbnet", 3): ("SBNet, 3×3", None),
@@ -25,6 +25,9 @@ GROUPS = {
     ("sbnet", 0): ("SBNet, bottlenecks", None),
     ("mobilenetv2", 0): ("MobileNetV2, inverted residuals", (0.5, 0.25)),
     ("dynconv-pose", 0): ("DynConv's pose network, 57 blocks", None),
+    ("laudnet groups of 16", None): ("LAUDNet, channels in groups of 16", (0.5, 0.25)),
+    ("laudnet groups of 1", None): ("LAUDNet, single channels", (0.5, 0.25)),
+    ("linear groups of 16", None): ("linear 4096 and 1024, features in groups of 16", (0.5, 0.25)),
 }
 
 
@@ -35,11 +38,11 @@ def geometric_mean(values: list[float]) -> float:
 def table(record: dict) -> list[str]:
     """Geometric means over the 3×3 layers or the blocks of a family, a line for each density."""
     lines = [
-        "| layers | density | a call | in place | forward + backward |",
+        "| layers | density, keep rate | a call | in place | forward + backward |",
         "|---|---|---|---|---|",
     ]
     for (family, kernel), (title, shown) in GROUPS.items():
-        rows = [row for row in record["rows"] if (row["family"], row["kernel"]) == (family, kernel)]
+        rows = [row for row in record["rows"] if row["family"] == family and kernel in (None, row["kernel"])]
         if (family, kernel) == ("dynconv-pose", 0):
             rows = [row for row in rows if row["layer"] == "57 blocks in a row"]
         for asked in sorted({row["asked"] for row in rows}, reverse=True):
@@ -71,6 +74,8 @@ def section(path: Path) -> str:
             "A call includes finding the active pixels and writing the zeros; in place updates a cached output with",
             "shared sites. Dense blocks have normalisation folded in and activations in place; the masked ones keep",
             "features packed between their layers, and in training normalise over the computed pixels.",
+            "LAUDNet's layers and the linear ones keep that share of the inputs and of the outputs of each sample, so",
+            "that the products allow its inverse square.",
             f"Every layer is in [{folder}]({folder}/bench.json).",
             "",
             *table(record),

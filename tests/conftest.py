@@ -55,11 +55,16 @@ class Target:
         self.backend = backend
         self.device = torch.device("cuda" if backend == "triton" and ON_GPU else "cpu")
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether it runs in Triton's interpreter, thousands of times slower."""
+        return self.backend == "triton" and not ON_GPU
+
     def use(self):
         return dynconv.backend(self.backend)
 
     def skip_unless(self, dtype: torch.dtype) -> None:
-        if self.backend == "triton" and not ON_GPU and dtype == torch.bfloat16:
+        if self.is_interpreted and dtype == torch.bfloat16:
             pytest.skip("bfloat16 dot products are broken in Triton's interpreter; the compile gate builds them")
 
 

@@ -17,14 +17,15 @@ import torch.nn.functional as F
 import dynconv
 from dynconv import _timing as timing
 from dynconv.__main__ import main
-from dynconv.cli import bounds, chains, demo, digits, extra, scaling, verify
+from dynconv.cli import bounds, chains, demo, digits, extra, gathered, scaling, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
-from dynconv.cli.layers import LAYERS, Block, Layer, blob_mask, patch, random_mask, reached
+from dynconv.cli.layers import LAYERS, Block, Layer, Width, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Layer("tiny", 12, 10, 8, 16, 3)
 FORWARD = {"output", "output, autograd", "in place"}
+GATHERED = {"output", "output, autograd", "grad input", "grad weight", "grad bias", "grad gate"}
 QUANTITIES = {
     "masked_conv2d": {
         "output", "in place", "grad input", "grad weight", "grad bias", "grad gate", "grad inactive",
@@ -33,6 +34,9 @@ QUANTITIES = {
     "packed chain": FORWARD | {f"grad {name}" for name in ("input", "weight", "bias", "gate", "residual", "inactive")},
     "Bottleneck, eval": FORWARD | {"grad input", "grad weight", "grad norm", "grad gate"},
     "Bottleneck, train": {"output", "grad input", "grad gate", "grad parameters", "running statistics"},
+    "gathered_conv2d": GATHERED,
+    "packed channels": GATHERED - {"grad gate"},
+    "gathered_linear": GATHERED,
 }  # fmt: skip
 
 
@@ -435,6 +439,53 @@ def test_bench_checks_and_times_whole_blocks(kind):
     rows = list(measure(block, [0.5, 0.2], ["plain", "in-place", "backward"], batch=2, repeats=1))
     assert [row.failure for row in rows] == [None] * 6
     assert all(row.ratio > 0 and 1 < row.ideal <= 1 / row.density for row in rows)
+
+
+WIDTHS = {
+    "groups": Width("tiny", 6, 5, 32, 48, 3, 16),
+    "single channels": Width("tiny", 6, 5, 24, 20, 1, 1),
+    "linear": Width("tiny", 1, 1, 64, 48, 1, 16, linear=True),
+}
+
+
+@pytest.mark.parametrize("layer", WIDTHS.values(), ids=WIDTHS)
+def test_bench_checks_and_times_dynamic_width(layer):
+    rows = list(measure(layer, [0.5, 0.25], ["plain", "in-place", "backward"], batch=3, repeats=1))
+    assert [(row.mode, row.failure) for row in rows] == 2 * [("plain", None), ("backward", None)]
+    assert all(row.kind == "width" and row.ratio > 0 for row in rows)
+    assert all((row.sliced is not None) == (row.mode == "plain") for row in rows)
+    assert [row.ideal for row in rows] == pytest.approx([1 / row.work for row in rows])
+    assert rows[0].ideal == pytest.approx(4, rel=0.4)  # whole groups: 1 of 2, and 2 of 3
+
+
+@pytest.mark.parametrize("layer", WIDTHS.values(), ids=WIDTHS)
+def test_the_idioms_beside_dynamic_width_are_right(layer):
+    bench, check = prepare(layer, 3, torch.float32, "cpu")
+    mask = layer.active(0.5, "blob", 3, bench.generator)
+    for idiom in (bench.sliced, bench.masked_dense):
+        assert check.output(idiom(0, mask), mask).passed
+
+
+@pytest.mark.parametrize("mode", ["plain", "backward"])
+@pytest.mark.parametrize("name", ["gathered_conv2d", "gathered_linear"])
+def test_bench_and_verify_see_wrong_width(monkeypatch, capsys, name, mode):
+    right = getattr(dynconv, name)
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        if isinstance(result, dynconv.PackedChannels):
+            return result._replace(features=result.features * 1.001)
+        return result * 1.001
+
+    monkeypatch.setattr(dynconv, name, wrong)
+    layer = WIDTHS["linear" if name == "gathered_linear" else "groups"]
+    (row,) = measure(layer, [0.5], [mode], batch=3, repeats=1)
+    assert row.failure.startswith("wrong result")
+    if mode == "plain":
+        chosen = "linear width" if name == "gathered_linear" else "3x3 width"
+        cases = [case for case in gathered.WIDTHS if case.name == chosen]
+        rows = list(verify.verify("cpu", "float32", [(gathered.Gathered, cases)], ["sparse"]))
+        assert rows and not any(row.passed for row in rows if row.quantity.startswith("output"))
 
 
 def test_a_block_may_be_measured_in_inference_alone():

@@ -30,6 +30,7 @@ DENSITIES = (0.9, 0.75, 0.5, 0.25, 0.1)
 QUICK_DENSITIES = (0.5, 0.25)
 QUICK_SHAPES = ("resnet50", "sige-ddpm")
 BATCH = {"cpu": 4, "cuda": 128}
+WIDTH_BATCH = {"cpu": 8, "cuda": 64}  # of layers of dynamic width
 
 
 @dataclass
@@ -313,7 +314,7 @@ def _timed(bench: Bench, mask: Tensor, modes: Sequence[str], repeats, seconds, c
         forward["in-place"] = lambda number: bench.sparse(number, sites, bench.caches[number])
     if forward:
         forward = {"dense": bench.dense, "compaction": lambda number: bench.compact(mask)} | forward
-        if isinstance(bench, WidthBench):
+        if isinstance(bench, WidthBench) and bench.device == "cpu":  # on a GPU it waits for every sample's counts
             forward["sliced"] = lambda number: bench.sliced(number, mask)
         if compiled is not None:
             forward["masked dense"] = lambda number: bench.masked_dense(number, mask)
@@ -404,7 +405,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--density", nargs="+", type=_density, default=DENSITIES, metavar="D", help="of layers without published ones"
     )
     parser.add_argument("--masks", choices=tuple(MASKS), default="blob")
-    parser.add_argument("--batch", type=_positive, help="of layers without a published one; 4 on cpu, 128 on cuda")
+    parser.add_argument(
+        "--batch", type=_positive, help="of layers without a published one; cpu 4, cuda 128; of dynamic width 8, 64"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--baselines", action="store_true", help="also conv2d(x) * mask, as it is and torch.compile'd")
     parser.add_argument(
@@ -474,7 +477,8 @@ def main(arguments: argparse.Namespace) -> int:
         task = bar.add_task("bench", total=sum(_cost(layer) * len(layer.densities or densities) for layer in layers))
         for layer in layers:
             bar.update(task, description=f"{layer.family} {layer.name}")
-            batch = layer.batch or arguments.batch or BATCH[arguments.device]
+            usual = WIDTH_BATCH if isinstance(layer, Width) else BATCH
+            batch = layer.batch or arguments.batch or usual[arguments.device]
             for row in measure(
                 layer, layer.densities or densities, arguments.modes, batch=batch,
                 dtype=getattr(torch, arguments.dtype), device=arguments.device, masks=arguments.masks,

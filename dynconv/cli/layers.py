@@ -231,10 +231,10 @@ def _lasnet() -> tuple[Layer | Block, ...]:
 
 
 def _laudnet() -> tuple[Width, ...]:
-    """LAUDNet's channel mode: the bottlenecks' 3x3 layers and a 1x1 layer, channel groups of 1, 8, 16 and 32."""
+    """LAUDNet's channel mode: the bottlenecks' 3x3 layers and a 1x1 layer, channel groups of 16, 32, 8 and 1."""
     shapes = ((56, 64, 3), (28, 128, 3), (14, 256, 3), (7, 512, 3), (28, 256, 1))
     return tuple(
-        Width(f"laudnet groups of {group}", size, size, channels, channels, kernel, group, 8)
+        Width(f"laudnet groups of {group}", size, size, channels, channels, kernel, group)
         for group in (16, 32, 8, 1)
         for size, channels, kernel in shapes
     )
