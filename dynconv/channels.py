@@ -19,7 +19,12 @@ def _check_int(name: str, value: int, least: int) -> None:
 
 
 def _is_grouped(mask: Tensor, size: int) -> bool:
-    return torch.equal(mask, mask[:, ::size].repeat_interleave(size, 1)[:, : mask.shape[1]])
+    return torch.equal(mask, _spread(mask, size))
+
+
+def _spread(mask: Tensor, size: int) -> Tensor:
+    """The first channel of each group in the place of all."""
+    return mask[:, ::size].repeat_interleave(size, 1)[:, : mask.shape[1]]
 
 
 def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +118,8 @@ class ActiveChannels:
             mask: bool [N, C].
             granularity: how many; None finds the largest of 32, 16, 8 and 1 that fits, and waits for the device.
 
-        Raises TypeError where the mask is not bool, ValueError where it has another shape or (on the CPU) does not keep
-        and drop whole groups.
+        Raises TypeError where the mask is not bool, ValueError where it has another shape or does not keep and drop
+        whole groups (on a GPU that is an assertion on the device).
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
@@ -124,8 +129,11 @@ class ActiveChannels:
             granularity = next(size for size in (32, 16, 8, 1) if _is_grouped(mask, size))
         else:
             _check_int("granularity", granularity, 1)
-            if mask.is_cpu and not torch.compiler.is_compiling() and not _is_grouped(mask, granularity):
-                raise ValueError(f"mask: expected whole groups of {granularity} channels to be kept or dropped")
+            message = f"mask: expected whole groups of {granularity} channels to be kept or dropped"
+            if not mask.is_cpu or torch.compiler.is_compiling():
+                torch._assert_async((mask == _spread(mask, granularity)).all(), message)
+            elif not _is_grouped(mask, granularity):
+                raise ValueError(message)
         return cls(mask[:, ::granularity], (mask.shape[0], mask.shape[1]), granularity=granularity)
 
     @classmethod
@@ -152,9 +160,12 @@ class ActiveChannels:
     @property
     def capacity(self) -> int:
         """The most channels that any sample keeps, as far as that is known without waiting for a device."""
-        if self._capacity is None:
-            if not self.mask.is_cpu or torch.compiler.is_compiling() or is_fake(self.mask):
-                return self.mask.shape[1]
+        known = self._known_capacity
+        return self.mask.shape[1] if known is None else known
+
+    @property
+    def _known_capacity(self) -> int | None:
+        if self._capacity is None and self.mask.is_cpu and not torch.compiler.is_compiling() and not is_fake(self.mask):
             self._capacity = int(self.count.max()) if self.count.numel() else 0
         return self._capacity
 
@@ -175,9 +186,9 @@ class ActiveChannels:
         channels.gate = None
         return channels
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """[N, C] or [C] -> [N, capacity]: the values of each sample's kept channels, and zeros; differentiable."""
-        index = self.index[:, : self.capacity]
+    def _gather(self, values: Tensor, width: int) -> Tensor:
+        """[N, C] or [C] -> [N, width]: the values of each sample's kept channels, and zeros; differentiable."""
+        index = self.index[:, :width]
         kept = values.expand(self.shape).gather(1, index.clamp(min=0).long())
         return torch.where(index >= 0, kept, 0)
 

@@ -283,6 +283,7 @@ def budget_loss(rates: Sequence[Tensor], target: float, weights: Sequence[float]
 
     Args:
         rates: for each layer the shares that the samples keep, [N] or a scalar: `Selection.rate`, or `product_rates`.
+            A number is a layer without a gate, among others with one.
         target: the share to keep, in 0..1.
         weights: for each layer its cost, not negative; None weighs all alike.
 
@@ -343,6 +344,9 @@ def l1_loss(scores: Sequence[Tensor]) -> Tensor:
 
 def _layer_means(name: str, layers: Sequence[Tensor], of=lambda layer: layer) -> Tensor:
     """[layers]. A single tensor would pass for as many layers as it has samples, so it is refused."""
+    known = [layer for layer in layers if isinstance(layer, Tensor)]
+    if known and not isinstance(layers, Tensor):  # a number is a layer without a gate
+        layers = [known[0].new_tensor(float(layer)) if isinstance(layer, (int, float)) else layer for layer in layers]
     if isinstance(layers, Tensor) or not all(isinstance(layer, Tensor) for layer in layers):
         kind = "a tensor" if isinstance(layers, Tensor) else [type(layer).__name__ for layer in layers]
         raise TypeError(f"{name}: expected a sequence of tensors, one for each layer, got {kind}")
@@ -352,8 +356,8 @@ def _layer_means(name: str, layers: Sequence[Tensor], of=lambda layer: layer) ->
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, exactly, and the gradient of `soft`."""
-    return hard + (soft - soft.detach())
+    """The value of `hard`, exactly, and the gradient of `soft`; NaN features close nothing and open nothing."""
+    return hard + (soft - soft.detach()).nan_to_num(0)
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -66,8 +66,8 @@ class PackedChannels(NamedTuple):
     them out again. A gate of the channels has been applied by whoever made them, and is not applied again.
 
     Attributes:
-        features: [N, channels.capacity, H, W] in channels_last: the i-th channel of sample n is its channel
-            channels.index[n, i]. Zeros from channels.count[n] on.
+        features: [N, K, H, W] in channels_last, K at least the most channels that a sample keeps: the i-th channel of
+            sample n is its channel channels.index[n, i]. Zeros from channels.count[n] on.
         channels: which channels these are, of [N, C].
     """
 

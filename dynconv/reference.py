@@ -75,17 +75,19 @@ def gathered_conv2d(
 
     kept = where(out_mask, out_gate * gate * conv2d(where(in_mask, in_gate * input, 0)), 0)
     """
-    input = unpack_channels(input) if isinstance(input, PackedChannels) else _keep(input, in_mask)
     geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
     size = geometry.output_size(*input.shape[2:])
+    features = unpack_channels(input) if isinstance(input, PackedChannels) else input
     active = None
     if mask is not None:
         sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *size))
         active, gate = sites.mask, sites.gate
         read = sites.touched(tuple(input.shape[2:]), tuple(weight.shape[2:]), stride, padding, dilation).mask
-        input = torch.where(read, input, 0)
+        features = torch.where(read, features, 0)
+    if not isinstance(input, PackedChannels):
+        features = _keep(features, in_mask)
     (top, left), (bottom, right) = geometry.padding, geometry.padding_end
-    padded = F.pad(input, (left, right, top, bottom))
+    padded = F.pad(features, (left, right, top, bottom))
     result = F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, groups)
     result = _keep(result, out_mask)
     if active is not None and gate is not None:
@@ -96,11 +98,12 @@ def gathered_conv2d(
     if active is not None:
         result = torch.where(active, result, 0 if inactive is None else inactive)
     if packed:
-        channels = out_mask
-        if not isinstance(channels, ActiveChannels):
-            channels = ActiveChannels(torch.ones_like(result[:, :, 0, 0]) > 0 if channels is None else channels,
-                                      tuple(result.shape[:2]))  # fmt: skip
-        return pack_channels(result, channels)
+        size = tuple(result.shape[:2])
+        if out_mask is None:
+            out_mask = ActiveChannels._all(size, result.device)
+        return pack_channels(
+            result, out_mask if isinstance(out_mask, ActiveChannels) else ActiveChannels(out_mask, size)
+        )
     return result.contiguous(memory_format=torch.channels_last)
 
 
@@ -137,11 +140,10 @@ def pack_channels(input: Tensor, channels: ActiveChannels) -> PackedChannels:
 
 def unpack_channels(features: PackedChannels) -> Tensor:
     """The dense features, among zeros."""
-    place = features.channels.inverse[:, :, None, None]
-    if features.features.shape[1] == 0:
-        return features.features.new_zeros(features.shape).contiguous(memory_format=torch.channels_last)
-    dense = features.features.gather(1, place.clamp(min=0).long().expand(-1, -1, *features.features.shape[2:]))
-    return torch.where(place >= 0, dense, 0).contiguous(memory_format=torch.channels_last)
+    rows, place = features.features, features.channels.inverse[:, :, None, None]
+    # Whatever is not kept reads a channel of zeros.
+    place = torch.where(place >= 0, place, rows.shape[1]).long().expand(-1, -1, *rows.shape[2:])
+    return F.pad(rows, (0, 0, 0, 0, 0, 1)).gather(1, place).contiguous(memory_format=torch.channels_last)
 
 
 def epilogue(

@@ -172,10 +172,39 @@ def test_all_kept_is_the_dense_block(name):
         assert torch.allclose(block(input, channels), expected, **CLOSE)
         assert all(torch.allclose(dense.state_dict()[key], value, **CLOSE) for key, value in after.items())
     dense.load_state_dict(start)
-    exact = make.from_dense(dense, statistics="dense")
-    exact(input, gates(dense, "none"))
-    first = next(key for key in after if "running_mean" in key)
-    assert torch.allclose(dense.state_dict()[first], after[first], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_dense_statistics_are_the_masked_dense_block(name, dtype):
+    """To the bit, at any masks: everything is computed, and what is not kept is set to zero."""
+    dense, make, input = random_block(name)
+    dense, input = dense.to(dtype), input.to(dtype)
+    exact, start, chosen = make.from_dense(dense, statistics="dense"), copy.deepcopy(dense.state_dict()), []
+    chosen = gates(dense, "some")
+    if dtype != torch.float64:
+        chosen = [gate.float() for gate in chosen]  # of a head that stays in float32
+    for mask in masks(dense, input).values():
+        results = []
+        for function in (exact, None):
+            dense.load_state_dict(start)
+            leaves = [t.clone().requires_grad_() for t in (input, *chosen)]
+            if function is not None:
+                output = function(leaves[0], leaves[1:], mask)
+            else:
+                shortcut = leaves[0] if dense.downsample is None else dense.downsample(leaves[0])
+                output = leaves[0]
+                for i, (conv, norm, activation) in enumerate(stages(dense)):
+                    output = norm(conv(output))
+                    if i < len(chosen):
+                        output = activation((output * leaves[1 + i][:, :, None, None]).to(dtype))
+                output = stages(dense)[-1][2](output + shortcut)
+                output = output if mask is None else torch.where(mask, output, shortcut)
+            grads = torch.autograd.grad(output, [*leaves, *dense.parameters()], torch.ones_like(output))
+            results.append([output, *grads, *(t.clone() for t in dense.state_dict().values())])
+        for gate, grad in zip(chosen, results[1][2:]):
+            grad[gate == 0] = 0  # a gate that is closed gets no gradient
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_reference_backend_agrees():
@@ -226,7 +255,7 @@ def test_compiles():
         (
             dict(channels=torch.ones(3, 9) > 0),
             ValueError,
-            "mask: expected a shape that broadcasts to [3, 8], got [3, 9]",
+            "channels: expected a shape that broadcasts to [3, 8], got [3, 9]",
         ),
         (dict(input=torch.ones(3, 5, 7, 6).double()), ValueError, "weight: expected 5 input channels"),
     ],
@@ -289,7 +318,15 @@ class TestLayers:
         for name, value in dense.state_dict().items():
             if "running" in name:
                 assert torch.allclose(layer.state_dict()[name], value, **CLOSE), name
+        everywhere = pack(input, ActiveChannels(kept))  # skipped sites that hold something
+        layer = GatheredBatchNorm2d.from_dense(copy.deepcopy(dense))
+        again = GatheredBatchNorm2d.from_dense(copy.deepcopy(dense))
+        assert torch.equal(layer(everywhere, mask).features, again(features, mask).features)
         with pytest.raises(TypeError, match="features: expected PackedChannels, got Tensor"):
             layer(input)
+        with pytest.raises(TypeError, match=r"mask: expected a bool tensor or ActiveSites, got torch\.float32"):
+            layer(features, mask.float())
+        with pytest.raises(ValueError, match="features: expected 4 channels, got 5"):
+            GatheredBatchNorm2d(4)(features)
         nothing = PackedChannels(torch.zeros(3, 0, 4, 3).double(), ActiveChannels(kept & False))
         assert layer(nothing).features.shape == (3, 0, 4, 3)

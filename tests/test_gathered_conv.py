@@ -462,6 +462,66 @@ def test_packed_features_are_the_kept_channels():
     assert torch.equal(gathered_conv2d(nothing, after, torch.ones(2)), torch.ones(4, 2, 6, 5))
 
 
+def test_an_empty_set_stays_in_the_graph():
+    """Gradients are zeros, never None, whatever the gates have chosen."""
+    (input, weight, bias), _, geometry, masks = case()
+    for used in ("cpu", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (input, weight, bias)]
+        with dynconv.backend(used):
+            packed = gathered_conv2d(*leaves, *geometry, out_mask=masks[1] & False, packed=True)
+            (packed.unpack().sum() + gathered_conv2d(packed, torch.ones(2, 7, 1, 1)).sum()).backward()
+        assert all(t.grad is not None and not t.grad.any() for t in leaves)
+
+
+def test_packed_features_cross_the_border_of_a_compiled_graph():
+    """Inside nobody knows the count, so the features have room for all channels."""
+    torch._dynamo.reset()
+    (input, weight, bias), _, geometry, masks = case()
+    mask, after = masks[1] & (torch.arange(7) < 3), integers(2, 7, 1, 1, seed=9)
+    first = lambda x, m: gathered_conv2d(x, weight, bias, *geometry, out_mask=m, packed=True)
+    second = lambda features: gathered_conv2d(features, after)
+    expected = second(first(input, mask))
+    compiled = torch.compile(first, backend="eager", fullgraph=True)(input, mask)
+    assert compiled.features.shape[1] == 7
+    assert torch.equal(second(compiled), expected)
+    assert torch.equal(compiled.unpack(), first(input, mask).unpack())
+    assert torch.equal(torch.compile(second, backend="eager", fullgraph=True)(first(input, mask)), expected)
+    torch._dynamo.reset()
+
+
+def test_packed_features_without_room_are_refused():
+    channels = ActiveChannels(torch.ones(2, 5, dtype=torch.bool), capacity=5)
+    sets = (channels.index, channels.count, channels.index, channels.count)
+    where = ((3, 3), (1, 1), (0, 0), (1, 1), 1, 1, "cpu")
+    arguments = (torch.ones(2, 4, 3, 3), torch.ones(5, 5, 1, 1), None, *sets, [], None, None, None, "none", True, -1)
+    with pytest.raises(ValueError, match="input: expected room for 5 packed channels, got 4"):
+        torch.ops.dynconv.gathered_conv2d(*arguments, *where)
+
+
+def test_an_input_gate_does_not_read_what_no_active_site_reads():
+    (input, weight, bias), grad, geometry, masks = case()
+    gate = masks[0].float().requires_grad_()
+    mask = torch.zeros(4, 1, 6, 5, dtype=torch.bool)
+    mask[:, :, 0, 0] = True
+    poisoned = input.clone()
+    poisoned[:, :, 3:] = math.nan
+    grads = []
+    for function, x in ((reference.gathered_conv2d, input), (gathered_conv2d, poisoned)):
+        output = function(x, weight, bias, *geometry, in_mask=gate, out_mask=masks[1], mask=mask)
+        grads.append(torch.autograd.grad(output, gate, grad)[0])
+    assert torch.equal(*grads)
+
+
+def test_an_image_without_lines():
+    """Padding alone makes an output; the bias has a gradient."""
+    weight, bias = integers(3, 2, 1, 1).requires_grad_(), integers(3).requires_grad_()
+    input = torch.ones(2, 2, 0, 5, requires_grad=True)
+    output = gathered_conv2d(input, weight, bias, 1, 1)
+    output.sum().backward()
+    assert torch.equal(output, bias.view(1, 3, 1, 1).expand(2, 3, 2, 7))
+    assert input.grad.shape == input.shape and not weight.grad.any() and bias.grad.tolist() == [28.0] * 3
+
+
 def test_packing_is_differentiable():
     input, mask = torch.randn(3, 6, 2, 2, dtype=torch.float64, requires_grad=True), random_channels(3, 6)
     channels = ActiveChannels(mask)
@@ -578,7 +638,7 @@ BAD = {
     "groups: expected a divisor": dict(groups=2),
     "input: expected shape [N, Cin, H, W], got [4, 5, 6]": dict(input=torch.ones(4, 5, 6)),
     "input: expected a tensor": dict(input=None),
-    "input: expected features [4, 5, H, W], got [4, 4, 6, 5]": dict(
+    "input: expected features [4, 5 or more, H, W], got [4, 4, 6, 5]": dict(
         input=PackedChannels(torch.ones(4, 4, 6, 5), ActiveChannels(torch.ones(4, 5) > 0)), in_mask=None
     ),
     "in_mask: expected None beside packed channels": dict(
@@ -647,6 +707,11 @@ class TestActiveChannels:
             ActiveChannels.from_groups(mask, 16)
         with pytest.raises(TypeError, match=r"mask: expected a bool tensor, got torch.float32"):
             ActiveChannels.from_groups(mask.float())
+        compiled = torch.compile(lambda m: ActiveChannels.from_groups(m, 16).mask, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(mask[1:]), mask[1:])
+        with pytest.raises(RuntimeError, match="mask: expected whole groups of 16"):
+            compiled(mask)
+        torch._dynamo.reset()
 
     def test_capacity_is_counted_or_given(self):
         mask = torch.tensor([[True, False, True], [False] * 3])

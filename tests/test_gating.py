@@ -389,3 +389,21 @@ def test_bad_arguments_are_named(message):
     with pytest.raises((TypeError, ValueError)) as raised:
         BAD[message]()
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("make", [lambda: SlimmableGate(4, 16, (4, 8)), lambda: TopKGate(4, 16, 8, boost=False)])
+def test_features_that_overflowed_keep_to_the_budget(make):
+    """One step of a half-precision run that a gradient scaler would skip."""
+    gate = make()
+    for train in (True, False):
+        selection = gate.train(train)(torch.full((2, 4, 3, 3), float("nan")))
+        assert int(selection.channels.count.max()) <= 8
+
+
+def test_layers_without_a_gate_are_numbers_in_a_budget():
+    rate = torch.tensor([0.5, 0.25], requires_grad=True)
+    shares = gating.product_rates([1, 1, rate, 1])
+    loss = gating.budget_loss(shares, 0.5, [1, 2, 1])
+    assert loss.item() == pytest.approx(((1 + 2 * 0.375 + 0.375) / 4 - 0.5) ** 2)
+    loss.backward()
+    assert rate.grad.abs().sum() > 0

@@ -111,7 +111,7 @@ class Outcome:
 
 
 def train(gated: bool, digits: Digits, epochs: int, widths: tuple[int, ...] = WIDTHS) -> Outcome:
-    """Adam and a cosine, and a pull of the products to the target.
+    """Adam and a cosine on shifted images, and a pull of the products to the target.
 
     In the first third the gates multiply dense convolutions, in the last they decide as in inference.
     """
@@ -128,7 +128,8 @@ def train(gated: bool, digits: Digits, epochs: int, widths: tuple[int, ...] = WI
         network.train()
         network.gates.train(epoch < 2 * epochs // 3)
         for batch in torch.randperm(len(digits.train), generator=shuffle).split(BATCH):
-            output, selections = network(digits.train[batch], dense=epoch < epochs // 3)
+            images = shifted(digits.train[batch], shuffle)
+            output, selections = network(images, dense=epoch < epochs // 3)
             loss = F.cross_entropy(output, digits.train_labels[batch])
             if gated:
                 rates = [selection.rate for selection in selections]
@@ -145,6 +146,13 @@ def train(gated: bool, digits: Digits, epochs: int, widths: tuple[int, ...] = WI
             predicted = network(digits.test)[0].argmax(1)
         accuracy.append((predicted == digits.test_labels).float().mean().item())
     return Outcome(network, accuracy, seconds)
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images moved together by at most a pixel each way."""
+    height, width = images.shape[2:]
+    top, left = torch.randint(3, (2,), generator=generator).tolist()
+    return F.pad(images, (1, 1, 1, 1))[..., top : top + height, left : left + width]
 
 
 @torch.no_grad()

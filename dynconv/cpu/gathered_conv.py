@@ -212,21 +212,10 @@ def _products_kernel(arguments, storage, compute):
     from_index, from_counts = array(a[12], np.int32), array(a[13], np.int32)
     to_index, to_counts = array(a[14], np.int32), array(a[15], np.int32)
     samples, taps, from_rows, to_rows, from_width, to_width = a[16], a[17], a[18], a[19], a[20], a[21]
-    from_stride, to_stride, to_is_packed, groups, lanes, is_transposed = (
-        a[22],
-        a[23],
-        a[24] != 0,
-        a[25],
-        a[26],
-        a[27] != 0,
-    )
-    parts, part_rows, scratch, scratch_size, all_runs = (
-        a[28],
-        a[29],
-        array(a[30], compute),
-        a[31],
-        array(a[32], np.int32),
-    )
+    from_stride, to_stride, to_is_packed = a[22], a[23], a[24] != 0
+    groups, lanes, is_transposed = a[25], a[26], a[27] != 0
+    parts, part_rows = a[28], a[29]
+    scratch, scratch_size, all_runs = array(a[30], compute), a[31], array(a[32], np.int32)
     compact_size, packed_size, products_size, gathered_size, runs_size = a[33], a[34], a[35], a[36], a[37]
     is_tight, source_starts, is_compact = a[38] != 0, array(a[39], np.int32), a[39] != 0
     from_channels, to_channels = from_width // groups, to_width // groups
@@ -382,14 +371,8 @@ def _weight_grad_kernel(arguments, storage, compute):
             in_at, out_at = sample * cin, sample * cout
             first, end = _kept(in_index, in_at, np.int64(in_counts[sample]), group * channels, (group + 1) * channels)
             out_first, out_end = _kept(out_index, out_at, np.int64(out_counts[sample]), first_filter, end_filter)
-            kept, outs, source_at, grad_at, begin, end_row = (
-                end - first,
-                out_end - out_first,
-                first,
-                out_first,
-                0,
-                sites,
-            )
+            kept, outs, begin, end_row = end - first, out_end - out_first, 0, sites
+            source_at, grad_at = first, out_first
             in_stride = np.int64(in_counts[sample]) if is_tight else in_most
             out_stride = np.int64(out_counts[sample])
             source_at += sample * pixels * in_most
@@ -526,6 +509,8 @@ def products(
     weight = weight.contiguous(memory_format=torch.channels_last)
     sizes = [geometry[0] * geometry[1], geometry[2] * geometry[3]]
     to_rows, from_rows = sizes[::-1] if is_transposed else sizes
+    if to_rows == 0:
+        return
     samples, to_width = channels[0].shape
     from_width, taps = source_channels[0].shape[1], geometry[4] * geometry[5]
     # Threads share a sample where there are few, each with the sample's weight packed for itself.

@@ -1,7 +1,8 @@
 """Drop-in modules over the ops."""
 
 from .blocks import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
-from .gathered import GatheredBasicBlock, GatheredBottleneck, GatheredConv2d, GatheredLinear
+from .gathered_blocks import GatheredBasicBlock, GatheredBottleneck
+from .gathered_conv import GatheredConv2d, GatheredLinear
 from .masked_conv import MaskedConv2d
 from .normalization import GatheredBatchNorm2d, MaskedBatchNorm2d
 

@@ -273,7 +273,7 @@ class MaskedInvertedResidual(MaskedBlock):
 
         Takes the `InvertedResidual` of torchvision (MobileNetV2, and MobileNetV3 without squeeze-and-excitation) and of
         timm, and timm's `DepthwiseSeparableConv`. Raises TypeError where `module` is none of these, ValueError where
-        it has parts that have no masked form.
+        it has parts that have no sparse form.
         """
         refuse(module, "aa", "se", "drop_path", "conv_s2d")
         if isinstance(getattr(module, "conv_dw", None), nn.Module):

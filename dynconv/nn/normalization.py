@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import epilogue as ops
+from ..ops.gathered_conv import check_packed
 from ..packed import PackedChannels, PackedFeatures
 from ..sites import ActiveSites
 
@@ -55,10 +56,16 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
             features: the result of `dynconv.gathered_conv2d(..., packed=True)`.
             mask: bool [N, 1, H, W] or ActiveSites, where only these sites were computed.
 
-        Raises TypeError where `features` are not PackedChannels.
+        Raises TypeError where `features` are not PackedChannels or a mask is not bool, ValueError for another number of
+        channels.
         """
         if not isinstance(features, PackedChannels):
             raise TypeError(f"features: expected PackedChannels, got {type(features).__name__}")
+        check_packed("features", features)
+        if features.channels.shape[1] != self.num_features:
+            raise ValueError(f"features: expected {self.num_features} channels, got {features.channels.shape[1]}")
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor or ActiveSites, got {mask.dtype}")
         return gathered_batch_norm(self, features, mask.mask if isinstance(mask, ActiveSites) else mask)
 
     @classmethod
@@ -86,7 +93,8 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
     In steps of PyTorch's own, at the cost of the kept channels.
     """
     rows, channels = features
-    index = channels.index[:, : channels.capacity]
+    width = rows.shape[1]
+    index = channels.index[:, :width]
     computed = (index >= 0)[:, :, None, None]
     if mask is not None:
         computed = computed & mask
@@ -101,14 +109,14 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
         return torch.where(channels.mask, kept, 0).sum(0)
 
     def spread(values: Tensor) -> Tensor:
-        return channels._gather(values)[:, :, None, None]
+        return channels._gather(values, width)[:, :, None, None]
 
     if uses_batch_statistics(norm):
         sites = wide.new_full((channels.shape[0],), rows.shape[2] * rows.shape[3])
         if mask is not None:
             sites = mask.expand(rows.shape[0], 1, *rows.shape[2:]).sum((1, 2, 3)).to(wide.dtype)
         count = torch.where(channels.mask, sites[:, None], 0).sum(0)
-        mean = total(wide) / count.clamp(min=1)
+        mean = total(torch.where(computed, wide, 0)) / count.clamp(min=1)
         centred = torch.where(computed, wide - spread(mean), 0)
         variance = total(centred * centred) / count.clamp(min=1)
         if norm.training and norm.track_running_stats:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._geometry import Geometry
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
+from .gathered_conv import GatheredConv2d
 from .masked_conv import MaskedConv2d
 from .normalization import uses_batch_statistics
 
@@ -187,12 +188,12 @@ def refuse(module: nn.Module, *names: str) -> None:
     for name in names:
         part = getattr(module, name, None)
         if not _is_identity(part) and getattr(part, "drop_prob", None) != 0:
-            raise ValueError(f"module: expected a block without `{name}`, which has no masked form, got {part}")
+            raise ValueError(f"module: expected a block without `{name}`, which has no sparse form, got {part}")
 
 
 def stage_of(module: nn.Module, conv: str, norm: str | None, activation: nn.Module | None) -> Stage:
     convolution = module.get_submodule(conv)
-    if type(convolution) not in (nn.Conv2d, MaskedConv2d) or convolution.padding_mode != "zeros":
+    if type(convolution) not in (nn.Conv2d, MaskedConv2d, GatheredConv2d) or convolution.padding_mode != "zeros":
         raise ValueError(f"module: expected `{conv}` to be an nn.Conv2d with zero padding, got {convolution}")
     name = _activation_of(activation, f"the activation after `{conv}`")
     if norm is None or _is_identity(module.get_submodule(norm)):
@@ -314,7 +315,7 @@ def flat_stages(module: nn.Module, path: str) -> list[Stage]:
     while leaves:
         conv, child = leaves.pop(0)
         if not isinstance(child, nn.Conv2d):
-            raise ValueError(f"module: expected a convolution at `{conv}`, got {child}, which has no masked form")
+            raise ValueError(f"module: expected a convolution at `{conv}`, got {child}, which has no sparse form")
         norm = leaves.pop(0)[0] if leaves and isinstance(leaves[0][1], nn.BatchNorm2d) else None
         activation = leaves.pop(0)[1] if leaves and type(leaves[0][1]) in _ACTIVATION_MODULES else None
         stages.append(stage_of(module, conv, norm, activation))

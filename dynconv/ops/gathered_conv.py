@@ -63,6 +63,8 @@ def _forward(
             **_sizes(size, input, stride, padding, dilation, groups),
         )  # fmt: skip
         return out
+    if packed_input and int(in_count.max()) > input.shape[1]:
+        raise ValueError(f"input: expected room for {int(in_count.max())} packed channels, got {input.shape[1]}")
     kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
     where = _place(size, input, weight, stride, padding, dilation)
     listed = table = read = None
@@ -128,9 +130,10 @@ def _backward(
     grad, input = in_rows(grad), in_rows(input)
     if backend == "triton":
         geometry = (size, stride, padding, dilation, groups)
-        return _triton_backward(
-            grad, input, weight, ins, outs, sites, packed_input, packed, geometry, granularity, wanted, grads
+        found = _triton_backward(
+            grad, input, weight, ins, outs, sites, packed_input, packed, geometry, granularity, wanted
         )
+        return tuple(none if made is None else made for made, none in zip(found, grads, strict=True))
     kernels, tables = module(".cpu.gathered_conv"), module(".cpu.sites")
     where = _place(size, input, weight, stride, padding, dilation)
     listed = read = table = readers = None
@@ -159,26 +162,27 @@ def _backward(
 
 
 def _triton_backward(
-    grad, input, weight, ins, outs, sites, packed_input, packed, geometry, granularity, wanted, grads
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad, input, weight, ins, outs, sites, packed_input, packed, geometry, granularity, wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernels, compaction = module(".kernels.gathered_conv"), module(".kernels.compaction")
     size, stride, padding, dilation, groups = geometry
     listed, options = _listed(sites), _sizes(size, input, stride, padding, dilation, groups)
     options |= dict(packed_source=packed_input, packed_out=packed, granularity=granularity)
+    grad_input = grad_weight = grad_bias = read = None
     if wanted[0]:
-        grads[0], read = channels_last(input.shape, input).zero_(), None
         if sites:
             mask, index, count = sites
             where = (weight.shape[2:], stride, padding, dilation)
             touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], *where)
             inverse = compaction.inverse_map(index, count, mask.numel())
             read = (inverse, compaction.compact(touched)[0], _starts(touched))
-        kernels.input_grad(grad, weight, grads[0], ins, outs, read, **options)
+        grad_input = channels_last(input.shape, input).zero_()
+        kernels.input_grad(grad, weight, grad_input, ins, outs, read, **options)
     if wanted[1]:
-        grads[1] = kernels.weight_grad(input, grad, weight, ins, outs, listed, **options)
+        grad_weight = kernels.weight_grad(input, grad, weight, ins, outs, listed, **options)
     if wanted[2]:
-        grads[2] = kernels.bias_grad(grad, outs, listed, packed)
-    return tuple(grads)
+        grad_bias = kernels.bias_grad(grad, outs, listed, packed)
+    return grad_input, grad_weight, grad_bias
 
 
 for _key in ("CPU", "CUDA"):
@@ -278,12 +282,13 @@ def gathered_conv2d(
 ) -> Tensor | PackedChannels:
     """2-D convolution of the channels that each sample keeps: from the kept input channels to the kept output channels.
 
-    Equal to `activation(where(out_mask, conv2d(where(in_mask, input, 0)), 0) + residual)`, at the cost of
-    (kept in) * (kept out), forward and backward. What a sample does not keep is not read: NaN or Inf there reaches
-    neither the output nor a gradient. With a spatial `mask` as well, only its sites are computed, at the cost of
-    (kept in) * (kept out) * (active sites), and the others are `inactive`.
-    float32, float64, float16 and bfloat16; half types accumulate in float32. Differentiable once, in `input`, `weight`,
-    `bias`, `residual`, `inactive` and floating masks. In inference all of it is one pass.
+    Equal to `where(mask, activation(kept + residual), inactive)` with
+    `kept = where(out_mask, gates * conv2d(where(in_mask, gate * input, 0)), 0)`, at the cost of
+    (kept in) * (kept out) * (active sites), forward and backward. What a sample does not keep, or no active site reads,
+    is not read: NaN or Inf there reaches neither the output nor a gradient.
+    float32, float64, float16 and bfloat16; half types accumulate in float32, and float32 on a GPU obeys the TF32 switch
+    of F.conv2d. Differentiable once, in `input`, `weight`, `bias`, `residual`, `inactive` and floating masks. In
+    inference all of it is one pass, but a floating `in_mask` or `mask`.
 
     The dynamic channels of FBS (Gao et al., ICLR 2019), DS-Net (Li et al., CVPR 2021) and LAUDNet (Han et al., 2023).
 
@@ -315,7 +320,7 @@ def gathered_conv2d(
         raise TypeError(f"input: expected a tensor or PackedChannels, got {type(input).__name__}")
     is_packed = isinstance(input, PackedChannels)
     if is_packed:
-        ins = _check_packed("input", input)
+        ins = check_packed("input", input)
         if in_mask is not None:
             raise ValueError("in_mask: expected None beside packed channels, which have theirs, got a mask")
         geometry, size = _check_packed_convolution(input, weight, bias, stride, padding, dilation, groups)
@@ -333,8 +338,8 @@ def gathered_conv2d(
     if inactive is not None and mask is None:
         raise ValueError("inactive: expected a mask beside it, got None")
     if not is_packed:
-        ins = _channels("in_mask", in_mask, (shape[0], input.shape[1]), input)
-    outs = _channels("out_mask", out_mask, shape[:2], input)
+        ins = check_channels("in_mask", in_mask, (shape[0], input.shape[1]), input)
+    outs = check_channels("out_mask", out_mask, shape[:2], input)
     sites = None if mask is None else _sites(mask, shape, input, geometry)
     backend = backend_for(input.device)
     if backend == "reference":
@@ -345,7 +350,10 @@ def gathered_conv2d(
         )  # fmt: skip
     if ins.gate is not None and not is_packed:
         # The gate's gradient is a sum over the channel: what a sample does not keep must not be in it.
-        kept = torch.where(ins.mask[:, :, None, None], input, 0)
+        kept = ins.mask[:, :, None, None]
+        if sites is not None:  # nor what no active site reads
+            kept = kept & sites._touched_by(tuple(input.shape[2:]), geometry).mask
+        kept = torch.where(kept, input, 0)
         input = (kept * ins.gate[:, :, None, None]).to(input.dtype)
     gates = [outs.gate, None if sites is None else sites.gate]
     listed = [] if sites is None else [sites.mask, sites.index, sites.count]
@@ -379,7 +387,7 @@ def finish(
     """What follows a gathered convolution, step by step: gates, residual, activation, skipped sites."""
     dtype = result.dtype
     if outs.gate is not None:
-        gate = outs._gather(outs.gate) if packed else outs.gate
+        gate = outs._gather(outs.gate, result.shape[1]) if packed else outs.gate
         result = (result * gate[:, :, None, None]).to(dtype)
     if sites is not None and sites.gate is not None:
         result = (result * sites.gate).to(dtype)
@@ -391,18 +399,18 @@ def finish(
     return in_rows(result)
 
 
-def _check_packed(name: str, packed: PackedChannels) -> ActiveChannels:
+def check_packed(name: str, packed: PackedChannels) -> ActiveChannels:
     features, channels = packed
     if not isinstance(features, Tensor) or features.dtype not in FLOATING:
         got = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"{name}: expected features in float32, float64, float16 or bfloat16, got {got}")
     if not isinstance(channels, ActiveChannels):
         raise TypeError(f"{name}: expected channels in an ActiveChannels, got {type(channels).__name__}")
-    wanted = (channels.shape[0], channels.capacity)
-    if features.dim() != 4 or features.shape[:2] != wanted:
-        raise ValueError(f"{name}: expected features [{wanted[0]}, {wanted[1]}, H, W], got {list(features.shape)}")
     if features.device != channels.mask.device:
         raise ValueError(f"{name}: expected features on {channels.mask.device}, where the channels are")
+    samples, most = channels.shape[0], channels._known_capacity or 0
+    if features.dim() != 4 or features.shape[0] != samples or not most <= features.shape[1] <= channels.shape[1]:
+        raise ValueError(f"{name}: expected features [{samples}, {most} or more, H, W], got {list(features.shape)}")
     return channels
 
 
@@ -439,11 +447,14 @@ def pack(input: Tensor, channels: ActiveChannels) -> PackedChannels:
 
 def unpack(features: PackedChannels) -> Tensor:
     """See `dynconv.PackedChannels.unpack`."""
-    _check_packed("features", features)
+    check_packed("features", features)
     return reference.unpack_channels(features)
 
 
-def _channels(name: str, mask: Tensor | ActiveChannels | None, size: tuple[int, int], input: Tensor) -> ActiveChannels:
+def check_channels(
+    name: str, mask: Tensor | ActiveChannels | None, size: tuple[int, int], input: Tensor
+) -> ActiveChannels:
+    """The argument as ActiveChannels of that size, all of them for None; errors name the argument."""
     if mask is None:
         return ActiveChannels._all(size, input.device)
     if not isinstance(mask, ActiveChannels):

@@ -124,8 +124,8 @@ def gathered_linear(
 
     Equal to `where(out_mask, linear(where(in_mask, input, 0)), 0)`, at a cost that falls with (kept in) * (kept out),
     forward and backward. What a sample does not keep is not read: NaN or Inf there reaches neither the output nor a
-    gradient. float32, float64, float16 and bfloat16; half types accumulate in float32. Differentiable once, in `input`,
-    `weight`, `bias` and floating masks.
+    gradient. float32, float64, float16 and bfloat16; half types accumulate in float32, and float32 on a GPU obeys the
+    TF32 switch of F.conv2d. Differentiable once, in `input`, `weight`, `bias` and floating masks.
 
     The dynamic widths of FBS (Gao et al., ICLR 2019) and DS-Net (Li et al., CVPR 2021) for linear layers; contextual
     sparsity of a transformer's MLP (Liu et al., Deja Vu, ICML 2023).
@@ -152,8 +152,8 @@ def gathered_linear(
     _check(input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)
     check_types(input, weight, bias)
-    ins = gathered_conv._channels("in_mask", in_mask, (input.shape[0], input.shape[-1]), input)
-    outs = gathered_conv._channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
+    ins = gathered_conv.check_channels("in_mask", in_mask, (input.shape[0], input.shape[-1]), input)
+    outs = gathered_conv.check_channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
     backend, shape = backend_for(input.device), (*input.shape[:-1], weight.shape[0])
     if backend == "reference" or input.numel() == 0:
         return reference.gathered_linear(input, weight, bias, in_mask=ins, out_mask=outs)

@@ -1,4 +1,4 @@
-"""Layers and residual blocks of the channels that each sample keeps."""
+"""Residual blocks of the channels that each sample keeps."""
 
 from __future__ import annotations
 
@@ -9,77 +9,13 @@ from torch import Tensor, nn
 
 from .._backend import backend_for
 from ..channels import ActiveChannels
-from ..ops.gathered_conv import finish, gathered_conv2d
-from ..ops.gathered_linear import gathered_linear
+from ..ops.gathered_conv import check_channels, finish, gathered_conv2d
 from ..packed import PackedChannels
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
+from .gathered_conv import Channels
 from .normalization import gathered_batch_norm, uses_batch_statistics
 from .residual import BasicBlock, Bottleneck, ResidualBlock, Stage, fold, geometry_of, needs_grad
-
-Channels = Tensor | ActiveChannels | None
-
-
-class GatheredConv2d(nn.Conv2d):
-    """An `nn.Conv2d` that computes, for each sample, the channels that masks keep.
-
-    Same constructor, parameters and `state_dict` (`padding_mode` "zeros" only).
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if self.padding_mode != "zeros":
-            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
-
-    def forward(
-        self, input: Tensor | PackedChannels, in_mask: Channels = None, out_mask: Channels = None, **options
-    ) -> Tensor | PackedChannels:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with this layer's parameters.
-
-        `options` are its keywords `mask`, `activation`, `residual`, `inactive` and `packed`.
-        """
-        return gathered_conv2d(
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, in_mask=in_mask,
-            out_mask=out_mask, **options,
-        )  # fmt: skip
-
-    @classmethod
-    def from_dense(cls, module: nn.Conv2d) -> GatheredConv2d:
-        """A gathered layer that shares the dense layer's parameters.
-
-        Raises TypeError where `module` is not an `nn.Conv2d`, ValueError where its padding is not of zeros.
-        """
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
-        gathered = cls(
-            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
-            module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
-        )  # fmt: skip
-        gathered._parameters = dict(module._parameters)
-        return gathered.train(module.training)
-
-
-class GatheredLinear(nn.Linear):
-    """An `nn.Linear` that computes, for each sample, the features that masks keep.
-
-    Same constructor, parameters and `state_dict`.
-    """
-
-    def forward(self, input: Tensor, in_mask: Channels = None, out_mask: Channels = None) -> Tensor:
-        """[N, ..., Cin] -> [N, ..., Cout]: `dynconv.gathered_linear` with this layer's parameters."""
-        return gathered_linear(input, self.weight, self.bias, in_mask=in_mask, out_mask=out_mask)
-
-    @classmethod
-    def from_dense(cls, module: nn.Linear) -> GatheredLinear:
-        """A gathered layer that shares the dense layer's parameters.
-
-        Raises TypeError where `module` is not an `nn.Linear`.
-        """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
-        gathered = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
-        gathered._parameters = dict(module._parameters)
-        return gathered.train(module.training)
 
 
 class GatheredBlock(ResidualBlock):
@@ -111,6 +47,8 @@ class GatheredBlock(ResidualBlock):
         Raises TypeError, ValueError: another number of masks than of convolutions between which there are channels, and
         as `dynconv.gathered_conv2d`.
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
         inner = len(self.stages) - 1
         chosen = list(channels) if isinstance(channels, (list, tuple)) else [channels] * inner
         if len(chosen) != inner:
@@ -121,7 +59,7 @@ class GatheredBlock(ResidualBlock):
             return self._dense(input)
         samples = input.shape[0]
         chosen = [
-            ActiveChannels._all((samples, width), input.device) if c is None else self._channels(c, (samples, width))
+            check_channels("channels", c, (samples, width), input)
             for c, width in zip(chosen, [self._submodule(stage.conv).out_channels for stage in self.stages])
         ]
         sizes, geometries = [tuple(input.shape[2:])], [geometry_of(self._submodule(s.conv)) for s in self.stages]
@@ -148,10 +86,6 @@ class GatheredBlock(ResidualBlock):
             after = dict(residual=shortcut, inactive=None if active is None else shortcut)
             features = self._run_last(stage, parameters, features, active, activation, **after)
         return features
-
-    @staticmethod
-    def _channels(channels: Tensor | ActiveChannels, size: tuple[int, int]) -> ActiveChannels:
-        return channels if isinstance(channels, ActiveChannels) else ActiveChannels(channels, size)
 
     def _run(self, stage: Stage, parameters, features, channels: ActiveChannels, sites) -> PackedChannels:
         conv, norm = self._submodule(stage.conv), self._norm(stage)
@@ -185,8 +119,7 @@ class GatheredBlock(ResidualBlock):
         return finish(made, everything, sites, activation, residual, inactive)
 
     def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str):
-        weight, bias = fold(conv, norm)
-        return weight.contiguous(memory_format=torch.channels_last), bias
+        return fold(conv, norm)
 
     def _all_dense(self, input: Tensor, channels: list[ActiveChannels], sites: ActiveSites | None) -> Tensor:
         """Everything computed, and multiplied by the masks."""
@@ -199,7 +132,9 @@ class GatheredBlock(ResidualBlock):
                 result = nn.BatchNorm2d.forward(norm, result)
             if number < len(channels):
                 kept, gate = channels[number].mask[:, :, None, None], channels[number].gate
-                result = torch.where(kept, result if gate is None else result * gate[:, :, None, None], 0)
+                if gate is not None:
+                    result = (result * gate[:, :, None, None]).to(result.dtype)
+                result = torch.where(kept, result, 0)
             elif sites is not None and sites.gate is not None:
                 result = result * sites.gate.to(result.dtype)
             result = ACTIVATIONS[stage.activation](result)

@@ -1,0 +1,74 @@
+"""GatheredConv2d and GatheredLinear: drop-in layers of the channels that each sample keeps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..channels import ActiveChannels
+from ..ops.gathered_conv import gathered_conv2d
+from ..ops.gathered_linear import gathered_linear
+from ..packed import PackedChannels
+
+Channels = Tensor | ActiveChannels | None
+
+
+class GatheredConv2d(nn.Conv2d):
+    """An `nn.Conv2d` that computes, for each sample, the channels that masks keep.
+
+    Same constructor, parameters and `state_dict` (`padding_mode` "zeros" only).
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
+
+    def forward(
+        self, input: Tensor | PackedChannels, in_mask: Channels = None, out_mask: Channels = None, **options
+    ) -> Tensor | PackedChannels:
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with this layer's parameters.
+
+        `options` are its keywords `mask`, `activation`, `residual`, `inactive` and `packed`.
+        """
+        return gathered_conv2d(
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, in_mask=in_mask,
+            out_mask=out_mask, **options,
+        )  # fmt: skip
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> GatheredConv2d:
+        """A gathered layer that shares the dense layer's parameters.
+
+        Raises TypeError where `module` is not an `nn.Conv2d`, ValueError where its padding is not of zeros.
+        """
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
+        gathered = cls(
+            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+            module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
+        )  # fmt: skip
+        gathered._parameters = dict(module._parameters)
+        return gathered.train(module.training)
+
+
+class GatheredLinear(nn.Linear):
+    """An `nn.Linear` that computes, for each sample, the features that masks keep.
+
+    Same constructor, parameters and `state_dict`.
+    """
+
+    def forward(self, input: Tensor, in_mask: Channels = None, out_mask: Channels = None) -> Tensor:
+        """[N, ..., Cin] -> [N, ..., Cout]: `dynconv.gathered_linear` with this layer's parameters."""
+        return gathered_linear(input, self.weight, self.bias, in_mask=in_mask, out_mask=out_mask)
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear) -> GatheredLinear:
+        """A gathered layer that shares the dense layer's parameters.
+
+        Raises TypeError where `module` is not an `nn.Linear`.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
+        gathered = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
+        gathered._parameters = dict(module._parameters)
+        return gathered.train(module.training)
