@@ -91,6 +91,10 @@ def section(path: Path) -> str:
             "",
             f"![the edit demo]({folder}/edit.png)",
             f"![the ponder map]({folder}/ponder.png)",
+            "",
+            "And a network that chooses its channels for each of scikit-learn's digits, beside its dense twin:",
+            "",
+            f"![the channels that each layer keeps of each digit]({folder}/channels.png)",
         ]
     )
 
