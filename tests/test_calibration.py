@@ -358,12 +358,13 @@ def test_a_compiled_graph_decides_when_it_runs(monkeypatch):
     assert paths == ["sparse", "dense"]
 
 
-def test_float16_gradients_on_the_cpu_accumulate_in_float32():
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)], ids=str)
+def test_half_gradients_on_the_cpu_accumulate_in_float32(dtype, unit):
     """PyTorch's own do not, so there is no dense way to take."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 64, 14, 13), torch.randn(64, 64, 3, 3) / 24
-    x, weight = (t.half().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
-    mask, grad = torch.rand(2, 1, 14, 13) < 0.6, torch.randn(2, 64, 14, 13).half()
+    x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
+    mask, grad = torch.rand(2, 1, 14, 13) < 0.6, torch.randn(2, 64, 14, 13).to(dtype)
 
     def dense_gradients(change):
         operands = [change(t.detach().double()).requires_grad_() for t in (x, weight)]
@@ -377,8 +378,8 @@ def test_float16_gradients_on_the_cpu_accumulate_in_float32():
     assert not explanation.decisions
     products = (9 * 64, int(mask.sum()))  # behind each value
     for one, value, magnitude, n in zip(actual, dense_gradients(lambda t: t), dense_gradients(torch.abs), products):
-        # One rounding to float16, and float32's error over the sum.
-        assert ((one.double() - value).abs() <= 2**-11 * value.abs() + n * 2**-23 * magnitude).all()
+        # One rounding to the type, and float32's error over the sum.
+        assert ((one.double() - value).abs() <= unit * value.abs() + n * 2**-23 * magnitude).all()
 
 
 def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():

@@ -298,9 +298,10 @@ class _Backward(_Call):
     def has_choice(self) -> bool:
         """A gate's gradient needs the convolution's own result: only the sparse way has that at hand.
 
-        PyTorch's own float16 gradients on a CPU round on the way, to three times the error of one rounding.
+        PyTorch's own gradients in half types round on the way on a CPU without instructions for them, to three times
+        the error of one rounding.
         """
-        rounds = self.grad.is_cpu and self.grad.dtype == torch.float16
+        rounds = self.grad.is_cpu and self.grad.element_size() == 2
         return self.grad.dim() == 4 and not self.wanted[3] and not rounds and super().has_choice
 
     def key(self) -> tuple:
