@@ -11,11 +11,13 @@ from torch._subclasses.fake_tensor import is_fake
 from ._backend import module, unwatched
 
 
-def _check_int(name: str, value: int, least: int) -> None:
+def check_int(name: str, value: int, least: int = 1, most: int | None = None) -> None:
+    """That an argument is an int from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
 def _is_grouped(mask: Tensor, size: int) -> bool:
@@ -76,9 +78,9 @@ class ActiveChannels:
             raise TypeError(f"mask: expected a bool or floating tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype}")
-        _check_int("granularity", granularity, 1)
+        check_int("granularity", granularity, 1)
         if capacity is not None:
-            _check_int("capacity", capacity, 0)
+            check_int("capacity", capacity, 0)
         if size is None:
             if granularity != 1:
                 raise ValueError("size: expected (N, C) beside a granularity, got None")
@@ -128,7 +130,7 @@ class ActiveChannels:
         if granularity is None:
             granularity = next(size for size in (32, 16, 8, 1) if _is_grouped(mask, size))
         else:
-            _check_int("granularity", granularity, 1)
+            check_int("granularity", granularity, 1)
             message = f"mask: expected whole groups of {granularity} channels to be kept or dropped"
             if not mask.is_cpu or torch.compiler.is_compiling():
                 torch._assert_async((mask == _spread(mask, granularity)).all(), message)

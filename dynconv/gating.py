@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .channels import ActiveChannels
+from .channels import ActiveChannels, check_int
 
 __all__ = [
     "ChannelGate",
@@ -65,7 +65,7 @@ class _Selector(nn.Module):
     def __init__(self, in_channels: int, channels: int, granularity: int = 1) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("channels", channels), ("granularity", granularity)):
-            _check_int(name, value)
+            check_int(name, value)
         self.in_channels, self.channels, self.granularity = in_channels, channels, granularity
 
     @property
@@ -143,7 +143,7 @@ class ChannelGate(_Selector):
         if hidden is None:
             self.head = last = nn.Linear(in_channels, self.groups)
         else:
-            _check_int("hidden", hidden)
+            check_int("hidden", hidden)
             last = nn.Linear(hidden, self.groups)
             self.head = nn.Sequential(nn.Linear(in_channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), last)
         nn.init.constant_(last.bias, math.log(initial_rate / (1 - initial_rate)))
@@ -189,7 +189,7 @@ class TopKGate(_Selector):
 
     def __init__(self, in_channels: int, channels: int, k: int, granularity: int = 1, *, boost: bool = True) -> None:
         super().__init__(in_channels, channels, granularity)
-        _check_int("k", k, self.groups)
+        check_int("k", k, most=self.groups)
         self.k, self.boost = k, boost
         self.head = nn.Linear(in_channels, self.groups)
         if boost:
@@ -235,7 +235,7 @@ class SlimmableGate(_Selector):
 
     def __init__(self, in_channels: int, channels: int, widths: Sequence[int], *, temperature: float = 1.0) -> None:
         for width in widths:
-            _check_int("widths", width)
+            check_int("widths", width)
         super().__init__(in_channels, channels, math.gcd(*widths) or 1)
         if not widths or widths[-1] > channels or any(a >= b for a, b in itertools.pairwise(widths)):
             raise ValueError(f"widths: expected ascending numbers in 1 to {channels}, got {list(widths)}")
@@ -368,13 +368,6 @@ def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return -torch.log(-torch.log(_uniform(like, generator)))
-
-
-def _check_int(name: str, value: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1 or (most is not None and value > most):
-        raise ValueError(f"{name}: expected {'at least 1' if most is None else f'1 to {most}'}, got {value}")
 
 
 def _check_temperature(value: float) -> None:

@@ -5,31 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kernels import DEVICE, NOT_A_SITE, channels_last, dtypes, integers
 
 from dynconv import ActiveChannels, kernels, reference
 
 gathered_conv, compaction = kernels.gathered_conv, kernels.compaction
 
 pytestmark = pytest.mark.gpu
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-NOT_A_SITE = 2**31 - 1  # a kernel that used it would read outside every tensor here
-
-
-def dtypes(*selected):
-    broken = "bfloat16 is broken in Triton's interpreter (products, rounding); the compile gate builds the kernels"
-    skip = pytest.mark.skipif(not ON_GPU, reason=broken)
-    return [pytest.param(dtype, id=str(dtype)[6:], marks=skip if dtype == torch.bfloat16 else ()) for dtype in selected]
-
-
-def integers(*shape, dtype=torch.float32, low=-2, high=3, seed=0):
-    """Small integers: every sum below is exact in any order, so the results have to be equal."""
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def channels_last(tensor):
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def random_channels(n, channels, granularity, seed):

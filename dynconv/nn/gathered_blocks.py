@@ -77,46 +77,41 @@ class GatheredBlock(ResidualBlock):
         shortcut = None if self.shortcut is None else self._dense_shortcut(input)
         features = input
         for number, stage in enumerate(self.stages):
-            parameters = None if folded is None else folded[number]
-            active = computed[number]
+            active, parameters = computed[number], None if folded is None else folded[number]
             if number < inner:
-                features = self._run(stage, parameters, features, chosen[number], active)
+                features = self._run(stage, parameters, features, chosen[number], active, stage.activation)
                 continue
             activation = stage.activation if shortcut is None else self.activation
-            after = dict(residual=shortcut, inactive=None if active is None else shortcut)
-            features = self._run_last(stage, parameters, features, active, activation, **after)
+            skipped = None if active is None else shortcut
+            features = self._run(stage, parameters, features, None, active, activation, shortcut, skipped)
         return features
 
-    def _run(self, stage: Stage, parameters, features, channels: ActiveChannels, sites) -> PackedChannels:
-        conv, norm = self._submodule(stage.conv), self._norm(stage)
+    def _run(
+        self, stage: Stage, parameters, features, channels: ActiveChannels | None, sites, activation,
+        residual: Tensor | None = None, inactive: Tensor | None = None,
+    ) -> Tensor | PackedChannels:  # fmt: skip
+        """A stage: packed for the next one where it is told its `channels`, with all of them and dense without."""
+        conv, norm, packed = self._submodule(stage.conv), self._norm(stage), channels is not None
         where = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if norm is None or not uses_batch_statistics(norm):
             parameters = fold(conv, norm) if parameters is None else parameters
             return gathered_conv2d(
-                features, *parameters, *where, out_mask=channels, mask=sites, activation=stage.activation, packed=True
+                features, *parameters, *where, out_mask=channels, mask=sites, activation=activation, residual=residual,
+                inactive=inactive, packed=packed,
             )  # fmt: skip
         made = gathered_conv2d(
-            features, conv.weight, conv.bias, *where, out_mask=channels.ungated, mask=sites, packed=True
+            features, conv.weight, conv.bias, *where, out_mask=channels.ungated if packed else None,
+            mask=None if sites is None else sites.ungated, packed=packed,
         )  # fmt: skip
-        rows = gathered_batch_norm(norm, made, None if sites is None else sites.mask).features
-        return PackedChannels(finish(rows, channels, None, stage.activation, packed=True), channels)
-
-    def _run_last(self, stage: Stage, parameters, features, sites, activation, residual, inactive) -> Tensor:
-        conv, norm = self._submodule(stage.conv), self._norm(stage)
-        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        if norm is None or not uses_batch_statistics(norm):
-            parameters = fold(conv, norm) if parameters is None else parameters
-            return gathered_conv2d(
-                features, *parameters, *where, mask=sites, activation=activation, residual=residual, inactive=inactive
-            )
-        ungated = None if sites is None else sites.ungated
-        made = gathered_conv2d(features, conv.weight, conv.bias, *where, mask=ungated)
-        everything = ActiveChannels._all(tuple(made.shape[:2]), made.device)
-        if sites is None:
-            made = nn.BatchNorm2d.forward(norm, made)
+        if not packed:
+            channels = ActiveChannels._all(tuple(made.shape[:2]), made.device)
+            made = PackedChannels(made, channels)
+        if not packed and sites is None:
+            rows = nn.BatchNorm2d.forward(norm, made.features)
         else:
-            made = gathered_batch_norm(norm, PackedChannels(made, everything), sites.mask).features
-        return finish(made, everything, sites, activation, residual, inactive)
+            rows = gathered_batch_norm(norm, made, None if sites is None else sites.mask).features
+        rows = finish(rows, channels, sites, activation, residual, inactive, packed)
+        return PackedChannels(rows, channels) if packed else rows
 
     def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str):
         return fold(conv, norm)
