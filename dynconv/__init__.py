@@ -7,6 +7,7 @@ from ._version import __version__
 from .calibration import calibrate, calibration_file, execution, explain
 from .channels import ActiveChannels
 from .nn.ponder import ponder_map
+from .ops.dynamic_filter import dynamic_filter2d
 from .ops.gathered_conv import gathered_conv2d
 from .ops.gathered_linear import gathered_linear
 from .ops.masked_conv import masked_conv2d
@@ -22,6 +23,7 @@ __all__ = [
     "backend",
     "calibrate",
     "calibration_file",
+    "dynamic_filter2d",
     "execution",
     "explain",
     "gathered_conv2d",

@@ -107,6 +107,55 @@ def gathered_conv2d(
     return result.contiguous(memory_format=torch.channels_last)
 
 
+NORMALIZATIONS = {
+    "none": lambda filters, dim: filters,
+    "softmax": F.softmax,
+    "sigmoid": lambda filters, dim: filters.sigmoid(),
+    "l2": lambda filters, dim: F.normalize(filters, dim=dim),
+}
+
+
+def dynamic_filter2d(
+    input: Tensor,
+    filters: Tensor,
+    *,
+    kernel_size: IntPair,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+    scale_factor: int = 1,
+    normalization: str | None = None,
+    channel_filters: Tensor | None = None,
+    mask: Tensor | ActiveSites | None = None,
+) -> Tensor:
+    """(unfold(input) * channel_filters * normalised filters).sum(taps), see `dynconv.dynamic_filter2d`."""
+    geometry = Geometry.of(kernel_size, stride, padding, dilation)
+    (samples, channels, *area), taps = input.shape, geometry.kernel[0] * geometry.kernel[1]
+    height, width = (length * scale_factor for length in geometry.output_size(*area))
+    gate = None
+    if mask is not None:
+        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, height, width))
+        # A site of the unfolded input is read where any of the sites that it becomes is active.
+        coarse = F.max_pool2d(sites.mask.to(input.dtype), scale_factor) > 0
+        read = ActiveSites(coarse).touched(tuple(area), *geometry[:3], geometry.dilation)
+        input, filters = torch.where(read.mask, input, 0), torch.where(sites.mask, filters, 0)
+        gate = sites.mask if sites.gate is None else sites.gate
+    (top, left), (bottom, right) = geometry.padding, geometry.padding_end
+    padded = F.pad(input, (left, right, top, bottom))
+    columns = F.unfold(padded, geometry.kernel, geometry.dilation, 0, geometry.stride)
+    columns = columns.view(samples, channels, taps, height // scale_factor, width // scale_factor)
+    columns = columns.repeat_interleave(scale_factor, 3).repeat_interleave(scale_factor, 4)
+    if channel_filters is not None:
+        columns = columns * channel_filters.reshape(samples, channels, taps, 1, 1)
+    weights = filters.reshape(samples, -1, taps, height, width)
+    weights = NORMALIZATIONS[normalization or "none"](weights, dim=2)
+    columns = columns.reshape(samples, weights.shape[1], -1, taps, height, width)
+    result = (columns * weights.unsqueeze(2)).sum(3).reshape(samples, channels, height, width)
+    if mask is not None:
+        result = torch.where(sites.mask, result * gate, 0).to(result.dtype)
+    return result.contiguous(memory_format=torch.channels_last)
+
+
 def gathered_linear(
     input: Tensor,
     weight: Tensor,
