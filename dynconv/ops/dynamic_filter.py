@@ -192,14 +192,15 @@ def dynamic_filter2d(
     """Filter every pixel with a filter of its own, shared by the channels of a group.
 
     out[n, c, y, x] = sum over taps of w[n, g(c), tap, y, x] * v[n, c, tap] * input[n, c, pixel(y, x, tap)], where w are
-    the normalised `filters`, g(c) = c // (C / G), v the `channel_filters` (1 without them), and a site reads, by the tap
-    (ky, kx), the pixel (y // scale_factor * stride - padding + ky * dilation, likewise x): zeros outside of the input.
+    the normalised `filters`, g(c) = c // (C / G), v the `channel_filters` (1 without them), and a site reads, by the
+    tap (ky, kx), the pixel (y // scale_factor * stride - padding + ky * dilation, likewise x): zeros outside of the
+    input.
 
     One op for dynamic filter and kernel prediction networks (Jia et al., NeurIPS 2016; Mildenhall et al., CVPR 2018),
     with G = 1; involution (Li et al., CVPR 2021); CARAFE's upsampling (Wang et al., ICCV 2019), `scale_factor` above 1
     and "softmax"; decoupled dynamic filters (Zhou et al., CVPR 2021) with `channel_filters`; pixel-adaptive convolution
-    (Su et al., CVPR 2019). Every filter is read once for each group and nothing is unfolded: the forward needs no memory
-    beside its operands and result, where `F.unfold` needs kH * kW times the input.
+    (Su et al., CVPR 2019). Every filter is read once for each group and nothing is unfolded: the forward needs no
+    memory beside its operands and result, where `F.unfold` needs kH * kW times the input.
 
     float32, float64, float16 and bfloat16; half types accumulate in float32. The same input gives the same bits.
     Differentiable once, in `input`, `filters`, `channel_filters` and a floating mask. What only skipped sites read, and
@@ -207,8 +208,8 @@ def dynamic_filter2d(
 
     Args:
         input: [N, C, H, W]; channels_last is the fast path, anything else is copied first.
-        filters: [N, G * kH * kW, Ho, Wo], the groups' filters one after the other, taps line by line; any G that divides
-            C. channels_last, as a convolution with channels_last inputs makes them, is the fast path.
+        filters: [N, G * kH * kW, Ho, Wo], the groups' filters one after the other, taps line by line; any G that
+            divides C. channels_last, as a convolution with channels_last inputs makes them, is the fast path.
         kernel_size: kH and kW; an int or a pair, as the next three.
         stride, padding, dilation: as in `torch.nn.functional.conv2d`, "same" and "valid" included.
         scale_factor: an int of at least 1; (Ho, Wo) is that many times the size of a convolution's output.
