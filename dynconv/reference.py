@@ -137,7 +137,7 @@ def dynamic_filter2d(
         sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, height, width))
         # A site of the unfolded input is read where any of the sites that it becomes is active.
         coarse = F.max_pool2d(sites.mask.to(input.dtype), scale_factor) > 0
-        read = ActiveSites(coarse).touched(tuple(area), *geometry[:3], geometry.dilation)
+        read = ActiveSites(coarse)._touched_by(tuple(area), geometry)
         input, filters = torch.where(read.mask, input, 0), torch.where(sites.mask, filters, 0)
         gate = sites.mask if sites.gate is None else sites.gate
     (top, left), (bottom, right) = geometry.padding, geometry.padding_end
@@ -147,9 +147,10 @@ def dynamic_filter2d(
     columns = columns.repeat_interleave(scale_factor, 3).repeat_interleave(scale_factor, 4)
     if channel_filters is not None:
         columns = columns * channel_filters.reshape(samples, channels, taps, 1, 1)
-    weights = filters.reshape(samples, -1, taps, height, width)
+    groups = filters.shape[1] // taps
+    weights = filters.reshape(samples, groups, taps, height, width)
     weights = NORMALIZATIONS[normalization or "none"](weights, dim=2)
-    columns = columns.reshape(samples, weights.shape[1], -1, taps, height, width)
+    columns = columns.reshape(samples, groups, channels // groups, taps, height, width)
     result = (columns * weights.unsqueeze(2)).sum(3).reshape(samples, channels, height, width)
     if mask is not None:
         result = torch.where(sites.mask, result * gate, 0).to(result.dtype)

@@ -898,7 +898,7 @@ class Filters:
         )  # fmt: skip
         if sums is not None:
             sums = sums.view(self.samples, -1, self.taps, self.channels).sum(1).transpose(1, 2)
-            sums = sums.reshape(self.samples, self.channels, *self.kernel).to(self.dtype)
+            sums = sums.to(self.dtype).contiguous().view(self.samples, self.channels, *self.kernel)
         return grad_filters, sums
 
     def _starts(self, area: int, is_pixels: bool = False) -> Tensor:
