@@ -134,6 +134,16 @@ def test_channels(change, kind):
     assert_equal_to_reference(Target("cpu"), *case(**change, **kind))
 
 
+@pytest.mark.parametrize("kind", [KINDS["two filters"], KINDS["active sites"]], ids=["two filters", "active sites"])
+def test_a_large_output(kind):
+    """Which is written around the cache: 8 MiB and more, in rows of whole cache lines."""
+    operands, grad, options = case(n=1, channels=64, groups=2, size=(190, 181), **kind)
+    assert grad.numel() * 4 > 2**23
+    expected = run(reference.dynamic_filter2d, operands, grad, options)
+    actual = run(dynamic_filter2d, operands, grad, options)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0], ids=["none", "all"])
 def test_no_site_and_all_sites(target, density):
     assert_equal_to_reference(target, *case(n=1, channels=4, size=(4, 3), channel_filters=True, density=density))
