@@ -224,17 +224,17 @@ def filter_rows(
 
 def _dot_taps(has_channel: bool):
     @intrinsic
-    def dots(typingctx, taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at):
-        storage, compute = source.dtype, out.dtype
+    def dots(typingctx, taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at):
+        storage, compute, given = source.dtype, out.dtype, like.dtype
 
         def codegen(context, builder, signature, args):
             element = context.get_value_type(compute)
-            stored = _data(context, builder, signature, args, 2).type.pointee
+            stored, rows_stored = (_data(context, builder, signature, args, which).type.pointee for which in (2, 4))
             lanes = _lanes(element)
 
             def build(builder, arguments):
                 taps, pixels, grad, channel_filters, channel, inner, channels, out = arguments
-                grad, zero = _at_address(builder, grad, stored), _constant(ir.VectorType(element, lanes), 0.0)
+                grad, zero = _at_address(builder, grad, rows_stored), _constant(ir.VectorType(element, lanes), 0.0)
 
                 def totals_of(builder, first, tap_count, unrolled):
                     """One vector for each of some taps, whose sum is the tap's dot product."""
@@ -245,7 +245,7 @@ def _dot_taps(has_channel: bool):
 
                     def products(builder, at, totals, some):
                         place = builder.add(channel, at)
-                        value = _read_some(builder, grad, place, lanes, storage, some)
+                        value = _read_some(builder, grad, place, lanes, given, some)
                         following = []
                         for t, row in enumerate(rows):
                             factor = _read_some(builder, row, place, lanes, storage, some)
@@ -292,17 +292,17 @@ def _dot_taps(has_channel: bool):
             pointer = element.as_pointer()
             function = _function(
                 builder.module,
-                f"dynconv_dot_taps{'_channel' if has_channel else ''}_{storage}_{compute}",
+                f"dynconv_dot_taps{'_channel' if has_channel else ''}_{storage}_{given}_{compute}",
                 [_i64, _i64.as_pointer(), _i64, pointer, _i64, _i64, _i64, pointer],
                 build,
             )
             data = lambda which: _data(context, builder, signature, args, which)
-            outs = builder.gep(data(8), [args[9]])
-            builder.call(function, [args[0], data(1), args[3], data(4), *args[5:8], outs])
+            outs = builder.gep(data(9), [args[10]])
+            builder.call(function, [args[0], data(1), args[3], data(5), *args[6:9], outs])
             return context.get_dummy_value()
 
         i = types.int64
-        return types.void(i, pixels, source, i, channel_filters, i, i, i, out, i), codegen
+        return types.void(i, pixels, source, i, like, channel_filters, i, i, i, out, i), codegen
 
     return dots
 
@@ -330,16 +330,16 @@ _dots, _dots_channel = _dot_taps(False), _dot_taps(True)
 
 
 @njit(inline="always")
-def dot_taps(has_channel, taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at):
+def dot_taps(has_channel, taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at):
     """out[out_at + tap] = sum over `inner` channels c from `channel` on of grad[c] * v[tap, c] * pixel(tap)[c].
 
-    pixels[tap] and `grad` are addresses of rows of the type of `source`. v has rows of `channels` and is 1 without
-    `has_channel`.
+    pixels[tap] is the address of a row of the type of `source`, `grad` that of one of the type of `like`. v has rows of
+    `channels` and is 1 without `has_channel`.
     """
     if has_channel:
-        _dots_channel(taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at)
+        _dots_channel(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
     else:
-        _dots(taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at)
+        _dots(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
 
 
 @intrinsic
@@ -820,7 +820,7 @@ def _filter_grad_kernel(arguments, storage, compute):
                     continue
                 for group in range(groups):
                     dot_taps(
-                        has_channel, taps, pixels, source, grads[j], channel_filters, group * inner, inner,
+                        has_channel, taps, pixels, source, grads[j], source, channel_filters, group * inner, inner,
                         channels, scratch, group * taps,
                     )  # fmt: skip
                 normalise_grad(
@@ -937,7 +937,7 @@ class Filters:
         element, compute = grad.element_size(), torch.finfo(self.compute).bits // 8
         memory = 64 + 8 * _BLOCK_SITES * (2 + self.taps)
         memory += compute * (self.channels + self.groups * self.taps)
-        memory, threads = _line(memory), workers(items)
+        memory, threads = cache_lines(memory), workers(items)
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
         weights = self.weights if self.normalization or wants_channel else None
         _run_filter_grad(
@@ -966,7 +966,7 @@ class Filters:
         filter_row, entries = self.groups * self.taps, self.taps * self.scale**2
         memory = 288 + 8 * entries * (2 * ROWS + 4)
         memory += compute * (max(self.channels, filter_row) + ROWS * filter_row * is_scratch + 64)
-        memory = _line(memory)
+        memory = cache_lines(memory)
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
         tile = VECTORS * VECTOR_BYTES
         is_streamed = out.numel() * element > _STREAMED and out.data_ptr() % tile == 0
@@ -980,6 +980,6 @@ class Filters:
         )  # fmt: skip
 
 
-def _line(size: int) -> int:
+def cache_lines(size: int) -> int:
     """In whole cache lines: no two threads write the same one."""
     return ceil(size, 64) * 64
