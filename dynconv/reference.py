@@ -206,6 +206,10 @@ def normalised(weights: Tensor, taps: int, normalization: str | None) -> Tensor:
     return NORMALIZATIONS[normalization or "none"](grouped, dim=2).flatten(1, 2)
 
 
+def _complement(share: Tensor) -> Tensor:
+    return 1 - share
+
+
 def _sample(input: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
     """[N, G, C / G, taps, Ho, Wo]: the input between its pixels; zero outside, and where a position is not finite."""
     (samples, channels, height, width), taps = input.shape, geometry.kernel[0] * geometry.kernel[1]
@@ -228,7 +232,7 @@ def _sample(input: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
         for right in (0, 1):
             row, column = top + down, left + right
             # On a pixel the slope is that towards the next one.
-            share = (y - top if down else 1 - (y - top)) * (x - left if right else 1 - (x - left))
+            share = (y - top if down else _complement(y - top)) * (x - left if right else _complement(x - left))
             valid = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             index = torch.where(valid, row * width + column, 0).long().flatten(2).unsqueeze(2)
             found = pixels.gather(3, index.expand(-1, -1, channels // groups, -1))

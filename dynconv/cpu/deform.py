@@ -5,7 +5,7 @@ With position(s, o, tap) where site s samples by a tap for the offset group o, a
     share(p)        (1 - |y - py|) * (1 - |x - px|), zero for pixels outside of the input
     column[s, tap]  = scale[s, o, tap] * sum over p of share(p) * x[p], of which the channels of o
     aggregation     y[s] = sum over taps of column[s, tap]
-    convolution     y[s] = sum over taps of column[s, tap] @ weight[tap], a matrix product of PyTorch's
+    convolution     y[s] = sum over taps of column[s, tap] @ weight[tap]: a 1x1 convolution of the columns
 
 The columns are made for some sites at a time, never for all: kH * kW times the input. The gradients of what is sampled
 come from the rows r[s, tap], the gradients of the columns (of an aggregation those of y, the same for every tap):
@@ -25,7 +25,9 @@ from numba import carray, njit
 from torch import Tensor
 
 from .._geometry import Geometry
+from . import masked_conv
 from ._common import add, address, array, ceil, clear, vector_lanes
+from ._llvm import ROWS as TILE_ROWS
 from ._llvm import fetch_add, load, store
 from ._threads import compute_type, kernel, workers
 from .dynamic_filter import ROWS, cache_lines, dot_taps, filter_rows
@@ -281,9 +283,9 @@ class Sampling:
 
     def columns(self, begin: int, end: int) -> Tensor:
         """[end - begin, kH * kW, C] in the compute type: what the sites sample, times the scale."""
-        columns = torch.empty(end - begin, self.taps, self.channels, dtype=self.compute)
+        columns = _with_room(end - begin, self.taps * self.channels, self.compute)
         self._run(_run_sample, begin, end, address(columns), 0)
-        return columns
+        return columns[: end - begin].view(-1, self.taps, self.channels)
 
     def position_grads(
         self, rows: Tensor, begin: int, end: int, grad_offset: Tensor | None, grad_scales: Tensor | None
@@ -315,3 +317,92 @@ class Sampling:
             address(rows), begin, end, chunk, self.channels, self.groups, self.taps, site_stride, tap_stride, element,
             compute, *(0,) * 8, address(scratch), memory, 0, 0, *self.place,
         )  # fmt: skip
+
+
+class Product:
+    """The 1x1 convolution of columns that a deformable convolution ends with, in the order of PyTorch's weight.
+
+    Matrix products whose bits do not depend on the threads, as those of BLAS may.
+
+    Args:
+        weight: [Cout, C / groups, kH, kW].
+        channels: C.
+        dtype: the compute type.
+    """
+
+    def __init__(self, weight: Tensor, channels: int, dtype: torch.dtype) -> None:
+        self.weight, self.groups, self.dtype = weight, channels // weight.shape[1], dtype
+        # [groups, filters of a group, kH * kW * channels of a group], taps before channels.
+        self.matrices = weight.to(dtype).permute(0, 2, 3, 1).reshape(self.groups, -1, weight[0].numel())
+        self.grad = None
+
+    def forward(self, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out [sites, Cout] = columns [sites, kH * kW, C] @ weight + bias, in any of the types."""
+        products = [
+            _multiply(part, matrix, shift, out if self.groups == 1 else None)
+            for part, matrix, shift in zip(self._split(columns), self.matrices, self._shifts(bias))
+        ]
+        if products[0] is not out:
+            torch.cat(products, 1, out=out) if out.dtype == self.dtype else out.copy_(torch.cat(products, 1))
+
+    def column_grads(self, rows: Tensor) -> Tensor:
+        """[sites, kH * kW, C] from the output's gradient [sites, Cout], in the compute type."""
+        filters = rows.shape[1] // self.groups
+        parts = [
+            _multiply(part, matrix.t().contiguous(), None, None).view(len(rows), -1, self.weight.shape[1])
+            for part, matrix in zip(rows.split(filters, 1), self.matrices)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def add_weight_grad(self, columns: Tensor, rows: Tensor) -> None:
+        """Add the share of some sites to `grad`, like the matrices."""
+        grad, filters = torch.empty_like(self.matrices), rows.shape[1] // self.groups
+        index = _numbers(len(rows))
+        for part, given, target in zip(self._split(columns), rows.split(filters, 1), grad):
+            padded = _with_room(len(rows), filters, self.dtype)
+            padded[: len(rows)] = given
+            padded[len(rows) :] = 0
+            masked_conv._weight_grad(padded, part, None, None, index, len(rows), target[:, :, None, None], 1)
+        self.grad = grad if self.grad is None else self.grad.add_(grad)
+
+    def weight_grad(self) -> Tensor:
+        """What has been added up, like the weight."""
+        filters, channels, *kernel = self.weight.shape
+        return self.grad.view(filters, *kernel, channels).permute(0, 3, 1, 2).to(self.weight.dtype).contiguous()
+
+    def _split(self, columns: Tensor) -> list[Tensor]:
+        """For each group [sites (and room behind them), kH * kW * channels of the group]."""
+        if self.groups == 1:
+            return [columns.flatten(1)]
+        return [part.flatten(1) for part in columns.split(self.weight.shape[1], 2)]
+
+    def _shifts(self, bias: Tensor | None) -> list[Tensor | None]:
+        filters = self.weight.shape[0] // self.groups
+        return [None] * self.groups if bias is None else list(bias.to(self.dtype).split(filters))
+
+
+def bias_grad(rows: Tensor) -> Tensor:
+    """The sum of rows [sites, Cout]."""
+    return masked_conv.bias_grad(rows, _numbers(len(rows)), len(rows))
+
+
+def _multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """rows [n, depth] @ matrix [filters, depth].T + bias; into `out` [n, filters] where it is of the same type."""
+    result = out
+    if out is None or out.dtype != rows.dtype:
+        result = torch.empty(len(rows), matrix.shape[0], dtype=rows.dtype)
+    rows = rows.contiguous()
+    masked_conv.forward(
+        rows, matrix[:, :, None, None], bias, None, _numbers(len(rows)), len(rows), None, None, result, None, True, 1,
+        "none", (None, (0,) * 12),
+    )  # fmt: skip
+    return result
+
+
+def _numbers(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int32)
+
+
+def _with_room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows and some, columns]: tiles may read a few rows past the last."""
+    return torch.empty(rows + TILE_ROWS, columns, dtype=dtype)

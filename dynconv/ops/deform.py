@@ -49,12 +49,9 @@ def _conv_forward(input, offset, weight, bias, mask, stride, padding, dilation, 
         module(".kernels.deform").conv(input, offset, mask, weight, bias, out, allow_tf32=allow_tf32(), **sizes)
         return out
     sampling = module(".cpu.deform").Sampling(input, offset, mask, _placed(weight.shape[2:], stride, padding, dilation))
-    groups = input.shape[1] // weight.shape[1]
-    matrices, rows = _matrices(weight, groups, sampling.compute), _rows(out)
-    shift = None if bias is None else bias.to(sampling.compute)
+    product, rows = module(".cpu.deform").Product(weight, input.shape[1], sampling.compute), _rows(out)
     for begin, end in sampling.chunks():
-        result = torch.bmm(_grouped(sampling.columns(begin, end), groups), matrices).transpose(0, 1).flatten(1)
-        rows[begin:end] = result if shift is None else result.add_(shift)
+        product.forward(sampling.columns(begin, end), bias, rows[begin:end])
     return out
 
 
@@ -63,25 +60,18 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _matrices(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """A weight [Cout, C / groups, kH, kW] as [groups, kH * kW * C / groups, Cout / groups]."""
-    split = weight.to(dtype).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return split.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
-
-
-def _grouped(columns: Tensor, groups: int) -> Tensor:
-    """[sites, kH * kW, C] as [groups, sites, kH * kW * C / groups]."""
-    return columns.unflatten(2, (groups, columns.shape[2] // groups)).permute(2, 0, 1, 3).flatten(2)
-
-
 def _conv_backward(
     grad, input, offset, weight, mask, stride, padding, dilation, backend, wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = [grad.new_empty(0) for _ in wanted]  # not one five times: outputs must not alias
-    if wanted[3]:
-        grads[3] = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
     if grad.numel() == 0 or input.numel() == 0:
-        like = (_like(input), _like(offset), weight, None, None if mask is None else _like(mask))
+        like = (
+            _like(input),
+            _like(offset),
+            weight,
+            weight.new_empty(weight.shape[0]),
+            mask if mask is None else _like(mask),
+        )
         return tuple(
             torch.zeros_like(t) if want and t is not None else made
             for t, want, made in zip(like, wanted, grads, strict=True)
@@ -95,25 +85,23 @@ def _conv_backward(
                 grad, input, offset, mask, weight, wants_input=wanted[0], wants_offset=wanted[1], wants_mask=wanted[4],
                 **sizes,
             )  # fmt: skip
+        if wanted[3]:
+            found[3] = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
         if wanted[2]:
             found[2] = kernels.conv_weight_grad(input, offset, mask, grad, weight, **sizes)
         return tuple(none if made is None else made for made, none in zip(found, grads, strict=True))
     sampling = module(".cpu.deform").Sampling(input, offset, mask, _placed(weight.shape[2:], stride, padding, dilation))
-    groups, compute = input.shape[1] // weight.shape[1], sampling.compute
-    matrices, of_weight = _matrices(weight, groups, compute), None
-    of_input = torch.zeros_like(input, dtype=compute) if wanted[0] else None
+    product = module(".cpu.deform").Product(weight, input.shape[1], sampling.compute)
+    of_input = torch.zeros_like(input, dtype=sampling.compute) if wanted[0] else None
+    rows = _rows(grad).to(sampling.compute)
     for which, like in ((1, offset), (4, mask)):
         if wanted[which]:
             grads[which] = torch.empty_like(like)
     for begin, end in sampling.chunks():
-        rows = _rows(grad)[begin:end].to(compute).unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, sites, filters]
         if wanted[2]:
-            part = torch.bmm(_grouped(sampling.columns(begin, end), groups).transpose(1, 2), rows)
-            of_weight = part if of_weight is None else of_weight.add_(part)
-        if not (wanted[0] or wanted[1] or wanted[4]):
-            continue
-        columns = torch.bmm(rows, matrices.transpose(1, 2)).unflatten(2, (sampling.taps, -1))
-        columns = columns.permute(1, 2, 0, 3).flatten(2).contiguous()
+            product.add_weight_grad(sampling.columns(begin, end), rows[begin:end])
+        if wanted[0] or wanted[1] or wanted[4]:
+            columns = product.column_grads(rows[begin:end])
         if wanted[0]:
             sampling.scatter(columns, begin, end, of_input)
         if wanted[1] or wanted[4]:
@@ -122,8 +110,9 @@ def _conv_backward(
     if wanted[0]:
         grads[0] = of_input.to(input.dtype)
     if wanted[2]:
-        split = of_weight.unflatten(1, (*weight.shape[2:], weight.shape[1]))
-        grads[2] = split.permute(0, 4, 3, 1, 2).flatten(0, 1).to(weight.dtype).contiguous()
+        grads[2] = product.weight_grad()
+    if wanted[3]:
+        grads[3] = module(".cpu.deform").bias_grad(rows).to(weight.dtype)
     return tuple(grads)
 
 
