@@ -47,7 +47,7 @@ CONV_TILES = {
     ("half", 64): (64, 64, 32, 128, 2),
     ("half", 128): (64, 128, 32, 128, 2),
     ("tf32", 16): (64, 16, 16, 128, 2),
-    ("tf32", 64): (64, 64, 16, 128, 2),
+    ("tf32", 64): (64, 64, 16, 256, 2),
     ("ieee", 16): (64, 16, 16, 128, 2),
     ("ieee", 64): (64, 64, 16, 256, 2),
     ("double", 16): (32, 16, 16, 128, 2),
@@ -56,7 +56,7 @@ CONV_TILES = {
 # M = filters, N = channels (the bucket is that of the fewer), K = sites.
 WEIGHT_GRAD_TILES = {
     ("half", 16): (16, 16, 32, 128, 2),
-    ("half", 64): (64, 64, 32, 128, 2),
+    ("half", 64): (64, 64, 32, 256, 2),
     ("tf32", 16): (16, 16, 32, 128, 2),
     ("tf32", 64): (64, 64, 16, 128, 2),
     ("ieee", 16): (16, 16, 32, 128, 2),
@@ -66,15 +66,17 @@ WEIGHT_GRAD_TILES = {
 }
 # M = sites, N = channels, K = filters.
 INPUT_GRAD_TILES = {
-    ("half", 16): (64, 16, 32, 128, 2),
-    ("half", 64): (64, 64, 32, 256, 2),
-    ("tf32", 16): (64, 16, 32, 128, 2),
-    ("tf32", 64): (64, 64, 16, 256, 2),
-    ("ieee", 16): (64, 16, 16, 128, 2),
-    ("ieee", 64): (64, 32, 16, 256, 2),
-    ("double", 16): (32, 16, 16, 128, 2),
-    ("double", 64): (32, 32, 16, 256, 2),
+    ("half", 16): (64, 16, 16, 256, 2),
+    ("half", 32): (32, 32, 32, 256, 2),
+    ("tf32", 16): (64, 16, 16, 256, 2),
+    ("tf32", 32): (32, 32, 32, 256, 2),
+    ("ieee", 16): (32, 16, 16, 256, 2),
+    ("ieee", 32): (16, 32, 16, 256, 2),
+    ("double", 16): (32, 16, 16, 256, 2),
+    ("double", 32): (32, 32, 16, 256, 2),
 }
+# Rows that do not start on 16 bytes are loaded element by element, each with an address in a register.
+INPUT_GRAD_UNALIGNED = (16, 16, 16, 128, 2)
 # The fewest K steps of wgrad that are worth a split.
 WEIGHT_GRAD_STEPS = 8
 
@@ -108,13 +110,14 @@ def weight_grad_config(kind, channels, filters):
 
 def input_grad_config(kind, channels, filters):
     """Tile of the gradients of what is sampled and where: BLOCK_N `channels` of a run, BLOCK_K of `filters` a step."""
-    aligned = is_aligned(kind, channels) and is_aligned(kind, filters)
-    tile = _tile(INPUT_GRAD_TILES, kind, channels, aligned)
+    if not (is_aligned(kind, channels) and is_aligned(kind, filters)):
+        return _named(*INPUT_GRAD_UNALIGNED)
+    tile = _tile(INPUT_GRAD_TILES, kind, channels, True)
     tile["BLOCK_K"] = min(tile["BLOCK_K"], bucket(filters, (16, 32)))
     return tile
 
 
-def aggregate_config(dtype, channels):
+def aggregate_config(dtype, channels, *, grads=False):
     """Tile of the aggregation: BLOCK_C channels of a group, at most a 128-byte line, by BLOCK_M pairs of site, group.
 
     A site's groups lie side by side, so narrow groups fill a line as well.
@@ -123,15 +126,21 @@ def aggregate_config(dtype, channels):
     elements = AGGREGATE_BYTES // dtype.itemsize
     if unit(channels) * dtype.itemsize < 16:
         elements = min(elements, UNALIGNED_ELEMENTS)
+    elif grads:
+        elements //= 2
     return dict(BLOCK_M=elements // block_c, BLOCK_C=block_c, num_warps=warps(AGGREGATE_THREADS))
 
 
 def _tile(table, kind, width, aligned):
-    # Rows that do not start on 16 bytes are loaded in pieces, each with an address in a register.
-    widths = [size for name, size in table if name == kind and (aligned or size <= 16)]
+    # Rows that do not start on 16 bytes: the large tiles would spill.
+    widths = [size for name, size in table if name == kind and (aligned or size == 16)]
     block_m, block_n, block_k, threads, num_stages = table[kind, bucket(width, widths)]
     if not aligned:
-        block_k = 16
+        block_k, threads = 16, 256
+    return _named(block_m, block_n, block_k, threads, num_stages)
+
+
+def _named(block_m, block_n, block_k, threads, num_stages):
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps(threads), num_stages=num_stages)
 
 
@@ -154,13 +163,17 @@ def locate(offset, pair, y, x, listed, source_height, source_width, ACCUMULATOR:
 
 
 @triton.jit
-def corner_share(distance, SECOND: tl.constexpr):
-    """A corner's share of a sample along one axis, for the first or the second pixel of two."""
-    if SECOND:
-        share = distance
-    else:
-        share = 1 - distance
-    return share
+def find_corner(corner, sample, top, left, below, right, inside, source_height, source_width):
+    """(row, valid, share_y, share_x), each [M], of one of the four pixels around a position: see `locate`.
+
+    Its row of the source, whether it has one, and its shares of the sample along either axis, 1 - distance. The corners
+    0 to 3 are those above on the left and right, then those below.
+    """
+    down = corner // 2
+    beside = corner % 2
+    valid = inside & is_inside(top + down, left + beside, source_height, source_width)
+    row = (sample * source_height + top + down) * source_width + left + beside
+    return row, valid, tl.abs((1 - down) - below), tl.abs((1 - beside) - right)
 
 
 @triton.jit
@@ -185,15 +198,16 @@ def sample_pixels(
     c [M or 1, C] are elements of a source row, which has that many columns; scale is [M] or None.
     """
     total = tl.zeros([top.shape[0], c.shape[1]], ACCUMULATOR)
-    pixel = (sample * source_height + top) * source_width + left
+    # Unrolled: the four loads do not wait for one another.
     for corner in tl.static_range(4):
-        # One load for each corner, all of them on their way before the first is used.
-        share = corner_share(below, corner // 2 == 1) * corner_share(right, corner % 2 == 1)
+        row, valid, share_y, share_x = find_corner(
+            corner, sample, top, left, below, right, inside, source_height, source_width
+        )
+        share = share_y * share_x
         if scale is not None:
             share *= scale
-        valid = inside & is_inside(top + corner // 2, left + corner % 2, source_height, source_width)
-        row = (pixel + (corner // 2 * source_width + corner % 2)).to(tl.int64) * columns
-        value = tl.load(source + (row[:, None] + c), mask=valid[:, None] & c_inside, other=0.0)
+        element = row.to(tl.int64)[:, None] * columns + c
+        value = tl.load(source + element, mask=valid[:, None] & c_inside, other=0.0)
         total += share[:, None] * value.to(ACCUMULATOR)
     return total
 
@@ -226,13 +240,12 @@ def sample_grads(
     Adds the source's share, times fixed_scale and rounded, to fixed, if given. Returns along_y, along_x and value, each
     [M], with sums over c added if WANTS_SUMS: of column * d sample / d position, and of column * sample.
     """
-    pixel = (sample * source_height + top) * source_width + left
-    for corner in tl.static_range(4):
-        share_y = corner_share(below, corner // 2 == 1)
-        share_x = corner_share(right, corner % 2 == 1)
-        valid = inside & is_inside(top + corner // 2, left + corner % 2, source_height, source_width)
-        row = (pixel + (corner // 2 * source_width + corner % 2)).to(tl.int64) * columns
-        element = row[:, None] + c
+    # Not unrolled: what a corner needs, addresses and integers of 64 bits, would not find registers four times.
+    for corner in tl.range(0, 4, loop_unroll_factor=1):
+        row, valid, share_y, share_x = find_corner(
+            corner, sample, top, left, below, right, inside, source_height, source_width
+        )
+        element = row.to(tl.int64)[:, None] * columns + c
         reads = valid[:, None] & c_inside
         if WANTS_SUMS:
             # Columns past the channels are a weight times zero, which is not zero where the weight is infinite.
@@ -245,11 +258,11 @@ def sample_grads(
             share = share_y * share_x * fixed_scale
             if scale is not None:
                 share *= scale
-            # Without a finite bound fixed_scale is 0, which makes NaN of what is not finite: no integer comes of that.
-            number = column * share[:, None]
-            number = tl.where(reads & (number == number), number, 0.0)
-            number = tl.floor(number + 0.5).to(tl.int64)
-            tl.atomic_add(fixed + element, number, mask=number != 0, sem="relaxed")
+            # A position on a pixel has shares of 0. So have all without a finite bound, where fixed_scale is 0: what is
+            # not finite must not become an integer.
+            adds = (valid & (tl.abs(share) > 0))[:, None] & c_inside
+            number = tl.floor(tl.where(adds, column * share[:, None], 0.0) + 0.5).to(tl.int64)
+            tl.atomic_add(fixed + element, number, mask=adds, sem="relaxed")
     return along_y, along_x, value
 
 
@@ -758,7 +771,7 @@ def _aggregate_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradients of _aggregate_kernel's operands at BLOCK_M rows, pairs of site and group, tap by tap.
+    """The gradients of _aggregate_kernel's operands from one tap at BLOCK_M rows, pairs of site and group.
 
     fixed[p, c] += scales[0] * weights[row, tap] * share of p in the sample * grad[row, c]
     grad_weights = sum over c of grad * sample
@@ -769,68 +782,68 @@ def _aggregate_grad_kernel(
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     channels = channel_units * CHANNEL_UNIT
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    # The taps of the same rows are neighbours in launch order: they share the rows of grad in L2.
+    tap = tl.program_id(0) % TAPS
+    start = (tl.program_id(0) // TAPS).to(tl.int64) * BLOCK_M
     site, group, listed = split_pair(start, groups, sites, BLOCK_M)
     sample, y, x = split_site(
         site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
     )
-    y = y * STRIDE_H - pad_top
-    x = x * STRIDE_W - pad_left
     row = start + tl.arange(0, BLOCK_M)
-    first_column = (group * channels)[:, None]
+    place = row * TAPS + tap
+    top, left, below, right, inside = locate(
+        offset,
+        2 * place,
+        y * STRIDE_H + (tap // KERNEL_WIDTH * dilation_h - pad_top),
+        x * STRIDE_W + (tap % KERNEL_WIDTH * dilation_w - pad_left),
+        listed,
+        source_height,
+        source_width,
+        ACCUMULATOR,
+    )
+    scale = tl.load(weights + place, mask=listed, other=0.0).to(ACCUMULATOR)
     fixed_scale = None
     if fixed is not None:
         fixed_scale = tl.load(scales).to(ACCUMULATOR)
 
-    for tap in range(0, TAPS):
-        place = row * TAPS + tap
-        top, left, below, right, inside = locate(
-            offset,
-            2 * place,
-            y + tap // KERNEL_WIDTH * dilation_h,
-            x + tap % KERNEL_WIDTH * dilation_w,
-            listed,
+    first_column = (group * channels)[:, None]
+    along_y = tl.zeros([BLOCK_M], ACCUMULATOR)
+    along_x = tl.zeros([BLOCK_M], ACCUMULATOR)
+    value = tl.zeros([BLOCK_M], ACCUMULATOR)
+    for channel in range(0, channels, BLOCK_C):
+        c = channel + tl.arange(0, BLOCK_C)[None, :]
+        c_inside = c < channels
+        dual = tl.load(grad + (row[:, None] * channels + c), mask=listed[:, None] & c_inside, other=0.0)
+        along_y, along_x, value = sample_grads(
+            dual.to(ACCUMULATOR),
+            source,
+            fixed,
+            fixed_scale,
+            sample,
+            top,
+            left,
+            below,
+            right,
+            inside,
+            scale,
+            first_column + c,
+            c_inside,
+            groups * channels,
             source_height,
             source_width,
-            ACCUMULATOR,
+            along_y,
+            along_x,
+            value,
+            grad_offset is not None or grad_weights is not None,
         )
-        scale = tl.load(weights + place, mask=listed, other=0.0).to(ACCUMULATOR)
-        along_y = tl.zeros([BLOCK_M], ACCUMULATOR)
-        along_x = tl.zeros([BLOCK_M], ACCUMULATOR)
-        value = tl.zeros([BLOCK_M], ACCUMULATOR)
-        for channel in range(0, channels, BLOCK_C):
-            c = channel + tl.arange(0, BLOCK_C)[None, :]
-            c_inside = c < channels
-            dual = tl.load(grad + (row[:, None] * channels + c), mask=listed[:, None] & c_inside, other=0.0)
-            along_y, along_x, value = sample_grads(
-                dual.to(ACCUMULATOR),
-                source,
-                fixed,
-                fixed_scale,
-                sample,
-                top,
-                left,
-                below,
-                right,
-                inside,
-                scale,
-                first_column + c,
-                c_inside,
-                groups * channels,
-                source_height,
-                source_width,
-                along_y,
-                along_x,
-                value,
-                grad_offset is not None or grad_weights is not None,
-            )
-        if grad_weights is not None:
-            tl.store(grad_weights + place, value.to(grad_weights.dtype.element_ty), mask=listed)
-        if grad_offset is not None:
-            along_y = tl.where(inside, along_y * scale, 0.0)
-            along_x = tl.where(inside, along_x * scale, 0.0)
-            tl.store(grad_offset + 2 * place, along_y.to(grad_offset.dtype.element_ty), mask=listed)
-            tl.store(grad_offset + 2 * place + 1, along_x.to(grad_offset.dtype.element_ty), mask=listed)
+
+    if grad_weights is not None:
+        tl.store(grad_weights + place, value.to(grad_weights.dtype.element_ty), mask=listed)
+    if grad_offset is not None:
+        along_y = tl.where(inside, along_y * scale, 0.0)
+        along_x = tl.where(inside, along_x * scale, 0.0)
+        tl.store(grad_offset + 2 * place, along_y.to(grad_offset.dtype.element_ty), mask=listed)
+        tl.store(grad_offset + 2 * place + 1, along_x.to(grad_offset.dtype.element_ty), mask=listed)
 
 
 def conv(input, offset, mask, weight, bias, out, *, stride, padding, dilation, allow_tf32):
@@ -956,8 +969,9 @@ def aggregate_grad(
         if wants_input:
             scales = _fixed_point(_peak(grad), weights, offset.shape, kernel_size, input.dtype)
         with on_device(input):
-            tile = aggregate_config(input.dtype, channels)
-            _aggregate_grad_kernel[(triton.cdiv(rows, tile["BLOCK_M"]),)](
+            tile = aggregate_config(input.dtype, channels, grads=True)
+            taps = kernel_size[0] * kernel_size[1]
+            _aggregate_grad_kernel[(triton.cdiv(rows, tile["BLOCK_M"]) * taps,)](
                 grad, input, offset, weights, scales, fixed, grad_offset, grad_weights, **arguments, **tile
             )
     return _from_fixed_point(fixed, scales, input.dtype), grad_offset, grad_weights

@@ -75,6 +75,7 @@ def cases():
         yield from depthwise_cases(target)
         yield from epilogue_cases(target)
         yield from gathered_cases(target)
+        yield from deform_cases(target)
         row = TABLE_ROW.get(target, target)
         table = masked_conv.CONV_TILES[row]
         for (kind, width), (_, _, depth, _, _) in table.items():
@@ -172,6 +173,21 @@ def gathered_cases(target):
     yield target, "gathered_weight_grad", "float16", False, 256, 256, "unaligned"
 
 
+def deform_cases(target):
+    """BROAD"""
+    for dtype, tf32 in (("float16", False), ("bfloat16", False), ("float32", True), ("float32", False), ("float64", False)):
+        for w in (16, 32, 64, 128, 15):
+            v = "mask+unaligned" if w == 15 else "mask"
+            yield target, "deform_forward", dtype, tf32, w, w, v
+            yield target, "deform_weight_grad", dtype, tf32, w, w, v
+            yield target, "deform_input_grad", dtype, tf32, w, w, v
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        for w in (16, 64, 15):
+            v = "unaligned" if w == 15 else ""
+            yield target, "aggregate", dtype, False, w, w, v
+            yield target, "aggregate_grad", dtype, False, w, w, v
+
+
 class TargetDriver:
     """What Triton's launcher asks of a driver before it compiles."""
 
@@ -200,6 +216,9 @@ def launch(case):
     _, kernel, dtype, allow_tf32, channels, filters, variant = case
     if kernel.startswith("gathered"):
         launch_gathered(case)
+        return
+    if kernel.startswith(("deform", "aggregate")):
+        launch_deform(case)
         return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
@@ -304,6 +323,41 @@ def launch_gathered(case):
         gathered_conv.input_grad(out, weight, source, ins, outs, reads, **where)
     else:
         gathered_conv.weight_grad(source, out, weight, ins, outs, rows, **where)
+
+
+def launch_deform(case):
+    """Groups of that many channels: those of a convolution share the offsets, those of an aggregation do not."""
+    import torch
+
+    from dynconv.kernels import deform
+
+    _, kernel, dtype, allow_tf32, channels, filters, variant = case
+    dtype, flags = getattr(torch, dtype), variant.split("+")
+    groups = 4 if kernel.startswith("aggregate") else 2 if "grouped" in flags else 1
+    offset_groups = groups if kernel.startswith("aggregate") else 1
+
+    def features(columns):
+        return torch.zeros(2, columns, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    source, grad, offset = features(groups * channels), features(groups * filters), features(18 * offset_groups)
+    mask = features(9 * offset_groups) if kernel.startswith("aggregate") or "mask" in flags else None
+    geometry = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    if kernel == "aggregate":
+        deform.aggregate(source, offset, mask, grad, kernel_size=(3, 3), **geometry)
+        return
+    wants = dict(wants_input=True, wants_offset=True)
+    if kernel == "aggregate_grad":
+        deform.aggregate_grad(grad, source, offset, mask, wants_weights=True, kernel_size=(3, 3), **wants, **geometry)
+        return
+    weight = torch.zeros(groups * filters, channels, 3, 3, dtype=dtype)
+    geometry |= dict(allow_tf32=allow_tf32)
+    if kernel == "deform_forward":
+        bias = weight[:, 0, 0, 0].contiguous() if "bias" in flags else None
+        deform.conv(source, offset, mask, weight, bias, grad, **geometry)
+    elif kernel == "deform_input_grad":
+        deform.conv_input_grad(grad, source, offset, mask, weight, wants_mask=True, **wants, **geometry)
+    else:
+        deform.conv_weight_grad(source, offset, mask, grad, weight, **geometry)
 
 
 def compile_case(case):
