@@ -48,9 +48,9 @@ CONV_TILES = {
     ("half", 128): (64, 128, 32, 128, 2),
     ("tf32", 16): (64, 16, 16, 128, 2),
     ("tf32", 64): (64, 64, 16, 256, 2),
-    ("ieee", 16): (64, 16, 16, 128, 2),
+    ("ieee", 16): (64, 16, 16, 256, 2),
     ("ieee", 64): (64, 64, 16, 256, 2),
-    ("double", 16): (32, 16, 16, 128, 2),
+    ("double", 16): (32, 16, 16, 256, 2),
     ("double", 64): (32, 64, 16, 256, 2),
 }
 # M = filters, N = channels (the bucket is that of the fewer), K = sites.
@@ -83,7 +83,8 @@ WEIGHT_GRAD_STEPS = 8
 # What a program of the aggregation holds of each of the four pixels: two 16-byte loads for each thread.
 AGGREGATE_THREADS = 128
 AGGREGATE_BYTES = 4096
-# Rows that do not start on 16 bytes are loaded element by element, each with an address in a register.
+# A gradient has addresses and integers of 64 bits as well.
+AGGREGATE_GRAD_ELEMENTS = 512
 UNALIGNED_ELEMENTS = 256
 
 # Bits of the sums of fixed-point contributions: one more, next to the sign, is for what bounds leave out (rounding).
@@ -127,7 +128,7 @@ def aggregate_config(dtype, channels, *, grads=False):
     if unit(channels) * dtype.itemsize < 16:
         elements = min(elements, UNALIGNED_ELEMENTS)
     elif grads:
-        elements //= 2
+        elements = min(elements // 2, AGGREGATE_GRAD_ELEMENTS)
     return dict(BLOCK_M=elements // block_c, BLOCK_C=block_c, num_warps=warps(AGGREGATE_THREADS))
 
 
@@ -136,7 +137,7 @@ def _tile(table, kind, width, aligned):
     widths = [size for name, size in table if name == kind and (aligned or size == 16)]
     block_m, block_n, block_k, threads, num_stages = table[kind, bucket(width, widths)]
     if not aligned:
-        block_k, threads = 16, 256
+        block_m, block_k, threads = min(block_m, 32), 16, 256
     return _named(block_m, block_n, block_k, threads, num_stages)
 
 

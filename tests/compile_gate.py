@@ -59,6 +59,7 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #   stride2, 1x1, 7x7      another geometry than 3 x 3
 #   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true, or
 #                          in gathered convolution that kept channels do not lie side by side
+#   mask                   of deformable convolution
 #   rows, linear           of gathered convolution: at listed sites; of one pixel by one tap
 CASE = ("target", "kernel", "dtype", "allow_tf32", "channels", "filters", "variant")
 DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float32",), "double": ("float64",)}
@@ -174,18 +175,16 @@ def gathered_cases(target):
 
 
 def deform_cases(target):
-    """BROAD"""
-    for dtype, tf32 in (("float16", False), ("bfloat16", False), ("float32", True), ("float32", False), ("float64", False)):
-        for w in (16, 32, 64, 128, 15):
-            v = "mask+unaligned" if w == 15 else "mask"
-            yield target, "deform_forward", dtype, tf32, w, w, v
-            yield target, "deform_weight_grad", dtype, tf32, w, w, v
-            yield target, "deform_input_grad", dtype, tf32, w, w, v
-    for dtype in ("float16", "bfloat16", "float32", "float64"):
-        for w in (16, 64, 15):
-            v = "unaligned" if w == 15 else ""
-            yield target, "aggregate", dtype, False, w, w, v
-            yield target, "aggregate_grad", dtype, False, w, w, v
+    """The largest tiles, of the operands that take the most registers."""
+    yield target, "deform_forward", "float16", False, 128, 128, "mask+bias"
+    yield target, "deform_forward", "float32", True, 64, 64, "mask"
+    yield target, "deform_forward", "float16", False, 15, 15, "grouped+mask+unaligned"
+    yield target, "deform_weight_grad", "bfloat16", False, 64, 64, "mask"
+    yield target, "deform_input_grad", "float16", False, 64, 64, "mask"
+    yield target, "deform_input_grad", "float32", True, 64, 64, "mask"
+    yield target, "deform_input_grad", "float64", False, 64, 64, "mask"
+    yield target, "aggregate", "float16", False, 16, 16, ""
+    yield target, "aggregate_grad", "float16", False, 16, 16, ""
 
 
 class TargetDriver:
@@ -326,7 +325,7 @@ def launch_gathered(case):
 
 
 def launch_deform(case):
-    """Groups of that many channels: those of a convolution share the offsets, those of an aggregation do not."""
+    """Of an aggregation, four groups of that many channels; groups of a convolution share their offsets."""
     import torch
 
     from dynconv.kernels import deform
