@@ -75,7 +75,7 @@ INPUT_GRAD_TILES = {
     ("double", 16): (32, 16, 16, 256, 2),
     ("double", 32): (32, 32, 16, 256, 2),
 }
-# Rows that do not start on 16 bytes are loaded element by element, each with an address in a register.
+# Rows that do not start on 16 bytes are loaded element by element, each with an address in a register: smaller tiles.
 INPUT_GRAD_UNALIGNED = (16, 16, 16, 128, 2)
 # The fewest K steps of wgrad that are worth a split.
 WEIGHT_GRAD_STEPS = 8
@@ -256,13 +256,15 @@ def sample_grads(
             along_y += (corner // 2 * 2 - 1) * share_x * total
             along_x += (corner % 2 * 2 - 1) * share_y * total
         if fixed is not None:
-            share = share_y * share_x * fixed_scale
+            share = share_y * share_x
             if scale is not None:
                 share *= scale
             # A position on a pixel has shares of 0. So have all without a finite bound, where fixed_scale is 0: what is
             # not finite must not become an integer.
-            adds = (valid & (tl.abs(share) > 0))[:, None] & c_inside
-            number = tl.floor(tl.where(adds, column * share[:, None], 0.0) + 0.5).to(tl.int64)
+            adds = (valid & (tl.abs(share) * tl.minimum(fixed_scale, 1.0) > 0))[:, None] & c_inside
+            # Scaled last: of small grads, the scale times a weight may overflow.
+            number = tl.where(adds, column * share[:, None], 0.0) * fixed_scale
+            number = tl.floor(number + 0.5).to(tl.int64)
             tl.atomic_add(fixed + element, number, mask=adds, sem="relaxed")
     return along_y, along_x, value
 
