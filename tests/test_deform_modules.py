@@ -193,8 +193,8 @@ ERRORS = {
     "out_channels: expected a multiple of groups = 2, got 5": lambda: DeformConv2d(4, 5, 3, groups=2),
     "offset_groups: expected a divisor of in_channels = 4, got 3": lambda: DCNv2(4, 4, 3, offset_groups=3),
     "groups: expected a divisor of channels = 6, got 4": lambda: DCNv4(6),
-    "kernel_size: expected an odd int, got 4": lambda: DCNv4(4, 4),
-    "dw_kernel_size: expected an odd int, got 2": lambda: DCNv4(4, dw_kernel_size=2),
+    "kernel_size: expected an odd number, got 4": lambda: DCNv4(4, 4),
+    "dw_kernel_size: expected an odd number, got 2": lambda: DCNv4(4, dw_kernel_size=2),
     "padding: expected values of at least 0, got -1": lambda: DeformConv2d(4, 4, 3, padding=-1),
 }
 
