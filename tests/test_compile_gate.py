@@ -30,7 +30,8 @@ TENSOR_CORE = {
     "gfx942": ("mfma",),
 }
 # Kernels that read rows into registers, and the fewest 16-byte loads: of a depthwise kernel row's three taps the source
-# and the weight; of wgrad the source and grad; rows, grad and residual; one load elsewhere.
+# and the weight; of wgrad the source and grad; rows, grad and residual; the source of all taps in a row of a dynamic
+# filter, and with grad the four taps that a thread has in its gradients; one load elsewhere.
 STREAMING = {
     "depthwise_conv_kernel": 6,
     "depthwise_weight_grad_kernel": 2,
@@ -38,6 +39,9 @@ STREAMING = {
     "epilogue_backward_kernel": 3,
     "moments_kernel": 2,
     "gather_kernel": 1,
+    "dynamic_filter_kernel": 3,
+    "dynamic_filter_grad_kernel": 3,
+    "channel_filter_grad_kernel": 3,
 }
 
 
