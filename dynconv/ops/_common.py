@@ -223,6 +223,16 @@ def check_residual(
     return rows
 
 
+def sites_of(mask: Tensor | ActiveSites, size: tuple[int, int, int], input: Tensor) -> ActiveSites:
+    """The mask as the ActiveSites of an output (N, Ho, Wo)."""
+    sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, size)
+    if sites.shape != size:
+        raise ValueError(f"mask: expected sites of [{size[0]}, 1, {size[1]}, {size[2]}], got {sites.shape}")
+    if sites.mask.device != input.device:
+        raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
+    return sites
+
+
 def check_out(out, inactive, packed: bool, *operands: Tensor | None) -> None:
     """That `out` can be updated in place."""
     if inactive is not None:

@@ -26,6 +26,7 @@ from ._common import (
     check_types,
     in_rows,
     once_differentiable,
+    sites_of,
 )
 
 # `sites`: nothing, or the mask, index and count of an ActiveSites. `capacity`: the channels of a packed output, or -1.
@@ -340,7 +341,7 @@ def gathered_conv2d(
     if not is_packed:
         ins = check_channels("in_mask", in_mask, (shape[0], input.shape[1]), input)
     outs = check_channels("out_mask", out_mask, shape[:2], input)
-    sites = None if mask is None else _sites(mask, shape, input, geometry)
+    sites = None if mask is None else _sites(mask, shape, input)
     backend = backend_for(input.device)
     if backend == "reference":
         return reference.gathered_conv2d(
@@ -421,12 +422,8 @@ def _check_packed_convolution(input, weight, bias, *geometry) -> tuple[Geometry,
     return check_convolution(dense.expand(-1, channels.shape[1], -1, -1), weight, bias, *geometry)
 
 
-def _sites(mask: Tensor | ActiveSites, shape: tuple[int, ...], input: Tensor, geometry: Geometry) -> ActiveSites:
-    sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (shape[0], *shape[2:]))
-    if sites.shape != (shape[0], *shape[2:]):
-        raise ValueError(f"mask: expected sites of [{shape[0]}, 1, {shape[2]}, {shape[3]}], got {sites.shape}")
-    if sites.mask.device != input.device:
-        raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
+def _sites(mask: Tensor | ActiveSites, shape: tuple[int, ...], input: Tensor) -> ActiveSites:
+    sites = sites_of(mask, (shape[0], *shape[2:]), input)
     sites._check_pixels(input.shape[2:])
     return sites
 
