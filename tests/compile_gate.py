@@ -61,6 +61,8 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #                          in gathered convolution that kept channels do not lie side by side
 #   mask                   of deformable convolution
 #   rows, linear           of gathered convolution: at listed sites; of one pixel by one tap
+#   rows, scale2, softmax, l2, channel     of dynamic filters: at listed sites, at a scale_factor, their normalisation,
+#                          with channel filters
 CASE = ("target", "kernel", "dtype", "allow_tf32", "channels", "filters", "variant")
 DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float32",), "double": ("float64",)}
 
@@ -77,6 +79,7 @@ def cases():
         yield from epilogue_cases(target)
         yield from gathered_cases(target)
         yield from deform_cases(target)
+        yield from dynamic_filter_cases(target)
         row = TABLE_ROW.get(target, target)
         table = masked_conv.CONV_TILES[row]
         for (kind, width), (_, _, depth, _, _) in table.items():
@@ -187,6 +190,18 @@ def deform_cases(target):
     yield target, "aggregate_grad", "float16", False, 16, 16, ""
 
 
+def dynamic_filter_cases(target):
+    """channels are those of a group, filters the groups: involution, CARAFE and DDF, and what holds the most."""
+    yield target, "dynamic_filter_forward", "float16", False, 16, 4, "7x7+rows"
+    yield target, "dynamic_filter_forward", "float16", False, 63, 1, "rows+softmax+channel+unaligned"
+    yield target, "dynamic_filter_forward", "bfloat16", False, 64, 1, "5x5+scale2+softmax"
+    yield target, "dynamic_filter_forward", "float64", False, 16, 1, "5x5+rows+softmax+channel"
+    yield target, "dynamic_filter_input_grad", "float16", False, 16, 4, "7x7+rows"
+    yield target, "dynamic_filter_input_grad", "float32", False, 32, 1, "rows+scale2+channel"
+    yield target, "dynamic_filter_filter_grad", "float16", False, 16, 4, "7x7+rows+l2+channel"
+    yield target, "dynamic_filter_channel_grad", "float32", False, 32, 1, "rows+channel"
+
+
 class TargetDriver:
     """What Triton's launcher asks of a driver before it compiles."""
 
@@ -218,6 +233,9 @@ def launch(case):
         return
     if kernel.startswith(("deform", "aggregate")):
         launch_deform(case)
+        return
+    if kernel.startswith("dynamic_filter"):
+        launch_dynamic_filter(case)
         return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
@@ -357,6 +375,44 @@ def launch_deform(case):
         deform.conv_input_grad(grad, source, offset, mask, weight, wants_mask=True, **wants, **geometry)
     else:
         deform.conv_weight_grad(source, offset, mask, grad, weight, **geometry)
+
+
+def launch_dynamic_filter(case):
+    import torch
+
+    from dynconv.kernels import dynamic_filter
+
+    _, kernel, dtype, _, group_channels, groups, variant = case
+    dtype, flags = getattr(torch, dtype), variant.split("+")
+    taps = next((int(flag[0]) for flag in flags if flag in ("5x5", "7x7")), 3)
+    scale, step = 2 if "scale2" in flags else 1, 2 if "stride2" in flags else 1
+    sites = 8 // step * scale
+
+    def features(channels, size):
+        return torch.zeros(2, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    source, out = features(groups * group_channels, 8), features(groups * group_channels, sites)
+    filters = features(groups * taps**2, sites)
+    channel = torch.zeros(2, groups * group_channels, taps, taps, dtype=dtype) if "channel" in flags else None
+    inverse = torch.arange(2 * sites * sites, dtype=torch.int32) if "rows" in flags else None
+    listed = inverse, None if inverse is None else torch.full((1,), len(inverse), dtype=torch.int32)
+    normalization = next((name for name in flags if name in ("softmax", "sigmoid", "l2")), "none")
+    where = dict(site_size=(sites, sites), kernel_size=(taps, taps), stride=(step, step), dilation=(1, 1))
+    where |= dict(padding=(taps // 2, taps // 2), scale_factor=scale)
+    if kernel == "dynamic_filter_forward":
+        dynamic_filter.forward(source, filters, channel, out, *listed, **where, normalization=normalization)
+    elif kernel == "dynamic_filter_input_grad":
+        dynamic_filter.input_grad(out, filters, channel, source, inverse, **where)
+    elif kernel == "dynamic_filter_filter_grad":
+        if normalization != "none":
+            result = torch.zeros_like(filters)
+            tap_row = dict(groups=groups, taps=taps**2, normalization=normalization)
+            dynamic_filter.normalize(filters, result, *listed, **tap_row)
+        dynamic_filter.filter_grad(
+            out, source, filters, filters, channel, filters, *listed, **where, normalization=normalization
+        )
+    else:
+        dynamic_filter.channel_grad(out, source, filters, *listed, **where)
 
 
 def compile_case(case):
