@@ -16,6 +16,7 @@ from .._geometry import Geometry
 from .._masks import blob_mask
 from .._timing import Timing, input_sets, take_turns
 from ..reference import NORMALIZATIONS
+from . import console, table
 from .bounds import Arithmetic, Bounded, Verdict, arithmetic, judge, worst_of
 from .layers import Filter
 
@@ -199,9 +200,7 @@ class FilterCheck:
             own = rules.unstored if quantity == "weights" else rules
             error = own.bound(values[i], magnitudes[i], terms[i] + 1)
             # The weights are no factor of their own gradient.
-            made[quantity] = Bounded(
-                values[i], error if passed is None or quantity == "weights" else error + passed[i]
-            )
+            made[quantity] = Bounded(values[i], error if passed is None or quantity == "weights" else error + passed[i])
         if grad is None:
             return [made["output"]]
         filters = rules.activate(rules.normalize_grad(rows, weights, made["weights"], name, 1), None)
@@ -290,3 +289,220 @@ def measure_filters(
                 peak_extra_bytes(lambda call=calls[name]: call(0), device) for name in ("idiom", "dynconv")
             )
         yield row
+
+
+def summarise_filters(rows: Sequence[FilterRow]) -> list[dict]:
+    """Geometric means over the layers of each family and mode, for JSON."""
+    means = []
+    for family, mode in dict.fromkeys((row.family, row.mode) for row in rows):
+        group = [row for row in rows if (row.family, row.mode) == (family, mode) and row.ratio is not None]
+        if group:
+            mean = {"family": family, "mode": mode, "layers": len(group)}
+            for name in ("ratio", "tapped_ratio", "bandwidth_share"):
+                values = [getattr(row, name) for row in group if getattr(row, name) is not None]
+                mean[name] = math.exp(sum(map(math.log, values)) / len(values)) if values else None
+            means.append(mean)
+    return means
+
+
+CAPTIONS = {"plain": "the call", "backward": "forward, and the gradients of all operands"}
+
+
+def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], speed: float) -> None:
+    """A table for each mode, and the means."""
+    out = console()
+    for mode in dict.fromkeys(row.mode for row in rows):
+        shown = table(
+            f"\nfilters of pixels, {mode}: {CAPTIONS[mode]}",
+            "<family|<layer|batch|idiom ms|taps ms|dynconv ms [20-80 %]|ratio|to taps|floor ms|of a copy|"
+            "idiom MiB|dynconv MiB",
+            "idiom: F.unfold, or F.grid_sample for offsets, times the filters, summed. taps: a loop of addcmul_. "
+            "floor: operands and results once at the speed of a copy, here "
+            f"{speed / 1e6:.1f} GB/s read and written; of a copy: the share of that speed. MiB: the most that "
+            "PyTorch's allocator holds in a call beyond the operands, its results included. ~: the 80 % quantile of a "
+            "time is more than 1.3 times its 20 % quantile",
+        )
+        for row in (row for row in rows if row.mode == mode):
+            cells = [row.family, row.layer, str(row.batch)]
+            if row.failure:
+                shown.add_row(*cells, "[red]FAILED", "see below")
+                continue
+            noisy = "~" if row.idiom.is_noisy or row.dynconv.is_noisy else ""
+            style = "green" if row.ratio > 1 else "yellow"
+            shown.add_row(
+                *cells, f"{row.idiom.median:.2f}", f"{row.tapped.median:.2f}" if row.tapped else "", str(row.dynconv),
+                f"[{style}]{noisy}{row.ratio:.2f}x", f"{row.tapped_ratio:.2f}x" if row.tapped else "",
+                f"{row.floor_ms:.3f}", f"{row.bandwidth_share:.0%}", f"{row.idiom_memory / 2**20:.1f}",
+                f"{row.memory / 2**20:.1f}",
+            )  # fmt: skip
+        out.print(shown)
+    shown = table("\ngeometric means over the layers of a family", "<family|<mode|layers|ratio|to taps|of a copy")
+    for mean in means:
+        to_taps = "" if mean["tapped_ratio"] is None else f"{mean['tapped_ratio']:.2f}x"
+        shown.add_row(
+            mean["family"], mean["mode"], str(mean["layers"]), f"{mean['ratio']:.2f}x", to_taps,
+            f"{mean['bandwidth_share']:.0%}",
+        )  # fmt: skip
+    out.print(shown)
+
+
+@dataclass(frozen=True)
+class FilterCase:
+    """One call of dynamic_filter2d in `verify`; the tensors follow from it."""
+
+    name: str
+    channels: int = 24
+    groups: int = 1
+    size: tuple[int, int] = (9, 8)
+    kernel: tuple[int, int] = (3, 3)
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] | str = 1
+    dilation: int = 1
+    scale_factor: int = 1
+    normalization: str | None = None
+    channel_filters: bool = False
+    density: float | None = None  # of a mask
+    gate: bool = False
+
+
+FILTER_CASES = (
+    FilterCase("filters"),
+    FilterCase("filters, softmax", normalization="softmax", density=0.4),
+    FilterCase("filters, sigmoid", normalization="sigmoid", channel_filters=True),
+    FilterCase("filters, l2", normalization="l2", groups=2),
+    FilterCase("filters of channels", channel_filters=True, density=0.4, gate=True),
+    FilterCase("involution 7x7", channels=32, groups=2, kernel=(7, 7), padding=3),
+    FilterCase("filters to twice the size", kernel=(5, 5), padding=2, scale_factor=2, normalization="softmax"),
+    FilterCase("filters to twice the size, gate", scale_factor=2, groups=3, density=0.3, gate=True, stride=2),
+    FilterCase("filters stride 2 dilation 2", stride=2, padding=2, dilation=2, groups=4),
+    FilterCase("filters 5x2 stride 2x1", stride=(2, 1), padding=(2, 0), kernel=(5, 2), channels=17),
+    FilterCase("filters 5x2 same", padding="same", kernel=(5, 2), channels=15, groups=15, gate=True, density=0.5),
+    FilterCase("filters, no site", density=0.0, channel_filters=True),
+    FilterCase("filters, all sites", density=1.0, gate=True, normalization="l2"),
+)
+FILTER_BATCH = 2
+
+
+class DynamicFilter:
+    """dynamic_filter2d: forward, and the gradient of every operand and of a gate. Skipped filters hold NaN."""
+
+    op = "dynamic_filter2d"
+    cases = FILTER_CASES
+
+    def __init__(self, case: FilterCase, dtype: torch.dtype, device: str) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        self._generator = torch.Generator().manual_seed(2000 + FILTER_CASES.index(case))
+        geometry = Geometry.of(case.kernel, case.stride, case.padding, case.dilation)
+        self.geometry, self.taps = geometry, math.prod(case.kernel)
+        self.inner_size = geometry.output_size(*case.size)
+        self.size = tuple(length * case.scale_factor for length in self.inner_size)
+        self.leaves = {
+            "input": self._tensor(FILTER_BATCH, case.channels, *case.size),
+            "filters": self._tensor(FILTER_BATCH, case.groups * self.taps, *self.size),
+        }
+        if case.channel_filters:
+            self.leaves["channel_filters"] = self._tensor(FILTER_BATCH, case.channels, *case.kernel)
+        self.mask = None
+        if case.density is not None:
+            self.mask = blob_mask(FILTER_BATCH, *self.size, case.density, self._generator).to(device)
+            self.leaves["filters"] = torch.where(self.mask, self.leaves["filters"], math.nan)
+        if case.gate:
+            gate = self._tensor(*self.mask.shape)
+            self.leaves["gate"] = torch.where(self.mask, torch.where(gate == 0, 1, gate), 0)
+        self.grad = self._tensor(FILTER_BATCH, case.channels, *self.size)
+
+    def _tensor(self, *shape: int) -> Tensor:
+        made = torch.randn(shape, generator=self._generator).to(self.dtype).to(self.device)
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def source(self, quantity: str) -> str:
+        """What n of the bound counts."""
+        return "each step's own, passed on"
+
+    def _columns(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, G, C / G, taps, Ho, Wo]: what every tap of every site reads."""
+        case, geometry = self.case, self.geometry
+        (top, left), (bottom, right) = geometry.padding, geometry.padding_end
+        padded = F.pad(input, (left, right, top, bottom))
+        columns = F.unfold(padded, geometry.kernel, geometry.dilation, 0, geometry.stride)
+        columns = columns.view(FILTER_BATCH, case.groups, -1, self.taps, *self.inner_size)
+        return columns.repeat_interleave(case.scale_factor, 4).repeat_interleave(case.scale_factor, 5)
+
+    def _scatter(self, columns: Tensor) -> Tensor:
+        """The adjoint: to every pixel what the taps that read it have."""
+        pixels = torch.zeros(FILTER_BATCH, self.case.channels, *self.case.size, dtype=columns.dtype)
+        with torch.enable_grad():
+            pixels = pixels.to(columns.device).requires_grad_()
+            return torch.autograd.grad(self._columns(pixels), pixels, columns)[0]
+
+    def _at(self, value: Bounded) -> Bounded:
+        """Zeros at the skipped sites, exactly."""
+        if self.mask is None:
+            return value
+        return Bounded(*(torch.where(self.mask, tensor, 0) for tensor in (value.value, value.error)))
+
+    @torch.no_grad()
+    def expect(self, rules: Callable[..., Arithmetic], backend: str) -> None:
+        """In float64: a running error analysis of every step, forward and backward."""
+        rules, case = rules(), self.case
+        inner = rules.unstored
+        leaf = {name: tensor.double() for name, tensor in self.leaves.items()}
+        in_groups = (FILTER_BATCH, case.groups, case.channels // case.groups)
+        rows = leaf["filters"].view(FILTER_BATCH, case.groups, 1, self.taps, *self.size).nan_to_num(0.0)
+        name = case.normalization or "none"
+        weights = inner.normalize(rows, name, 3)
+        pixels = shared = Bounded.of(self._columns(leaf["input"]))
+        share = leaf.get("channel_filters")
+        if share is not None:
+            share = share.view(*in_groups, self.taps, 1, 1)
+            shared = inner.product(torch.mul, pixels, share, 1)
+        total = lambda x, w: (x * w).sum(3).flatten(1, 2)
+        made = output = self._at(rules.product(total, shared, weights, self.taps))
+        grad, grads = self._at(Bounded.of(self.grad.double())), {}
+        if case.gate:
+            gate = leaf["gate"]
+            output = rules.product(torch.mul, made, gate, 1)
+            ones = torch.ones_like(grad.value)
+            channels = lambda p, one: (p * one).sum(1, keepdim=True)
+            grads["gate"] = rules.product(channels, rules.product(torch.mul, made, grad, 1), ones, case.channels)
+            grad = rules.product(torch.mul, grad, gate, 1)
+        view = lambda tensor: tensor.reshape(*in_groups, 1, *self.size)
+        grad = self._at(grad)
+        grad = Bounded(view(grad.value), view(grad.error))
+        back = grad if share is None else inner.product(torch.mul, grad, share, 1)
+        terms = self.taps * case.scale_factor**2
+        grads["input"] = rules.product(lambda g, w: self._scatter(g * w), back, weights, terms)
+        of_weights = inner.product(lambda x, g: (x * g).sum(2, keepdim=True), shared, grad, in_groups[2])
+        found = rules.activate(inner.normalize_grad(rows, weights, of_weights, name, 3), None)
+        grads["filters"] = self._at(Bounded(*(t.reshape(leaf["filters"].shape) for t in (found.value, found.error))))
+        if share is not None:
+            weighted = inner.product(torch.mul, pixels, weights, 1)
+            sums = lambda x, g: (x * g).sum((4, 5)).reshape(leaf["channel_filters"].shape)
+            grads["channel_filters"] = rules.product(sums, weighted, grad, math.prod(self.size))
+        bounded = {"output": self._at(output), "output, autograd": self._at(output)}
+        if case.gate:
+            grads["gate"] = self._at(grads["gate"])
+        bounded |= {f"grad {name}": value for name, value in grads.items()}
+        self.expected = {name: value.value for name, value in bounded.items()}
+        self.bounds = {name: value.error for name, value in bounded.items()}
+
+    def actual(self) -> dict[str, Tensor]:
+        """Every quantity of the op under test."""
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.leaves.items()}
+        output = self._run(leaves)
+        grads = torch.autograd.grad(output, list(leaves.values()), self.grad)
+        with torch.no_grad():
+            results = {"output": self._run(leaves), "output, autograd": output.detach()}
+        return results | {f"grad {name}": grad for name, grad in zip(leaves, grads)}
+
+    def _run(self, leaves: dict[str, Tensor]) -> Tensor:
+        case = self.case
+        return dynconv.dynamic_filter2d(
+            leaves["input"], leaves["filters"], kernel_size=case.kernel, stride=case.stride, padding=case.padding,
+            dilation=case.dilation, scale_factor=case.scale_factor, normalization=case.normalization,
+            channel_filters=leaves.get("channel_filters"), mask=leaves.get("gate", self.mask),
+        )  # fmt: skip
+
+    def judge(self, quantity: str, actual: Tensor) -> Verdict:
+        """Of one quantity."""
+        return judge(actual, self.expected[quantity], self.bounds[quantity])
