@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -423,7 +422,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="about a minute: fewer shapes, densities and samples")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE", help="time against density, as a picture")
+    parser.add_argument("--plot", metavar="FILE", help="time against density, as a picture; of filters alone: bars")
     parser.add_argument("--scaling", metavar="FILE", help="also time and memory against the active sites, as a picture")
 
 
@@ -533,9 +532,8 @@ def main(arguments: argparse.Namespace) -> int:
         where = f"{record['environment']['device']}, {arguments.dtype}"
         if rows:
             plot_rows(rows, summary, where, arguments.plot)
-        if filter_rows:  # beside the other picture, where there is one
-            target = Path(arguments.plot)
-            plot_filters(filter_rows, where, str(target.with_stem(f"{target.stem}-filters") if rows else target))
+        else:
+            plot_filters(filter_rows, where, arguments.plot)
     if arguments.scaling:
         from .scaling import run_scaling
 

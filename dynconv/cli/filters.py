@@ -175,36 +175,44 @@ class FilterCheck:
         verdicts = []
         for n in range(bench.batch):
             operands = [operand[n].double() for operand in bench.operands[0]]
-            expected = self._expected(*operands, grad=bench.grads[0][n].double() if wants else None)
+            expected = bounded_filter(
+                self.rules, bench.layer, *operands, grad=bench.grads[0][n].double() if wants else None
+            )
             verdicts += [judge(r[n], e.value.view_as(r[n]), e.error.view_as(r[n])) for r, e in zip(results, expected)]
         return worst_of(verdicts)
 
-    def _expected(
-        self, input: Tensor, filters: Tensor, channel_filters: Tensor | None = None, grad: Tensor | None = None
-    ) -> list[Bounded]:
-        rules, layer = self.rules, self.bench.layer
-        name = layer.normalization or "none"
-        rows = filters.view(layer.groups, layer.taps, *layer.size)
-        weights = rules.normalize(rows, name, 1)
-        others = input, channel_filters, grad
-        largest = [None if other is None else other.abs() for other in others]
-        sums = lambda w, x, v, g: filter_sums(layer, x, w, v, g)
-        values, magnitudes = sums(weights.value, *others), sums(weights.magnitude, *largest)
-        passed = sums(weights.error, *largest) if weights.error.any() else None
-        # Beside the sum's own terms: the product with the channel's filter.
-        terms = [layer.taps, layer.taps * layer.scale_factor**2, layer.channels // layer.groups, math.prod(layer.size)]
-        made = {}
-        for i, quantity in enumerate(("output", "input", "weights", "channel")):
-            if values[i] is None:
-                continue
-            own = rules.unstored if quantity == "weights" else rules
-            error = own.bound(values[i], magnitudes[i], terms[i] + 1)
-            # The weights are no factor of their own gradient.
-            made[quantity] = Bounded(values[i], error if passed is None or quantity == "weights" else error + passed[i])
-        if grad is None:
-            return [made["output"]]
-        filters = rules.activate(rules.normalize_grad(rows, weights, made["weights"], name, 1), None)
-        return [made["input"], filters, *([made["channel"]] if "channel" in made else [])]
+
+def bounded_filter(
+    rules: Arithmetic,
+    layer: Filter,
+    input: Tensor,
+    filters: Tensor,
+    channel_filters: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> list[Bounded]:
+    """The output of a sample or, with `grad`, the gradients of all operands, with bounds of their errors."""
+    name = layer.normalization or "none"
+    rows = filters.view(layer.groups, layer.taps, *layer.size)
+    weights = rules.normalize(rows, name, 1)
+    others = input, channel_filters, grad
+    largest = [None if other is None else other.abs() for other in others]
+    sums = lambda w, x, v, g: filter_sums(layer, x, w, v, g)
+    values, magnitudes = sums(weights.value, *others), sums(weights.magnitude, *largest)
+    passed = sums(weights.error, *largest) if weights.error.any() else None
+    # Beside the sum's own terms: the product with the channel's filter.
+    terms = [layer.taps, layer.taps * layer.scale_factor**2, layer.channels // layer.groups, math.prod(layer.size)]
+    made = {}
+    for i, quantity in enumerate(("output", "input", "weights", "channel")):
+        if values[i] is None:
+            continue
+        own = rules.unstored if quantity == "weights" else rules
+        error = own.bound(values[i], magnitudes[i], terms[i] + 1)
+        # The weights are no factor of their own gradient.
+        made[quantity] = Bounded(values[i], error if passed is None or quantity == "weights" else error + passed[i])
+    if grad is None:
+        return [made["output"]]
+    filters = rules.activate(rules.normalize_grad(rows, weights, made["weights"], name, 1), None)
+    return [made["input"], filters, *([made["channel"]] if "channel" in made else [])]
 
 
 def filter_sums(
