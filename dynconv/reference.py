@@ -137,7 +137,7 @@ def dynamic_filter2d(
         sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, height, width))
         # A site of the unfolded input is read where any of the sites that it becomes is active.
         coarse = F.max_pool2d(sites.mask.to(input.dtype), scale_factor) > 0
-        read = ActiveSites(coarse).touched(tuple(area), *geometry[:3], geometry.dilation)
+        read = ActiveSites(coarse).touched(tuple(area), geometry.kernel, stride, padding, dilation)
         input, filters = torch.where(read.mask, input, 0), torch.where(sites.mask, filters, 0)
         gate = sites.mask if sites.gate is None else sites.gate
     (top, left), (bottom, right) = geometry.padding, geometry.padding_end

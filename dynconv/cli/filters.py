@@ -167,10 +167,10 @@ class FilterCheck:
         self.bench = bench
         self.rules = arithmetic(bench.dtype, bench.device)
 
-    def verdict(self, mode: str) -> Verdict:
-        """The worst of the output, or of the gradients of all operands, over the samples."""
+    def verdict(self, mode: str, name: str = "dynconv") -> Verdict:
+        """Of one of the bench's calls: the worst of the output, or of the gradients, over the samples."""
         bench, wants = self.bench, mode == "backward"
-        results = bench.calls(mode)["dynconv"](0)
+        results = bench.calls(mode)[name](0)
         results = results if wants else (results,)
         verdicts = []
         for n in range(bench.batch):
