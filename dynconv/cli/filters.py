@@ -1,4 +1,4 @@
-"""Filters that differ from pixel to pixel, for `bench` and `verify`: dynamic_filter2d."""
+"""Filters that differ from pixel to pixel: dynamic_filter2d for `verify`, and all layers of the kind for `bench`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .._timing import Timing, input_sets, take_turns
 from ..reference import NORMALIZATIONS
 from . import console, table
 from .bounds import Arithmetic, Bounded, Verdict, arithmetic, judge, worst_of
+from .deform import bounded_aggregate, random_offsets, sampled
 from .layers import Filter
 
 MODES = ("plain", "backward")
@@ -103,6 +104,8 @@ class FilterBench:
         self._values = torch.Generator(device).manual_seed(seed)
         c, (height, width) = layer.channels, layer.size
         shapes = [(batch, c, layer.height, layer.width), (batch, layer.groups * layer.taps, height, width)]
+        if layer.offsets:
+            shapes.insert(1, (batch, 2 * layer.groups * layer.taps, height, width))
         if layer.channel_filters:
             shapes.append((batch, c, layer.kernel, layer.kernel))
         out = (batch, c, height, width)
@@ -111,6 +114,10 @@ class FilterBench:
         )
         self.sets = input_sets(device, self.operand_bytes + self.out_bytes)
         self.operands = [[self._tensor(*shape) for shape in shapes] for _ in range(self.sets)]
+        if layer.offsets:
+            for some in self.operands:
+                offsets = random_offsets(shapes[1], self._values, device).to(dtype)
+                some[1] = offsets.contiguous(memory_format=torch.channels_last)
         self.grads = [self._tensor(*out) for _ in range(self.sets)]
         contiguous = torch.Tensor.contiguous
         self.contiguous = [[contiguous(operand) for operand in some] for some in self.operands]
@@ -120,9 +127,13 @@ class FilterBench:
         made = torch.randn(shape, generator=self._values, device=self.device).to(self.dtype)
         return made.contiguous(memory_format=torch.channels_last)
 
-    def apply(self, input: Tensor, filters: Tensor, channel_filters: Tensor | None = None) -> Tensor:
+    def apply(self, input: Tensor, *operands: Tensor) -> Tensor:
         """The op."""
         layer = self.layer
+        if layer.offsets:
+            options = dict(kernel_size=layer.kernel, padding=layer.padding, normalization=layer.normalization)
+            return dynconv.deform_aggregate2d(input, *operands, **options)
+        filters, channel_filters = operands if layer.channel_filters else (*operands, None)
         return dynconv.dynamic_filter2d(
             input, filters, kernel_size=layer.kernel, padding=layer.padding, scale_factor=layer.scale_factor,
             normalization=layer.normalization, channel_filters=channel_filters,
@@ -131,11 +142,11 @@ class FilterBench:
     def calls(self, mode: str) -> dict[str, Callable[[int], object]]:
         """What is timed: "dynconv", the "idiom", and a second one, "tapped"; each of the number of an input set."""
         layer = self.layer
-        made = {
-            "dynconv": (self.apply, self.operands, self.grads),
-            "idiom": (lambda *operands: unfolded(layer, *operands), self.contiguous, self.contiguous_grads),
-            "tapped": (lambda *operands: tapped(layer, *operands), self.contiguous, self.contiguous_grads),
-        }
+        made = {"dynconv": (self.apply, self.operands, self.grads)}
+        idioms = {"idiom": sampled} if layer.offsets else {"idiom": unfolded, "tapped": tapped}
+        for name, idiom in idioms.items():
+            run = lambda *operands, idiom=idiom: idiom(layer, *operands)
+            made[name] = run, self.contiguous, self.contiguous_grads
         run = self.gradients if mode == "backward" else self.forward
         return {
             name: lambda number, call=call, some=some, grads=grads: run(call, some[number], grads[number])
@@ -175,11 +186,19 @@ class FilterCheck:
         verdicts = []
         for n in range(bench.batch):
             operands = [operand[n].double() for operand in bench.operands[0]]
-            expected = bounded_filter(
-                self.rules, bench.layer, *operands, grad=bench.grads[0][n].double() if wants else None
-            )
+            expected = self._expected(operands, bench.grads[0][n].double(), wants)
             verdicts += [judge(r[n], e.value.view_as(r[n]), e.error.view_as(r[n])) for r, e in zip(results, expected)]
         return worst_of(verdicts)
+
+    def _expected(self, operands: Sequence[Tensor], grad: Tensor, wants_grads: bool) -> list[Bounded]:
+        """The output of a sample, or the gradients of its operands."""
+        layer = self.bench.layer
+        if not layer.offsets:
+            return bounded_filter(self.rules, layer, *operands, grad=grad if wants_grads else None)
+        geometry, fixed_point = Geometry.of(layer.kernel, 1, layer.padding, 1), self.bench.device == "cuda"
+        batched = [operand[None] for operand in operands]
+        output, grads = bounded_aggregate(self.rules, *batched, geometry, layer.normalization, grad[None], fixed_point)
+        return grads if wants_grads else [output]
 
 
 def bounded_filter(
@@ -290,13 +309,23 @@ def measure_filters(
         row = FilterRow(layer.family, layer.name, mode, batch, verdict, failure, floor_bytes=bench.floor_bytes(mode))
         row.floor_ms = row.floor_bytes / speed
         if failure is None:
-            calls = bench.calls(mode)
+            calls = {name: call for name, call in bench.calls(mode).items() if name == "dynconv" or _runs(call)}
             taken = take_turns(calls, device, repeats, seconds, bench.sets, LEAST)
             row.idiom, row.tapped, row.dynconv = (taken.get(name) for name in ("idiom", "tapped", "dynconv"))
             row.idiom_memory, row.memory = (
-                peak_extra_bytes(lambda call=calls[name]: call(0), device) for name in ("idiom", "dynconv")
+                peak_extra_bytes(lambda call=calls[name]: call(0), device) if name in calls else None
+                for name in ("idiom", "dynconv")
             )
         yield row
+
+
+def _runs(call: Callable[[int], object]) -> bool:
+    """Whether PyTorch has an idiom's operations for this type on this device."""
+    try:
+        call(0)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def summarise_filters(rows: Sequence[FilterRow]) -> list[dict]:
@@ -335,15 +364,20 @@ def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], speed: float
             if row.failure:
                 shown.add_row(*cells, "[red]FAILED", "see below")
                 continue
-            noisy = "~" if row.idiom.is_noisy or row.dynconv.is_noisy else ""
-            style = "green" if row.ratio > 1 else "yellow"
+            times = [timing for timing in (row.idiom, row.dynconv) if timing]
+            noisy = "~" if any(timing.is_noisy for timing in times) else ""
+            style = "green" if row.ratio and row.ratio > 1 else "yellow"
+            number = lambda value, form: "" if value is None else f"{value:{form}}"
+            mib = lambda size: "" if size is None else f"{size / 2**20:.1f}"
             shown.add_row(
-                *cells, f"{row.idiom.median:.2f}", f"{row.tapped.median:.2f}" if row.tapped else "", str(row.dynconv),
-                f"[{style}]{noisy}{row.ratio:.2f}x", f"{row.tapped_ratio:.2f}x" if row.tapped else "",
-                f"{row.floor_ms:.3f}", f"{row.bandwidth_share:.0%}", f"{row.idiom_memory / 2**20:.1f}",
-                f"{row.memory / 2**20:.1f}",
+                *cells, number(row.idiom and row.idiom.median, ".2f"), number(row.tapped and row.tapped.median, ".2f"),
+                str(row.dynconv), f"[{style}]{noisy}{number(row.ratio, '.2f')}x" if row.ratio else "",
+                f"{row.tapped_ratio:.2f}x" if row.tapped else "", f"{row.floor_ms:.3f}", f"{row.bandwidth_share:.0%}",
+                mib(row.idiom_memory), mib(row.memory),
             )  # fmt: skip
         out.print(shown)
+    if not means:
+        return
     shown = table("\ngeometric means over the layers of a family", "<family|<mode|layers|ratio|to taps|of a copy")
     for mean in means:
         to_taps = "" if mean["tapped_ratio"] is None else f"{mean['tapped_ratio']:.2f}x"

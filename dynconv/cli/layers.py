@@ -179,7 +179,8 @@ class Filter:
         """For example "56x56 64 in 4 groups 7x7" or "50x76 256 5x5 to 2 times the size"."""
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
         scale = f" to {self.scale_factor} times the size" if self.scale_factor > 1 else ""
-        return f"{self.height}x{self.width} {self.channels}{groups} {self.kernel}x{self.kernel}{scale}"
+        offsets = " with offsets" if self.offsets else ""
+        return f"{self.height}x{self.width} {self.channels}{groups} {self.kernel}x{self.kernel}{scale}{offsets}"
 
     @property
     def padding(self) -> int:
@@ -353,6 +354,7 @@ FILTERS: dict[str, tuple[Filter, ...]] = {
         Filter("carafe", height, width, 256, 5, 2, scale_factor=2, normalization="softmax", cpu_batch=1)
         for height, width in ((25, 38), (50, 76), (100, 152))
     ),
+    "dcn": tuple(Filter("dcn", size, size, 64, 3, 64, groups=4, offsets=True, cpu_batch=8) for size in (56, 28, 14, 7)),
 }
 
 
