@@ -23,10 +23,17 @@ from .layers import Filter
 GRID = 64
 
 
-def random_offsets(shape: tuple[int, ...], generator: torch.Generator, device: str = "cpu", scale: float = 1) -> Tensor:
-    """Normal, on the grid."""
-    made = (torch.randn(shape, generator=generator, device=device) * scale * GRID).round() / GRID
-    return made.clamp(1 / GRID - 4, 4 - 1 / GRID)
+def random_offsets(
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    device: str = "cpu",
+    scale: float = 1,
+    meets_pixels: bool = True,
+) -> Tensor:
+    """Normal, on the grid; without `meets_pixels` on its odd points, whose rounding by F.grid_sample crosses none."""
+    made = torch.randn(shape, generator=generator, device=device) * scale * GRID
+    made = made.round() if meets_pixels else (made / 2).floor() * 2 + 1
+    return (made / GRID).clamp(1 / GRID - 4, 4 - 1 / GRID)
 
 
 def sampled(layer: Filter, input: Tensor, offset: Tensor, weights: Tensor) -> Tensor:

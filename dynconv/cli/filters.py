@@ -116,7 +116,7 @@ class FilterBench:
         self.operands = [[self._tensor(*shape) for shape in shapes] for _ in range(self.sets)]
         if layer.offsets:
             for some in self.operands:
-                offsets = random_offsets(shapes[1], self._values, device).to(dtype)
+                offsets = random_offsets(shapes[1], self._values, device, meets_pixels=False).to(dtype)
                 some[1] = offsets.contiguous(memory_format=torch.channels_last)
         self.grads = [self._tensor(*out) for _ in range(self.sets)]
         contiguous = torch.Tensor.contiguous
