@@ -83,8 +83,8 @@ def cases(everything=False):
 def is_repetition(case):
     """Whether other cases show what this one does, but for the registers that the assembler takes for this target.
 
-    Every kernel, row of the tables and dtype is compiled for sm_80, sm_90, sm_100 and gfx942. Not all of their variants:
-    each option must compile, fit and keep its instructions where a compiler pass can tell the targets apart.
+    Every kernel, row of the tables and dtype is compiled for sm_80, sm_90, sm_100 and gfx942. Not all of their
+    variants: each option must compile, fit and keep its instructions where a compiler pass can tell the targets apart.
     """
     target, kernel, dtype, allow_tf32, _, _, variant = case
     flags = variant.split("+")
@@ -92,8 +92,8 @@ def is_repetition(case):
     # The most that a forward holds, which takes the most registers and shared memory.
     fullest = kernel == "forward" and "packed" in flags and "gelu" in flags
     if target == "sm_89":
-        # Not one of the four. Of the kernels whose tiles depend on no table it gets the IR that sm_80 and sm_90 get, and
-        # of the others the passes are theirs: the rows of "default" stay, in one dtype of each arithmetic. So do
+        # Not one of the four. Of the kernels whose tiles depend on no table it gets the IR that sm_80 and sm_90 get,
+        # and of the others the passes are theirs: the rows of "default" stay, in one dtype of each arithmetic. So do
         # depthwise kernels in fp64, the only ones that ever spilled here and nowhere else.
         if "depthwise" in flags:
             return variant != "depthwise" or dtype != "float64"
@@ -111,8 +111,8 @@ def is_repetition(case):
     if kernel == "bias_grad":
         return "packed" in flags and target in ("sm_80", "sm_100")  # no tensor cores: likewise
     if allow_tf32:
-        # Shared memory and 16-byte pieces are those of fp16, at half of the K. On sm_90 and sm_100 the matrix unit takes
-        # TF32 along K only, which changes how operands get there: these have the variants.
+        # Shared memory and 16-byte pieces are those of fp16, at half of the K. On sm_90 and sm_100 the matrix unit
+        # takes TF32 along K only, which changes how operands get there: these have the variants.
         return variant != "" and target in ("sm_80", "gfx942")
     if not tensor_core:
         # IEEE fp32 and fp64: again one IR for sm_80 and sm_90, and a thread's own arithmetic on every target. Addresses
