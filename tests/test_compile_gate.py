@@ -30,6 +30,8 @@ TENSOR_CORE = {
     "sm_100": ("tcgen05", "mma"),
     "gfx942": ("mfma",),
 }
+# The targets for which every kernel is compiled: the fifth, sm_89, has what differs there.
+FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Kernels that read rows into registers, and the fewest 16-byte loads: of a depthwise kernel row's three taps the source
 # and the weight; of wgrad the source and grad; rows, grad and residual; the source of all taps in a row of a dynamic
 # filter, and of the four that a thread has in its gradients; four pixels around a position; one load elsewhere.
@@ -143,7 +145,7 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
 def test_runs_of_channels_are_loaded_16_bytes_at_a_time(target, rows):
     """Through registers where there is no cp.async: the hints on gathered columns have to reach the loads."""
     found = [row for row in rows if row["function"] in GATHERED and "unaligned" not in row["variant"]]
-    assert {row["function"] for row in found} == set(GATHERED)
+    assert {row["function"] for row in found} == set(GATHERED if target in FULL else ())
     for row in found:
         if target != "gfx942":
             assert row["cp_async"] > 0, describe([row])
@@ -156,7 +158,7 @@ def test_aligned_rows_of_stencils_are_loaded_16_bytes_at_a_time(target, rows):
     """What streams through registers: by the thread, and for all taps of the kernel row that is unrolled."""
     found = {row["function"] for row in rows}
     for function, least in STREAMING.items():
-        assert function in found
+        assert target not in FULL or function in found
         for row in rows:
             if row["function"] != function or "unaligned" in row["variant"]:
                 continue
