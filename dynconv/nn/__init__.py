@@ -1,20 +1,31 @@
 """Drop-in modules over the ops."""
 
 from .blocks import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+from .dynamic_filter import CARAFE, DDF, DDFUp, DynamicFilter2d, FilterNorm, Involution2d
 from .gathered_blocks import GatheredBasicBlock, GatheredBottleneck
 from .gathered_conv import GatheredConv2d, GatheredLinear
 from .masked_conv import MaskedConv2d
 from .normalization import GatheredBatchNorm2d, MaskedBatchNorm2d
+from .pixel_adaptive import PacConv2d, PacPool2d, pac_kernel
 
 __all__ = [
+    "CARAFE",
+    "DDF",
+    "DDFUp",
+    "DynamicFilter2d",
+    "FilterNorm",
     "GatheredBasicBlock",
     "GatheredBatchNorm2d",
     "GatheredBottleneck",
     "GatheredConv2d",
     "GatheredLinear",
+    "Involution2d",
     "MaskedBasicBlock",
     "MaskedBatchNorm2d",
     "MaskedBottleneck",
     "MaskedConv2d",
     "MaskedInvertedResidual",
+    "PacConv2d",
+    "PacPool2d",
+    "pac_kernel",
 ]
