@@ -7,6 +7,7 @@ from ._version import __version__
 from .calibration import calibrate, calibration_file, execution, explain
 from .channels import ActiveChannels
 from .nn.ponder import ponder_map
+from .ops.deform import deform_aggregate2d, deform_conv2d
 from .ops.dynamic_filter import dynamic_filter2d
 from .ops.gathered_conv import gathered_conv2d
 from .ops.gathered_linear import gathered_linear
@@ -23,6 +24,8 @@ __all__ = [
     "backend",
     "calibrate",
     "calibration_file",
+    "deform_aggregate2d",
+    "deform_conv2d",
     "dynamic_filter2d",
     "execution",
     "explain",

@@ -137,7 +137,7 @@ def dynamic_filter2d(
         sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, height, width))
         # A site of the unfolded input is read where any of the sites that it becomes is active.
         coarse = F.max_pool2d(sites.mask.to(input.dtype), scale_factor) > 0
-        read = ActiveSites(coarse).touched(tuple(area), *geometry[:3], geometry.dilation)
+        read = ActiveSites(coarse)._touched_by(tuple(area), geometry)
         input, filters = torch.where(read.mask, input, 0), torch.where(sites.mask, filters, 0)
         gate = sites.mask if sites.gate is None else sites.gate
     (top, left), (bottom, right) = geometry.padding, geometry.padding_end
@@ -147,13 +147,98 @@ def dynamic_filter2d(
     columns = columns.repeat_interleave(scale_factor, 3).repeat_interleave(scale_factor, 4)
     if channel_filters is not None:
         columns = columns * channel_filters.reshape(samples, channels, taps, 1, 1)
-    weights = filters.reshape(samples, -1, taps, height, width)
+    groups = filters.shape[1] // taps
+    weights = filters.reshape(samples, groups, taps, height, width)
     weights = NORMALIZATIONS[normalization or "none"](weights, dim=2)
-    columns = columns.reshape(samples, weights.shape[1], -1, taps, height, width)
+    columns = columns.reshape(samples, groups, channels // groups, taps, height, width)
     result = (columns * weights.unsqueeze(2)).sum(3).reshape(samples, channels, height, width)
     if mask is not None:
         result = torch.where(sites.mask, result * gate, 0).to(result.dtype)
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """mask * sampled columns @ weight + bias, see `dynconv.deform_conv2d`."""
+    columns = _sample(input, offset, Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation))
+    if mask is not None:
+        taps = columns.shape[3]
+        columns = columns * mask.unflatten(1, (mask.shape[1] // taps, taps)).unsqueeze(2)
+    samples, area = input.shape[0], offset.shape[2:]
+    groups = input.shape[1] // weight.shape[1]
+    columns = columns.reshape(samples, groups, weight.shape[1] * columns.shape[3], area[0] * area[1])
+    kernels = weight.reshape(groups, weight.shape[0] // groups, columns.shape[2])
+    result = (kernels @ columns).reshape(samples, weight.shape[0], *area)
+    result = result if bias is None else result + bias.view(1, -1, 1, 1)
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def deform_aggregate2d(
+    input: Tensor,
+    offset: Tensor,
+    weights: Tensor,
+    *,
+    kernel_size: IntPair,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+    normalization: str | None = None,
+) -> Tensor:
+    """(weights * sampled columns).sum(taps), see `dynconv.deform_aggregate2d`."""
+    geometry = Geometry.of(kernel_size, stride, padding, dilation)
+    columns = _sample(input, offset, geometry)
+    weights = normalised(weights, columns.shape[3], normalization).unflatten(1, (columns.shape[1], -1))
+    result = (columns * weights.unsqueeze(2)).sum(3)
+    return result.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def normalised(weights: Tensor, taps: int, normalization: str | None) -> Tensor:
+    """Weights [N, G * taps, H, W] with the taps of each group normalised."""
+    grouped = weights.unflatten(1, (weights.shape[1] // taps, taps))
+    return NORMALIZATIONS[normalization or "none"](grouped, dim=2).flatten(1, 2)
+
+
+def _complement(share: Tensor) -> Tensor:
+    return 1 - share
+
+
+def _sample(input: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
+    """[N, G, C / G, taps, Ho, Wo]: the input between its pixels; zero outside, and where a position is not finite."""
+    (samples, channels, height, width), taps = input.shape, geometry.kernel[0] * geometry.kernel[1]
+    groups, area = offset.shape[1] // (2 * taps), offset.shape[2:]
+    steps = offset.unflatten(1, (groups, taps, 2))
+    places = []
+    for axis in range(2):
+        site = torch.arange(area[axis], device=input.device) * geometry.stride[axis] - geometry.padding[axis]
+        tap = torch.arange(geometry.kernel[axis], device=input.device) * geometry.dilation[axis]
+        tap = tap.repeat_interleave(geometry.kernel[1]) if axis == 0 else tap.repeat(geometry.kernel[0])
+        site = site.view(-1, 1) if axis == 0 else site.view(1, -1)
+        places.append((site + tap.view(-1, 1, 1)).to(offset.dtype) + steps[:, :, :, axis])
+    y, x = places  # [N, G, taps, Ho, Wo]
+    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+    y, x = torch.where(inside, y, 0), torch.where(inside, x, 0)
+    top, left = y.detach().floor(), x.detach().floor()
+    pixels = input.reshape(samples, groups, channels // groups, height * width)
+    total = 0
+    for down in (0, 1):
+        for right in (0, 1):
+            row, column = top + down, left + right
+            # On a pixel the slope is that towards the next one.
+            share = (y - top if down else _complement(y - top)) * (x - left if right else _complement(x - left))
+            valid = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = torch.where(valid, row * width + column, 0).long().flatten(2).unsqueeze(2)
+            found = pixels.gather(3, index.expand(-1, -1, channels // groups, -1))
+            found = found.unflatten(3, (taps, *area))
+            total = total + torch.where(valid.unsqueeze(2), found * share.unsqueeze(2), 0)
+    return total
 
 
 def gathered_linear(

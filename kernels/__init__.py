@@ -1,5 +1,5 @@
-"""Triton kernels, one file per family. Imports torch and triton only; knows nothing of dynconv's ops."""
+"""Triton kernels of dynconv, installed as ``dynconv.kernels``. They import torch and triton only."""
 
-from . import compaction, depthwise, epilogue, gathered_conv, masked_conv
+from . import compaction, deform, depthwise, dynamic_filter, epilogue, gathered_conv, masked_conv
 
-__all__ = ["compaction", "depthwise", "epilogue", "gathered_conv", "masked_conv"]
+__all__ = ["compaction", "deform", "depthwise", "dynamic_filter", "epilogue", "gathered_conv", "masked_conv"]

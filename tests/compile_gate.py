@@ -59,6 +59,7 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #   stride2, 1x1, 7x7      another geometry than 3 x 3
 #   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true, or
 #                          in gathered convolution that kept channels do not lie side by side
+#   mask                   of deformable convolution
 #   rows, linear           of gathered convolution: at listed sites; of one pixel by one tap
 CASE = ("target", "kernel", "dtype", "allow_tf32", "channels", "filters", "variant")
 DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float32",), "double": ("float64",)}
@@ -75,6 +76,7 @@ def cases():
         yield from depthwise_cases(target)
         yield from epilogue_cases(target)
         yield from gathered_cases(target)
+        yield from deform_cases(target)
         row = TABLE_ROW.get(target, target)
         table = masked_conv.CONV_TILES[row]
         for (kind, width), (_, _, depth, _, _) in table.items():
@@ -172,6 +174,19 @@ def gathered_cases(target):
     yield target, "gathered_weight_grad", "float16", False, 256, 256, "unaligned"
 
 
+def deform_cases(target):
+    """The largest tiles, of the operands that take the most registers."""
+    yield target, "deform_forward", "float16", False, 128, 128, "mask+bias"
+    yield target, "deform_forward", "float32", True, 64, 64, "mask"
+    yield target, "deform_forward", "float16", False, 15, 15, "grouped+mask+unaligned"
+    yield target, "deform_weight_grad", "bfloat16", False, 64, 64, "mask"
+    yield target, "deform_input_grad", "float16", False, 64, 64, "mask"
+    yield target, "deform_input_grad", "float32", True, 64, 64, "mask"
+    yield target, "deform_input_grad", "float64", False, 64, 64, "mask"
+    yield target, "aggregate", "float16", False, 16, 16, ""
+    yield target, "aggregate_grad", "float16", False, 16, 16, ""
+
+
 class TargetDriver:
     """What Triton's launcher asks of a driver before it compiles."""
 
@@ -200,6 +215,9 @@ def launch(case):
     _, kernel, dtype, allow_tf32, channels, filters, variant = case
     if kernel.startswith("gathered"):
         launch_gathered(case)
+        return
+    if kernel.startswith(("deform", "aggregate")):
+        launch_deform(case)
         return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
@@ -304,6 +322,41 @@ def launch_gathered(case):
         gathered_conv.input_grad(out, weight, source, ins, outs, reads, **where)
     else:
         gathered_conv.weight_grad(source, out, weight, ins, outs, rows, **where)
+
+
+def launch_deform(case):
+    """Of an aggregation, four groups of that many channels; groups of a convolution share their offsets."""
+    import torch
+
+    from dynconv.kernels import deform
+
+    _, kernel, dtype, allow_tf32, channels, filters, variant = case
+    dtype, flags = getattr(torch, dtype), variant.split("+")
+    groups = 4 if kernel.startswith("aggregate") else 2 if "grouped" in flags else 1
+    offset_groups = groups if kernel.startswith("aggregate") else 1
+
+    def features(columns):
+        return torch.zeros(2, columns, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    source, grad, offset = features(groups * channels), features(groups * filters), features(18 * offset_groups)
+    mask = features(9 * offset_groups) if kernel.startswith("aggregate") or "mask" in flags else None
+    geometry = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    if kernel == "aggregate":
+        deform.aggregate(source, offset, mask, grad, kernel_size=(3, 3), **geometry)
+        return
+    wants = dict(wants_input=True, wants_offset=True)
+    if kernel == "aggregate_grad":
+        deform.aggregate_grad(grad, source, offset, mask, wants_weights=True, kernel_size=(3, 3), **wants, **geometry)
+        return
+    weight = torch.zeros(groups * filters, channels, 3, 3, dtype=dtype)
+    geometry |= dict(allow_tf32=allow_tf32)
+    if kernel == "deform_forward":
+        bias = weight[:, 0, 0, 0].contiguous() if "bias" in flags else None
+        deform.conv(source, offset, mask, weight, bias, grad, **geometry)
+    elif kernel == "deform_input_grad":
+        deform.conv_input_grad(grad, source, offset, mask, weight, wants_mask=True, **wants, **geometry)
+    else:
+        deform.conv_weight_grad(source, offset, mask, grad, weight, **geometry)
 
 
 def compile_case(case):

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 GATE = Path(__file__).with_name("compile_gate.py")
 GATHERED = ("gathered_conv_kernel", "gathered_weight_grad_kernel")
-GEMMS = ("masked_conv_kernel", "weight_grad_kernel", *GATHERED)
+DEFORMABLE = ("deform_conv_kernel", "deform_weight_grad_kernel")
+GEMMS = ("masked_conv_kernel", "weight_grad_kernel", *GATHERED, *DEFORMABLE)
 # The matrix instruction of the target, and its older one for tiles of fewer than 64 rows.
 TENSOR_CORE = {
     "sm_80": ("mma",),
@@ -30,7 +31,8 @@ TENSOR_CORE = {
     "gfx942": ("mfma",),
 }
 # Kernels that read rows into registers, and the fewest 16-byte loads: of a depthwise kernel row's three taps the source
-# and the weight; of wgrad the source and grad; rows, grad and residual; one load elsewhere.
+# and the weight; of wgrad the source and grad; rows, grad and residual; four pixels around a position; one load
+# elsewhere.
 STREAMING = {
     "depthwise_conv_kernel": 6,
     "depthwise_weight_grad_kernel": 2,
@@ -38,6 +40,7 @@ STREAMING = {
     "epilogue_backward_kernel": 3,
     "moments_kernel": 2,
     "gather_kernel": 1,
+    "aggregate_kernel": 4,
 }
 
 
@@ -110,7 +113,9 @@ def test_shared_memory_fits(target, rows):
 
 def test_products_use_tensor_cores(target, rows):
     best, *_, older = TENSOR_CORE[target] * 2
-    for row in filter(is_gemm, rows):
+    for row in rows:
+        if not is_gemm(row) and row["function"] != "deform_input_grad_kernel":
+            continue
         if row["dtype"] == "float64" or (row["precision"] == "ieee" and row["dtype"] == "float32"):
             continue  # fp64 and IEEE fp32: exactness, not tensor cores, is asked for
         block_m = int(row["tile"].split("x")[0])

@@ -20,7 +20,7 @@ from types import FunctionType
 import torch
 from numba import cfunc, types
 
-from . import _common, _llvm
+from . import _llvm
 
 # Storage type of the elements -> (how Numba sees them, what it computes in).
 STORAGE = {
@@ -59,9 +59,9 @@ def _entry(key: str) -> Callable:
 
 
 @functools.cache
-def _source_stamp(*paths: str) -> int:
-    """Changes with the kernels' source: Numba itself watches this file only."""
-    return zlib.crc32(b"".join(Path(path).read_bytes() for path in (*paths, _common.__file__, _llvm.__file__)))
+def _source_stamp() -> int:
+    """Changes with the source of any kernel, which call each other: Numba itself watches this file only."""
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 def kernel(body: Callable) -> Callable[..., None]:
@@ -77,7 +77,7 @@ def kernel(body: Callable) -> Callable[..., None]:
         if dtype == torch.float16 and not _llvm.CONVERTS_FLOAT16:
             raise TypeError("input: expected another type than torch.float16, which this CPU cannot convert (no F16C)")
         storage, compute = STORAGE[dtype]
-        entry = _entry(f"{body.__qualname__} {storage} {compute} {_source_stamp(body.py_func.__code__.co_filename)}")
+        entry = _entry(f"{body.__qualname__} {storage} {compute} {_source_stamp()}")
         names = {**entry.__globals__, "body": body, "storage": storage, "compute": compute}
         entry = FunctionType(entry.__code__, names, entry.__name__, None, entry.__closure__)
         try:

@@ -22,8 +22,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .._geometry import Geometry
-from ._common import address, array, ceil, clear, fill_skipped, filling, vector_lanes
+from ._common import address, array, ceil, clear, fill_skipped, filling
 from ._llvm import (
+    DOT_VECTORS,
+    VECTOR_BYTES,
     _at_address,
     _call,
     _constant,
@@ -51,15 +53,30 @@ LEAST_NORM = 1e-12  # F.normalize's: a filter of zeros stays one
 
 ROWS, VECTORS = 4, 2  # sums in registers: of so many rows by so many vectors of channels
 _CHUNKS_PER_THREAD = 8
+_STREAMED = 1 << 23  # bytes of an output that are not worth a place in the cache
 _BLOCK_SITES = 32  # whose lists of pixels are kept for the gradient of the channels' filters
 _PART_SITES = 1024  # that one partial sum of that gradient covers, at least
 _MOST_PARTS = 64  # partial sums a sample
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind, name = ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, [builder.bitcast(address, byte), number(0), number(3), number(1)])  # to read, to keep, data
+
+
+def _write_around(builder: ir.IRBuilder, value: ir.Value, base: ir.Value, at: ir.Value, *rest) -> None:
+    """`_write` of a whole, aligned vector around the cache: what is written is not read from memory first."""
+    address = builder.bitcast(builder.gep(base, [at]), value.type.as_pointer())
+    written = builder.store(value, address, align=VECTOR_BYTES)
+    written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+
+
 def _filter_rows(is_direct: bool, has_channel: bool):
     @intrinsic
     def rows(typingctx, count, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters,
-             channels, groups, group_weights, targets, out):  # fmt: skip
+             channels, groups, group_weights, targets, out, ahead):  # fmt: skip
         storage, compute, result = source.dtype, like.dtype, out.dtype
 
         def codegen(context, builder, signature, args):
@@ -69,7 +86,8 @@ def _filter_rows(is_direct: bool, has_channel: bool):
 
             def build(builder, arguments):
                 (count, pixels, weights, pixel_steps, weight_steps, taps, channel_filters, channels, groups,
-                 group_weights, targets) = arguments  # fmt: skip
+                 group_weights, targets, ahead) = arguments  # fmt: skip
+                is_streamed = builder.icmp_signed("!=", ahead, _i64(0))
                 inner = builder.sdiv(channels, groups)
                 at = lambda numbers, place: builder.load(builder.gep(numbers, [place]))
                 ends = [_at_address(builder, at(targets, _i64(i)), written) for i in range(ROWS)]
@@ -107,11 +125,28 @@ def _filter_rows(is_direct: bool, has_channel: bool):
                                 following.append(_call(builder, "fma", factor, value, totals[i * vectors + v]))
                         return following
 
+                    may_stream = is_direct and vectors == VECTORS and result == compute
+                    if may_stream:
+                        with builder.if_then(is_streamed):
+                            for start, _ in starts:
+                                row = _at_address(builder, builder.add(start, ahead), stored)
+                                _prefetch(builder, builder.gep(row, [channel]))
                     totals = _for(builder, _i64(0), count, 1, [zero] * (ROWS * vectors), tap_round)
-                    for i in range(ROWS):
-                        for v in range(vectors):
-                            place = builder.add(channel, _i64(v * lanes))
-                            _write(builder, totals[i * vectors + v], ends[i], place, lanes, result)
+
+                    def finish(builder, write):
+                        for i in range(ROWS):
+                            for v in range(vectors):
+                                place = builder.add(channel, _i64(v * lanes))
+                                write(builder, totals[i * vectors + v], ends[i], place, lanes, result)
+
+                    if may_stream:
+                        with builder.if_else(is_streamed) as (around, through):
+                            with around:
+                                finish(builder, _write_around)
+                            with through:
+                                finish(builder, _write)
+                    else:
+                        finish(builder, _write)
 
                 def group_round(builder, group, values):
                     first, shift = builder.mul(group, inner), builder.mul(group, group_weights)
@@ -134,16 +169,16 @@ def _filter_rows(is_direct: bool, has_channel: bool):
             function = _function(
                 builder.module,
                 f"dynconv_filter_{kind}_{storage}_{compute}_{result}",
-                [_i64, *[numbers] * 5, element.as_pointer(), _i64, _i64, _i64, numbers],
+                [_i64, *[numbers] * 5, element.as_pointer(), _i64, _i64, _i64, numbers, _i64],
                 build,
             )
             data = lambda which: _data(context, builder, signature, args, which)
-            builder.call(function, [args[0], *map(data, range(1, 6)), data(8), *args[9:12], data(12)])
+            builder.call(function, [args[0], *map(data, range(1, 6)), data(8), *args[9:12], data(12), args[14]])
             return context.get_dummy_value()
 
         i = types.int64
         return types.void(
-            i, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters, i, i, i, targets, out
+            i, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters, i, i, i, targets, out, i
         ), codegen
 
     return rows
@@ -156,59 +191,61 @@ _direct_channel, _listed_channel = _filter_rows(True, True), _filter_rows(False,
 @njit(inline="always")
 def filter_rows(
     is_direct, has_channel, count, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters,
-    channels, groups, group_weights, targets, out,
+    channels, groups, group_weights, targets, out, ahead,
 ):  # fmt: skip
     """target(i)[c] = sum over t < count of weight(t, i)[g(c)] * v[taps[t], c] * pixel(t, i)[c], for i < ROWS.
 
     The addresses of pixel(t, i) and weight(t, i) are pixels[i] + pixel_steps[t] and weights[i] + weight_steps[t] where
     `is_direct`, else pixels[t * ROWS + i] and weights[t * ROWS + i]; that of target(i) is targets[i]. Group g's weight
-    lies g * group_weights elements behind the address, in the type of `like`. v is 1 without `has_channel`.
+    lies g * group_weights elements behind the address, in the type of `like`. v is 1 without `has_channel`. Unless
+    `ahead` is 0, the pixels so far behind pixels[i] are fetched into the cache, and the targets written around it.
     """
     if is_direct and has_channel:
         _direct_channel(
             count, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters, channels, groups,
-            group_weights, targets, out,
+            group_weights, targets, out, ahead,
         )  # fmt: skip
     elif is_direct:
         _direct(
             count, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters, channels, groups,
-            group_weights, targets, out,
+            group_weights, targets, out, ahead,
         )  # fmt: skip
     elif has_channel:
         _listed_channel(
             count, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters, channels, groups,
-            group_weights, targets, out,
+            group_weights, targets, out, ahead,
         )  # fmt: skip
     else:
         _listed(
             count, pixels, weights, pixel_steps, weight_steps, taps, source, like, channel_filters, channels, groups,
-            group_weights, targets, out,
+            group_weights, targets, out, ahead,
         )  # fmt: skip
 
 
 def _dot_taps(has_channel: bool):
     @intrinsic
-    def dots(typingctx, taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at):
-        storage, compute = source.dtype, out.dtype
+    def dots(typingctx, taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at):
+        storage, compute, given = source.dtype, out.dtype, like.dtype
 
         def codegen(context, builder, signature, args):
             element = context.get_value_type(compute)
-            stored = _data(context, builder, signature, args, 2).type.pointee
+            stored, rows_stored = (_data(context, builder, signature, args, which).type.pointee for which in (2, 4))
             lanes = _lanes(element)
 
             def build(builder, arguments):
                 taps, pixels, grad, channel_filters, channel, inner, channels, out = arguments
-                grad, zero = _at_address(builder, grad, stored), _constant(ir.VectorType(element, lanes), 0.0)
+                grad, zero = _at_address(builder, grad, rows_stored), _constant(ir.VectorType(element, lanes), 0.0)
 
-                def block(builder, first, values):
+                def totals_of(builder, first, tap_count, unrolled):
+                    """One vector for each of some taps, whose sum is the tap's dot product."""
                     rows = [
                         _at_address(builder, builder.load(builder.gep(pixels, [builder.add(first, _i64(t))])), stored)
-                        for t in range(lanes)
+                        for t in range(tap_count)
                     ]
 
                     def products(builder, at, totals, some):
                         place = builder.add(channel, at)
-                        value = _read_some(builder, grad, place, lanes, storage, some)
+                        value = _read_some(builder, grad, place, lanes, given, some)
                         following = []
                         for t, row in enumerate(rows):
                             factor = _read_some(builder, row, place, lanes, storage, some)
@@ -219,39 +256,53 @@ def _dot_taps(has_channel: bool):
                             following.append(_call(builder, "fma", factor, value, totals[t]))
                         return following
 
-                    whole = builder.and_(inner, _i64(-lanes))
-                    totals = _for(
-                        builder, _i64(0), whole, lanes, [zero] * lanes,
-                        lambda builder, at, totals: products(builder, at, totals, None),
-                    )  # fmt: skip
-                    # The channels left, fewer than a vector: a loop of one round or none.
+                    def several(builder, at, totals):
+                        following = []
+                        for u in range(unrolled):
+                            part = totals[u * tap_count : (u + 1) * tap_count]
+                            following += products(builder, builder.add(at, _i64(u * lanes)), part, None)
+                        return following
+
+                    whole = builder.and_(inner, _i64(-lanes * unrolled))
+                    totals = _for(builder, _i64(0), whole, lanes * unrolled, [zero] * (tap_count * unrolled), several)
+                    for u in range(1, unrolled):
+                        totals[:tap_count] = [
+                            builder.fadd(*pair) for pair in zip(totals[:tap_count], totals[u * tap_count :])
+                        ]
                     left = builder.sub(inner, whole)
-                    numbers = ir.VectorType(ir.IntType(32), lanes)
-                    some = _splat(builder, builder.trunc(left, ir.IntType(32)), numbers)
-                    some = builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), some)
-                    totals = _for(
-                        builder, whole, inner, lanes, totals,
-                        lambda builder, at, totals: products(builder, at, totals, some),
-                    )  # fmt: skip
+                    base = whole
+                    shifted = lambda builder, at, totals, some: products(builder, builder.add(base, at), totals, some)
+                    return _vector_rounds(builder, left, lanes, totals[:tap_count], shifted)
+
+                def block(builder, first, values):
+                    totals = totals_of(builder, first, lanes, 1)
                     _write(builder, _transposed_sum(builder, totals), out, first, lanes, compute)
                     return []
 
-                _for(builder, _i64(0), taps, lanes, [], block)
+                def single(builder, tap, values):
+                    (total,) = totals_of(builder, tap, 1, DOT_VECTORS)
+                    _write(builder, _sum_lanes(builder, total), out, tap, 1, compute)
+                    return []
+
+                # An odd kernel, squared, has one tap more than whole vectors of 4 or 8.
+                whole = builder.and_(taps, _i64(-lanes))
+                _for(builder, _i64(0), whole, lanes, [], block)
+                _for(builder, whole, taps, 1, [], single)
 
             pointer = element.as_pointer()
             function = _function(
                 builder.module,
-                f"dynconv_dot_taps{'_channel' if has_channel else ''}_{storage}_{compute}",
+                f"dynconv_dot_taps{'_channel' if has_channel else ''}_{storage}_{given}_{compute}",
                 [_i64, _i64.as_pointer(), _i64, pointer, _i64, _i64, _i64, pointer],
                 build,
             )
             data = lambda which: _data(context, builder, signature, args, which)
-            outs = builder.gep(data(8), [args[9]])
-            builder.call(function, [args[0], data(1), args[3], data(4), *args[5:8], outs])
+            outs = builder.gep(data(9), [args[10]])
+            builder.call(function, [args[0], data(1), args[3], data(5), *args[6:9], outs])
             return context.get_dummy_value()
 
         i = types.int64
-        return types.void(i, pixels, source, i, channel_filters, i, i, i, out, i), codegen
+        return types.void(i, pixels, source, i, like, channel_filters, i, i, i, out, i), codegen
 
     return dots
 
@@ -279,16 +330,16 @@ _dots, _dots_channel = _dot_taps(False), _dot_taps(True)
 
 
 @njit(inline="always")
-def dot_taps(has_channel, taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at):
+def dot_taps(has_channel, taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at):
     """out[out_at + tap] = sum over `inner` channels c from `channel` on of grad[c] * v[tap, c] * pixel(tap)[c].
 
-    pixels[tap] and `grad` are addresses of rows of the type of `source`; `taps` are whole vectors. v has rows of
+    pixels[tap] is the address of a row of the type of `source`, `grad` that of one of the type of `like`. v has rows of
     `channels` and is 1 without `has_channel`.
     """
     if has_channel:
-        _dots_channel(taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at)
+        _dots_channel(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
     else:
-        _dots(taps, pixels, source, grad, channel_filters, channel, inner, channels, out, out_at)
+        _dots(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
 
 
 @intrinsic
@@ -608,7 +659,7 @@ def _stencil_kernel(arguments, storage, compute):
     items, parts, channels, groups, taps = a[9], a[10], a[11], a[12], a[13]
     is_transposed, normalization, is_scratch, size, compute_size = a[14] != 0, a[15], a[16] != 0, a[17], a[18]
     fill, inactive, sites, is_large, active = a[20], array(a[21], storage), a[22], a[23] != 0, a[24]
-    has_index, has_inverse, has_channel, channel_taps = a[6] != 0, a[7] != 0, a[5] != 0, a[25]
+    has_index, has_inverse, has_channel = a[6] != 0, a[7] != 0, a[5] != 0
     site_height, site_width, height, width, kernel_height, kernel_width = a[30], a[31], a[32], a[33], a[34], a[35]
     stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, scale = a[36], a[37], a[38], a[39], a[40], a[41], a[42]
     base_height, base_width = site_height // scale, site_width // scale
@@ -638,6 +689,8 @@ def _stencil_kernel(arguments, storage, compute):
         pixel_steps[tap] = -step * row_size if is_transposed else step * row_size
         weight_steps[tap] = tap * compute_size - (step * weight_row if is_transposed else 0)
         numbers[tap] = tap
+    # Of a large output: from the first pixel of a row to the last that the next rows read.
+    ahead = (ROWS * row_size + (0 if is_transposed else pixel_steps[taps - 1])) if a[19] != 0 else 0
     line[0] = line[1] = 0
     while True:
         item = fetch_add(a, 1)
@@ -646,7 +699,7 @@ def _stencil_kernel(arguments, storage, compute):
         sample, begin, end = _share(item, parts, starts)
         if end > begin:
             fill_skipped(fill, inactive, out, index, begin, end - begin, active, sites, channels, is_large)
-        channel_filters = array(a[5] + sample * channel_taps * channels * compute_size, compute)
+        channel_filters = array(a[5] + sample * taps * channels * compute_size, compute)
         for first in range(begin, end, ROWS):
             is_direct = not has_inverse and (not is_transposed or (scale == 1 and stride_y == 1 and stride_x == 1))
             for i in range(ROWS):
@@ -674,7 +727,7 @@ def _stencil_kernel(arguments, storage, compute):
                     pixels[i], weights[i] = bases[2 * i], bases[2 * i + 1]
                 filter_rows(
                     True, has_channel, taps, pixels, weights, pixel_steps, weight_steps, numbers, source, like,
-                    channel_filters, channels, groups, taps, targets, out,
+                    channel_filters, channels, groups, taps, targets, out, ahead,
                 )  # fmt: skip
                 continue
             count = 0
@@ -715,7 +768,7 @@ def _stencil_kernel(arguments, storage, compute):
                     count += is_read
             filter_rows(
                 False, has_channel, count, pixels, weights, pixel_steps, weight_steps, listed, source, like,
-                channel_filters, channels, groups, taps, targets, out,
+                channel_filters, channels, groups, taps, targets, out, 0,
             )  # fmt: skip
 
 
@@ -724,7 +777,7 @@ def _filter_grad_kernel(arguments, storage, compute):
     a = carray(arguments, (64,))
     source, filters, grad_filters = array(a[2], storage), array(a[3], storage), array(a[4], storage)
     normalised, index, starts = array(a[5], compute), array(a[6], np.int32), array(a[8], np.int64)
-    items, parts, channels, groups, taps, padded_taps = a[9], a[10], a[11], a[12], a[13], a[14]
+    items, parts, channels, groups, taps = a[9], a[10], a[11], a[12], a[13]
     normalization, size, compute_size = a[15], a[17], a[18]
     has_channel, wants_filters, wants_channel, has_index = a[19] != 0, a[4] != 0, a[20] != 0, a[6] != 0
     site_height, site_width, height, width, kernel_width = a[30], a[31], a[32], a[33], a[35]
@@ -736,7 +789,7 @@ def _filter_grad_kernel(arguments, storage, compute):
     )  # fmt: skip
     memory += 64 + 16 * _BLOCK_SITES
     pixels_at = memory
-    zeros = memory + 8 * _BLOCK_SITES * padded_taps
+    zeros = memory + 8 * _BLOCK_SITES * taps
     clear(array(zeros, compute), 0, channels, compute)
     scratch = array(zeros + channels * compute_size, compute)
     line[0] = line[1] = 0
@@ -745,7 +798,7 @@ def _filter_grad_kernel(arguments, storage, compute):
         if item >= items:
             return
         sample, begin, end = _share(item, parts, starts)
-        channel_filters = array(a[19] + sample * padded_taps * channels * compute_size, compute)
+        channel_filters = array(a[19] + sample * taps * channels * compute_size, compute)
         sums = array(a[20] + item * taps * channels * compute_size, compute)
         for block in range(begin, end, _BLOCK_SITES):
             count = min(_BLOCK_SITES, end - block)
@@ -754,21 +807,20 @@ def _filter_grad_kernel(arguments, storage, compute):
                 _locate(site, site_height, site_width, line)
                 y, x = line[3] // scale * stride_y - pad_y, line[4] // scale * stride_x - pad_x
                 corner = line[2] * height
-                pixels = array(pixels_at + 8 * j * padded_taps, np.int64)
-                for tap in range(padded_taps):
+                pixels = array(pixels_at + 8 * j * taps, np.int64)
+                for tap in range(taps):
                     tap_y = y + tap // kernel_width * dilation_y
                     tap_x = x + tap % kernel_width * dilation_x
                     pixels[tap] = zeros
-                    if tap < taps and 0 <= tap_y < height and 0 <= tap_x < width:
+                    if 0 <= tap_y < height and 0 <= tap_x < width:
                         pixels[tap] = a[2] + ((corner + tap_y) * width + tap_x) * row_size
                 grads[j] = a[7] + site * row_size
                 weights[j] = a[5] + site * filter_row * compute_size
                 if not wants_filters:
                     continue
                 for group in range(groups):
-                    # A whole vector of taps each: what lies behind the last is the next group's, or room for it.
                     dot_taps(
-                        has_channel, padded_taps, pixels, source, grads[j], channel_filters, group * inner, inner,
+                        has_channel, taps, pixels, source, grads[j], source, channel_filters, group * inner, inner,
                         channels, scratch, group * taps,
                     )  # fmt: skip
                 normalise_grad(
@@ -778,7 +830,7 @@ def _filter_grad_kernel(arguments, storage, compute):
                     store(grad_filters, site * filter_row + k, scratch[k])
             if wants_channel:
                 channel_products(
-                    count, array(pixels_at, np.int64), padded_taps, source, weights, grads, groups, inner, taps, sums
+                    count, array(pixels_at, np.int64), taps, source, weights, grads, groups, inner, taps, sums
                 )
 
 
@@ -820,7 +872,6 @@ class Filters:
         self.kernel, self.taps = geometry.kernel, geometry.kernel[0] * geometry.kernel[1]
         self.groups = filters.shape[1] // self.taps
         self.normalization = NORMALIZATIONS.index(normalization)
-        self.padded_taps = ceil(self.taps, vector_lanes(input.dtype)) * vector_lanes(input.dtype)
         self.index = sites[1] if sites else None
         self.active = int(sites[2]) if sites else filters.shape[0] * filters.shape[2] * filters.shape[3]
         self.place = (
@@ -830,9 +881,8 @@ class Filters:
         self.scale = scale
         self.channel_filters = None
         if channel_filters is not None:
-            # Taps before channels, as pixels lie, and as many as whole vectors hold.
-            rows = channel_filters.to(self.compute).flatten(2).transpose(1, 2)
-            self.channel_filters = torch.nn.functional.pad(rows, (0, 0, 0, self.padded_taps - self.taps)).contiguous()
+            # Taps before channels, as pixels lie.
+            self.channel_filters = channel_filters.to(self.compute).flatten(2).transpose(1, 2).contiguous()
 
     def forward(self, out: Tensor) -> None:
         """Into `out` [N, C, Ho, Wo], channels_last: zeros at the skipped sites."""
@@ -885,20 +935,20 @@ class Filters:
         if wants_channel:
             sums = torch.zeros(items, self.taps, self.channels, dtype=self.compute)
         element, compute = grad.element_size(), torch.finfo(self.compute).bits // 8
-        memory = 64 + 8 * _BLOCK_SITES * (2 + self.padded_taps)
-        memory += compute * (self.channels + self.groups * self.taps + self.padded_taps)
-        memory, threads = _line(memory), workers(items)
+        memory = 64 + 8 * _BLOCK_SITES * (2 + self.taps)
+        memory += compute * (self.channels + self.groups * self.taps)
+        memory, threads = cache_lines(memory), workers(items)
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
         weights = self.weights if self.normalization or wants_channel else None
         _run_filter_grad(
             self.dtype, threads, address(self.input), address(self.filters), address(grad_filters), address(weights),
             address(self.index), address(grad), address(starts), items, parts, self.channels, self.groups, self.taps,
-            self.padded_taps, self.normalization, 0, element, compute, address(self.channel_filters), address(sums),
+            0, self.normalization, 0, element, compute, address(self.channel_filters), address(sums),
             *(0,) * 5, address(scratch), memory, 0, 0, *self.place,
         )  # fmt: skip
         if sums is not None:
             sums = sums.view(self.samples, -1, self.taps, self.channels).sum(1).transpose(1, 2)
-            sums = sums.reshape(self.samples, self.channels, *self.kernel).to(self.dtype)
+            sums = sums.to(self.dtype).contiguous().view(self.samples, self.channels, *self.kernel)
         return grad_filters, sums
 
     def _starts(self, area: int, is_pixels: bool = False) -> Tensor:
@@ -916,17 +966,20 @@ class Filters:
         filter_row, entries = self.groups * self.taps, self.taps * self.scale**2
         memory = 288 + 8 * entries * (2 * ROWS + 4)
         memory += compute * (max(self.channels, filter_row) + ROWS * filter_row * is_scratch + 64)
-        memory = _line(memory)
+        memory = cache_lines(memory)
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
+        tile = VECTORS * VECTOR_BYTES
+        is_streamed = out.numel() * element > _STREAMED and out.data_ptr() % tile == 0
+        is_streamed = is_streamed and self.channels // self.groups * element % tile == 0
         fill = filling(out, None, self.index is None or is_transposed)
         _run_stencil(
             self.dtype, threads, address(source), address(out), address(weights), address(self.channel_filters),
             address(index), address(inverse), address(starts), items, parts, self.channels, self.groups, self.taps,
-            is_transposed, self.normalization, is_scratch, element, compute, 0, *fill, rows, self.padded_taps,
+            is_transposed, self.normalization, is_scratch, element, compute, is_streamed, *fill, rows, 0,
             address(scratch), memory, 0, 0, *self.place,
         )  # fmt: skip
 
 
-def _line(size: int) -> int:
+def cache_lines(size: int) -> int:
     """In whole cache lines: no two threads write the same one."""
     return ceil(size, 64) * 64

@@ -447,13 +447,18 @@ def backward(
     if input_wanted:
         grad_input = grad_input.to(input.dtype)
     if bias_wanted:
-        grad_bias = torch.empty(weight.shape[0], dtype=compute)
-        _run_bias_grad(
-            compute, workers(rows.numel() // SERIAL), rows.data_ptr(), address(gate), grad_bias.data_ptr(),
-            index.data_ptr(), active, weight.shape[0], vector_lanes(weight.dtype),
-        )  # fmt: skip
-        grad_bias = grad_bias.to(weight.dtype)
+        grad_bias = bias_grad(rows, index, active, gate).to(weight.dtype)
     return grad_input, grad_weight, grad_bias, grad_gate
+
+
+def bias_grad(rows: Tensor, index: Tensor, count: int, gate: Tensor | None = None) -> Tensor:
+    """The sum of the first `count` rows [., C], times their sites' gates; in the compute type, as the rows."""
+    result = torch.empty(rows.shape[1], dtype=rows.dtype)
+    _run_bias_grad(
+        rows.dtype, workers(rows.numel() // SERIAL), rows.data_ptr(), address(gate), result.data_ptr(),
+        index.data_ptr(), count, rows.shape[1], vector_lanes(rows.dtype),
+    )  # fmt: skip
+    return result
 
 
 def _grad_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:

@@ -100,10 +100,10 @@ def _triton_backward(grad, input, filters, channel_filters, sites, sizes, normal
         if sites:
             found[1].zero_()
         kernels.filter_grad(
-            grad, input, filters, weights, channel_filters, found[1], index, count, normalization=normalization, **sizes
+            grad, input, weights, filters, channel_filters, found[1], index, count, normalization=normalization, **sizes
         )
     if wanted[2]:
-        sums = kernels.channel_grad(grad, input, weights, channel_filters, index, count, **sizes)
+        sums = kernels.channel_grad(grad, input, weights, index, count, **sizes)
         found[2] = sums.to(channel_filters.dtype)
     return found
 
