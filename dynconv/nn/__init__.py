@@ -1,6 +1,7 @@
 """Drop-in modules over the ops."""
 
 from .blocks import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+from .deform import DCNv2, DCNv4, DeformConv2d
 from .dynamic_filter import CARAFE, DDF, DDFUp, DynamicFilter2d, FilterNorm, Involution2d
 from .gathered_blocks import GatheredBasicBlock, GatheredBottleneck
 from .gathered_conv import GatheredConv2d, GatheredLinear
@@ -11,7 +12,10 @@ from .pixel_adaptive import PacConv2d, PacPool2d, pac_kernel
 __all__ = [
     "CARAFE",
     "DDF",
+    "DCNv2",
+    "DCNv4",
     "DDFUp",
+    "DeformConv2d",
     "DynamicFilter2d",
     "FilterNorm",
     "GatheredBasicBlock",
