@@ -15,6 +15,8 @@ WORKERS := -n auto --maxprocesses 4
 
 # Not dynconv-pose, whose maps at batch 32 take 14 GB.
 SHAPES := resnet50 mobilenetv2 lasnet sige-ddpm sbnet laudnet linear
+# Filters of pixels. Not ddf and carafe, whose idioms take minutes and gigabytes.
+FILTERS := involution
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -43,6 +45,7 @@ verify: $(STAMP) ## compare every op with its dense reference on this machine
 bench: $(STAMP) ## measure dense against dynconv, then run the demo; results in build/bench/
 	$(RUN) -m dynconv bench --shapes $(SHAPES) --density 0.75 0.5 0.25 0.1 --json $(BENCH)/bench.json --plot $(BENCH)/bench.png \
 		--scaling $(BENCH)/scaling.png $(ARGS)
+	$(RUN) -m dynconv bench --shapes $(FILTERS) --json $(BENCH)/filters.json --plot $(BENCH)/filters.png
 	$(RUN) -m dynconv demo --out $(BENCH)
 
 demo: $(STAMP) ## a photo through networks that compute only what matters or changed; pictures in build/bench/

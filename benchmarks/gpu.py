@@ -108,7 +108,7 @@ def parts(out: Path, dry_run: bool) -> Iterator[Part]:
             results += ["--plot", str(out / "bench-bfloat16.png")]
             results += [] if dry_run else ["--scaling", str(out / "scaling.png")]
         shapes = [] if dry_run or dtype == "bfloat16" else ["--shapes", "resnet50"]
-        limit = 240 if dtype == "bfloat16" else 60
+        limit = 270 if dtype == "bfloat16" else 60
         yield Part(f"bench {dtype}", [*package, "bench", *sizes, *shapes, "--dtype", dtype, *results], limit)
     automatic = ["--automatic", "--shapes", "resnet50", "--modes", "plain", "--json", str(out / "automatic.json")]
     if dry_run:

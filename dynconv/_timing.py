@@ -17,6 +17,8 @@ import torch
 LEAST_SAMPLES = 5
 # Milliseconds, and calls, that a sample on the CPU takes.
 CPU_SAMPLE, MOST_CALLS = 3.0, 16
+# Milliseconds after which a call is warm.
+LONG = 500.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,12 @@ class Timing:
 
 
 def take_turns(
-    calls: dict[str, Callable[[int], object]], device: str, repeats: int, seconds: float = 1.0, sets: int = 1
+    calls: dict[str, Callable[[int], object]],
+    device: str,
+    repeats: int,
+    seconds: float = 1.0,
+    sets: int = 1,
+    least: int = LEAST_SAMPLES,
 ) -> dict[str, Timing]:
     """Time each call, one sample of every call in turn, so that a disturbance of the machine meets them all.
 
@@ -57,7 +64,7 @@ def take_turns(
     Args:
         calls: by name; each takes the number of an input set, 0 to sets - 1.
         device: "cpu" or "cuda".
-        repeats: samples of each call at most; fewer, but `LEAST_SAMPLES`, once `seconds` have passed.
+        repeats: samples of each call at most; fewer, but `least`, once `seconds` have passed.
         sets: how many input sets a sample on the GPU rotates through, to push the data of one out of its cache.
 
     Raises ValueError for fewer than one repeat.
@@ -70,6 +77,8 @@ def take_turns(
     for name in names:  # compilation, caches, the allocator's first pages
         for _ in range(3):
             once = measure(calls[name], sets, sets)
+            if once * sets > LONG:  # such a call has warmed up by itself
+                break
         if device == "cpu":
             rounds[name] = sets * max(1, min(MOST_CALLS, round(CPU_SAMPLE / max(once * sets, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -79,7 +88,7 @@ def take_turns(
         # Any call comes after any other one: none always finds the same data in the cache.
         for name in order.sample(names, len(names)):
             samples[name].append(measure(calls[name], sets, rounds[name]))
-        if turn + 1 >= LEAST_SAMPLES and time.perf_counter() > end:
+        if turn + 1 >= least and time.perf_counter() > end:
             break
     return {name: Timing.of(values) for name, values in samples.items()}
 

@@ -1,4 +1,4 @@
-"""Triton kernels of dynconv, installed as ``dynconv.kernels``. They import torch and triton only."""
+"""Triton kernels, one file per family. Imports torch and triton only; knows nothing of dynconv's ops."""
 
 from . import compaction, deform, depthwise, dynamic_filter, epilogue, gathered_conv, masked_conv
 

@@ -39,17 +39,20 @@ from ._common import (
 )
 
 THREADS = 128
-# What a program loads for a tap: one 16-byte load for each thread. All taps of a row of the kernel are in flight at
-# once, up to UNROLL of them.
+# What a program loads for a tap: one 16-byte load for each thread. The taps of a kernel's row are in flight together,
+# UNROLL of them at most.
 TILE_BYTES = 2048
 UNROLL = 7
-# What the gradient of the filters loads at a time, for all its taps: four 16-byte loads for each thread.
-FILTER_GRAD_BYTES = 8192
+# What a gradient of filters loads at a time, for all its taps: four 16-byte loads for each thread.
+GRAD_BYTES = 8192
 # Filters that a block of the normalisation holds, and the most taps of a row that it takes at once.
-NORMALIZE_ELEMENTS = 2048
+NORMALIZE_ELEMENTS = 1024
 NORMALIZE_TAPS = 16
-# Rows that do not start on 16 bytes are loaded element by element, each with an address in a register.
-UNALIGNED_ELEMENTS = 256
+# Rows that do not start on 16 bytes are loaded element by element, each with an address and a condition in registers:
+# by a stencil one for each thread and UNALIGNED_UNROLL taps at a time, with more it spills; by a gradient one tile.
+UNALIGNED_ELEMENTS = 128
+UNALIGNED_UNROLL = 3
+UNALIGNED_GRAD_ELEMENTS = 1024
 # The gradient of the channel filters: programs in flight, the fewest steps that are worth a split, and the most taps of
 # a program.
 CHANNEL_GRAD_PROGRAMS = 1024
@@ -69,9 +72,9 @@ def config(dtype, group_channels, taps):
     The same for every architecture: what it is made of, 16-byte loads and 128-byte lines, is too.
     """
     block_c = _line(dtype, group_channels)
-    elements = _elements(dtype, group_channels, TILE_BYTES)
-    block_t = min(NORMALIZE_TAPS, triton.next_power_of_2(taps))
-    return dict(BLOCK_M=elements // block_c, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=warps(THREADS))
+    block_m = _elements(dtype, group_channels, TILE_BYTES, UNALIGNED_ELEMENTS) // block_c
+    block_t = min(NORMALIZE_TAPS, NORMALIZE_ELEMENTS // block_m, triton.next_power_of_2(taps))
+    return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=warps(THREADS))
 
 
 def normalize_config(taps):
@@ -82,7 +85,7 @@ def normalize_config(taps):
 
 def filter_grad_config(dtype, group_channels, taps):
     """Tile: all taps, BLOCK_T, by BLOCK_M rows by BLOCK_C channels: the normalisation's gradient needs all of them."""
-    elements = _elements(dtype, group_channels, FILTER_GRAD_BYTES)
+    elements = _elements(dtype, group_channels, GRAD_BYTES, UNALIGNED_GRAD_ELEMENTS)
     block_t = triton.next_power_of_2(taps)
     block_c = min(_line(dtype, group_channels), max(1, elements // block_t))
     block_m = max(1, elements // (block_t * block_c))
@@ -91,7 +94,7 @@ def filter_grad_config(dtype, group_channels, taps):
 
 def channel_grad_config(dtype, group_channels, taps):
     """Tile: BLOCK_T taps, BLOCK_K sites a step, BLOCK_C channels of a group."""
-    elements = _elements(dtype, group_channels, FILTER_GRAD_BYTES)
+    elements = _elements(dtype, group_channels, GRAD_BYTES, UNALIGNED_GRAD_ELEMENTS)
     block_c = _line(dtype, group_channels)
     block_t = min(CHANNEL_GRAD_TAPS, triton.next_power_of_2(taps))
     block_k = max(2, elements // (block_t * block_c))
@@ -102,9 +105,16 @@ def _line(dtype, group_channels):
     return min(128 // dtype.itemsize, triton.next_power_of_2(group_channels))
 
 
-def _elements(dtype, group_channels, tile_bytes):
+def _elements(dtype, group_channels, tile_bytes, unaligned):
     elements = tile_bytes // dtype.itemsize
-    return elements if unit(group_channels) * dtype.itemsize >= 16 else min(elements, UNALIGNED_ELEMENTS)
+    if not _is_aligned(dtype, group_channels):
+        return min(elements, unaligned)
+    # With more, ptxas spills for sm_100 in the gradient of filters.
+    return min(elements, 512) if dtype == torch.float64 else elements
+
+
+def _is_aligned(dtype, group_channels):
+    return unit(group_channels) * dtype.itemsize >= 16
 
 
 @triton.jit
@@ -768,9 +778,9 @@ def _by_tap(channel_filters):
     return None if channel_filters is None else channel_filters.flatten(2).transpose(1, 2).contiguous()
 
 
-def _unroll(kernel_width):
+def _unroll(kernel_width, aligned):
     """Taps of a kernel's row in flight: the largest divisor of its width, so that none is left over."""
-    return next(taps for taps in range(UNROLL, 0, -1) if kernel_width % taps == 0)
+    return next(taps for taps in range(UNROLL if aligned else UNALIGNED_UNROLL, 0, -1) if kernel_width % taps == 0)
 
 
 def _launch(
@@ -820,7 +830,7 @@ def _launch(
             *dilation,
             KERNEL_HEIGHT=kernel_height,
             KERNEL_WIDTH=kernel_width,
-            UNROLL=_unroll(kernel_width),
+            UNROLL=_unroll(kernel_width, _is_aligned(source.dtype, group_channels)),
             STRIDE_H=stride[0],
             STRIDE_W=stride[1],
             SCALE=scale_factor,

@@ -5,6 +5,7 @@ itself left out. So what is compiled is what the launcher would run: its special
 
     python tests/compile_gate.py            prints the table
     python tests/compile_gate.py --json     prints the rows as JSON
+    python tests/compile_gate.py --all      compiles what repeats another case as well (see is_repetition)
 
 Must run without TRITON_INTERPRET: under the interpreter the kernels are not compilable functions.
 """
@@ -23,7 +24,7 @@ import time
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
-    "sm_89": ("cuda", 89, 32),  # has no row of its own in the tables: takes "default"
+    "sm_89": ("cuda", 89, 32),  # stands for "default", having no row of its own in the tables
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
@@ -61,15 +62,66 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #                          in gathered convolution that kept channels do not lie side by side
 #   mask                   of deformable convolution
 #   rows, linear           of gathered convolution: at listed sites; of one pixel by one tap
+#   rows, scale2, softmax, l2, channel     of dynamic filters: at listed sites, at a scale_factor, their normalisation,
+#                          with channel filters
 CASE = ("target", "kernel", "dtype", "allow_tf32", "channels", "filters", "variant")
 DTYPES = {"half": ("float16", "bfloat16"), "tf32": ("float32",), "ieee": ("float32",), "double": ("float64",)}
 
 
-def cases():
-    """Everything that has to compile, as tuples of CASE: each row of the config tables in each of its dtypes.
+# The kernels of masked convolution, of which a launcher is a variant: forward, input_grad and gate_grad are one kernel.
+MASKED = ("forward", "input_grad", "gate_grad", "weight_grad", "bias_grad")
 
-    channels and filters are the K of a tap and the N of the GEMM, of one group.
+
+def cases(everything=False):
+    """What is compiled, as tuples of CASE: each row of the config tables in each of its dtypes, and then the variants.
+
+    channels and filters are the K of a tap and the N of the GEMM, of one group. everything includes what is_repetition.
     """
+    return [case for case in all_cases() if everything or not is_repetition(case)]
+
+
+def is_repetition(case):
+    """Whether other cases show what this one does, but for the registers that the assembler takes for this target.
+
+    Every kernel, row of the tables and dtype is compiled for sm_80, sm_90, sm_100 and gfx942. Not all of their
+    variants: each option must compile, fit and keep its instructions where a compiler pass can tell the targets apart.
+    """
+    target, kernel, dtype, allow_tf32, _, _, variant = case
+    flags = variant.split("+")
+    tensor_core = dtype in DTYPES["half"] or allow_tf32
+    # The most that a forward holds, which takes the most registers and shared memory.
+    fullest = kernel == "forward" and "packed" in flags and "gelu" in flags
+    if target == "sm_89":
+        # Not one of the four. Of the kernels whose tiles depend on no table it gets the IR that sm_80 and sm_90 get,
+        # and of the others the passes are theirs: the rows of "default" stay, in one dtype of each arithmetic. So do
+        # depthwise kernels in fp64, the only ones that ever spilled here and nowhere else.
+        if "depthwise" in flags:
+            return variant != "depthwise" or dtype != "float64"
+        return not (fullest or (kernel in ("forward", "weight_grad") and variant == "")) or dtype == "bfloat16"
+    if kernel == "input_grad" and dtype == "bfloat16":
+        return True  # the kernel and the tile are forward's, which has bf16; the rest of dgrad is shown in fp16
+    if "depthwise" in flags:
+        # 40 to 90 registers, no tensor cores. The IR is the same for sm_80 and sm_90, and sm_100 has no pass of its own
+        # for it but one that moves instructions. sm_90 and gfx942 have the variants.
+        return variant != "depthwise" and target in ("sm_80", "sm_100")
+    if kernel.startswith("epilogue"):
+        return "unaligned" in flags and target in ("sm_80", "sm_100")  # likewise
+    if kernel not in MASKED or fullest:
+        return False
+    if kernel == "bias_grad":
+        return "packed" in flags and target in ("sm_80", "sm_100")  # no tensor cores: likewise
+    if allow_tf32:
+        # Shared memory and 16-byte pieces are those of fp16, at half of the K. On sm_90 and sm_100 the matrix unit
+        # takes TF32 along K only, which changes how operands get there: these have the variants.
+        return variant != "" and target in ("sm_80", "gfx942")
+    if not tensor_core:
+        # IEEE fp32 and fp64: again one IR for sm_80 and sm_90, and a thread's own arithmetic on every target. Addresses
+        # of single elements take the most registers, so unaligned rows stay.
+        return variant not in ("", "unaligned") and target in ("sm_80", "sm_100")
+    return False
+
+
+def all_cases():
     from dynconv.kernels import masked_conv
 
     for target in TARGETS:
@@ -77,25 +129,29 @@ def cases():
         yield from epilogue_cases(target)
         yield from gathered_cases(target)
         yield from deform_cases(target)
+        yield from dynamic_filter_cases(target)
         row = TABLE_ROW.get(target, target)
         table = masked_conv.CONV_TILES[row]
         for (kind, width), (_, _, depth, _, _) in table.items():
             tf32 = kind == "tf32"
             for dtype in DTYPES[kind]:
-                # The steps of a tap with fewer channels than BLOCK_K. bf16, the same instructions as fp16, takes
-                # the full step only.
-                for channels in (16, 32, 64):
-                    if channels == depth or (channels < depth and dtype != "bfloat16"):
-                        yield target, "forward", dtype, tf32, channels, width, ""
+                # The step of a tap with fewer channels than BLOCK_K: the shortest (32 of 64 is between it and the
+                # full one). bf16, the same instructions as fp16, takes the full step only.
+                if depth > 16 and dtype != "bfloat16":
+                    yield target, "forward", dtype, tf32, 16, width, ""
+                yield target, "forward", dtype, tf32, depth, width, ""
                 yield target, "input_grad", dtype, tf32, depth, width, ""
             dtype = DTYPES[kind][0]
-            yield target, "forward", dtype, tf32, depth - 1, width, "unaligned"
+            if width == 64:  # the largest that unaligned rows take; narrower ones load them alike
+                yield target, "forward", dtype, tf32, depth - 1, width, "unaligned"
             if width == max(size for name, size in table if name == kind):
-                yield target, "forward", dtype, tf32, depth, width, "gate+bias"
                 if kind in ("half", "tf32"):
-                    # Rows of 16-byte pieces whose length is no multiple of 16; and more taps than has_tap has bits.
+                    # Rows of 16-byte pieces whose length is no multiple of 16; and more taps than has_tap has bits,
+                    # with what follows the loop: one over 3 x 3 taps leaves it more registers.
                     yield target, "forward", dtype, tf32, 24, width, "1x1"
-                    yield target, "forward", dtype, tf32, depth, width, "7x7"
+                    yield target, "forward", dtype, tf32, depth, width, "7x7+gate+bias"
+                else:
+                    yield target, "forward", dtype, tf32, depth, width, "gate+bias"
                 yield target, "input_grad", dtype, tf32, depth, width, "stride2+gate"
                 yield target, "gate_grad", dtype, tf32, depth, width, ""
                 yield target, "bias_grad", dtype, False, depth, width, "gate"
@@ -187,6 +243,18 @@ def deform_cases(target):
     yield target, "aggregate_grad", "float16", False, 16, 16, ""
 
 
+def dynamic_filter_cases(target):
+    """channels are those of a group, filters the groups: involution, CARAFE and DDF, and what holds the most."""
+    yield target, "dynamic_filter_forward", "float16", False, 16, 4, "7x7+rows"
+    yield target, "dynamic_filter_forward", "float16", False, 63, 1, "rows+softmax+channel+unaligned"
+    yield target, "dynamic_filter_forward", "bfloat16", False, 64, 1, "5x5+scale2+softmax"
+    yield target, "dynamic_filter_forward", "float64", False, 16, 1, "5x5+rows+softmax+channel"
+    yield target, "dynamic_filter_input_grad", "float16", False, 16, 4, "7x7+rows"
+    yield target, "dynamic_filter_input_grad", "float32", False, 32, 1, "rows+scale2+channel"
+    yield target, "dynamic_filter_filter_grad", "float16", False, 16, 4, "7x7+rows+l2+channel"
+    yield target, "dynamic_filter_channel_grad", "float32", False, 32, 1, "rows+channel"
+
+
 class TargetDriver:
     """What Triton's launcher asks of a driver before it compiles."""
 
@@ -218,6 +286,9 @@ def launch(case):
         return
     if kernel.startswith(("deform", "aggregate")):
         launch_deform(case)
+        return
+    if kernel.startswith("dynamic_filter"):
+        launch_dynamic_filter(case)
         return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
@@ -359,6 +430,44 @@ def launch_deform(case):
         deform.conv_weight_grad(source, offset, mask, grad, weight, **geometry)
 
 
+def launch_dynamic_filter(case):
+    import torch
+
+    from dynconv.kernels import dynamic_filter
+
+    _, kernel, dtype, _, group_channels, groups, variant = case
+    dtype, flags = getattr(torch, dtype), variant.split("+")
+    taps = next((int(flag[0]) for flag in flags if flag in ("5x5", "7x7")), 3)
+    scale, step = 2 if "scale2" in flags else 1, 2 if "stride2" in flags else 1
+    sites = 8 // step * scale
+
+    def features(channels, size):
+        return torch.zeros(2, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    source, out = features(groups * group_channels, 8), features(groups * group_channels, sites)
+    filters = features(groups * taps**2, sites)
+    channel = torch.zeros(2, groups * group_channels, taps, taps, dtype=dtype) if "channel" in flags else None
+    inverse = torch.arange(2 * sites * sites, dtype=torch.int32) if "rows" in flags else None
+    listed = inverse, None if inverse is None else torch.full((1,), len(inverse), dtype=torch.int32)
+    normalization = next((name for name in flags if name in ("softmax", "sigmoid", "l2")), "none")
+    where = dict(site_size=(sites, sites), kernel_size=(taps, taps), stride=(step, step), dilation=(1, 1))
+    where |= dict(padding=(taps // 2, taps // 2), scale_factor=scale)
+    if kernel == "dynamic_filter_forward":
+        dynamic_filter.forward(source, filters, channel, out, *listed, **where, normalization=normalization)
+    elif kernel == "dynamic_filter_input_grad":
+        dynamic_filter.input_grad(out, filters, channel, source, inverse, **where)
+    elif kernel == "dynamic_filter_filter_grad":
+        if normalization != "none":
+            result = torch.zeros_like(filters)
+            tap_row = dict(groups=groups, taps=taps**2, normalization=normalization)
+            dynamic_filter.normalize(filters, result, *listed, **tap_row)
+        dynamic_filter.filter_grad(
+            out, source, filters, filters, channel, filters, *listed, **where, normalization=normalization
+        )
+    else:
+        dynamic_filter.channel_grad(out, source, filters, *listed, **where)
+
+
 def compile_case(case):
     """Rows of the table for one case: one for each kernel that its launcher would run."""
     import triton
@@ -489,12 +598,13 @@ COLUMNS = COLUMNS.split()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--kernel", action="append")
     arguments = parser.parse_args()
     selected = [
         case
-        for case in cases()
+        for case in cases(arguments.all)
         if (not arguments.target or case[0] in arguments.target)
         and (not arguments.kernel or case[1] in arguments.kernel)
     ]

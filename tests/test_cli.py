@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import dynconv
 from dynconv import _timing as timing
 from dynconv.__main__ import main
-from dynconv.cli import bounds, chains, demo, digits, extra, gathered, scaling, verify
+from dynconv.cli import bench, bounds, chains, deform, demo, digits, extra, filters, gathered, photos, scaling, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
-from dynconv.cli.layers import LAYERS, Block, Layer, Width, blob_mask, patch, random_mask, reached
+from dynconv.cli.layers import FILTERS, LAYERS, Block, Filter, Layer, Width, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,13 @@ QUANTITIES = {
     "gathered_conv2d": GATHERED,
     "packed channels": GATHERED - {"grad gate"},
     "gathered_linear": GATHERED,
+    "deform_conv2d": {
+        "output", "output, autograd", "grad input", "grad offset", "grad weight", "grad bias", "grad mask",
+    },
+    "deform_aggregate2d": {"output", "output, autograd", "grad input", "grad offset", "grad weights"},
+    "dynamic_filter2d": {
+        "output", "output, autograd", "grad input", "grad filters", "grad channel_filters", "grad gate",
+    },
 }  # fmt: skip
 
 
@@ -302,6 +309,10 @@ def test_verify_fails_an_op_that_raises(monkeypatch, capsys):
         (chains.MaskedChain, "inverted residual packed"),
         (chains.EvalBlock, "bottleneck"),
         (chains.BlockTraining, "bottleneck"),
+        (filters.DynamicFilter, "filters of channels"),
+        (filters.DynamicFilter, "filters, softmax"),
+        (deform.Deformable, "deformable"),
+        (deform.Deformable, "aggregation, softmax"),
     ],
 )
 def test_verify_sees_one_wrong_element_of_any_quantity(monkeypatch, kind, name):
@@ -328,7 +339,7 @@ def test_verify_sees_one_wrong_element_of_any_quantity(monkeypatch, kind, name):
         assert failed(quantity)[0] == {quantity}
 
 
-@pytest.mark.parametrize("kind", [chains.MaskedChain, chains.EvalBlock])
+@pytest.mark.parametrize("kind", [chains.MaskedChain, chains.EvalBlock, filters.DynamicFilter, deform.Deformable])
 def test_expectations_of_chains_are_the_reference(kind):
     """The dense float64 values, and gradients written out by hand, are those of autograd on the reference backend."""
     for case in kind.cases:
@@ -536,6 +547,92 @@ def test_bench_checks_half_types(dtype):
     assert [row.failure for row in rows] == [None] * 3
 
 
+PIXELS = {
+    "groups": Filter("tiny", 6, 5, 8, 3, 2, groups=2),
+    "channel filters": Filter("tiny", 5, 6, 6, 3, 2, channel_filters=True),
+    "upsampling": Filter("tiny", 5, 4, 8, 5, 1, scale_factor=2, normalization="softmax"),
+    "offsets": Filter("tiny", 5, 6, 8, 3, 2, groups=2, offsets=True),
+}
+
+
+@pytest.mark.parametrize("layer", PIXELS.values(), ids=PIXELS)
+def test_bench_checks_and_times_filters(layer):
+    rows = list(filters.measure_filters(layer, bench.MODES, 1e6, repeats=1, seconds=0))
+    assert [(row.mode, row.failure) for row in rows] == [("plain", None), ("backward", None)]
+    n, c, (h, w) = layer.batch, layer.channels, layer.size
+    operands = n * c * layer.height * layer.width + (3 if layer.offsets else 1) * n * layer.groups * layer.taps * h * w
+    operands += n * c * layer.taps * layer.channel_filters
+    assert [row.floor_bytes for row in rows] == [4 * (operands + n * c * h * w), 4 * (3 * operands + 2 * n * c * h * w)]
+    for row in rows:
+        assert row.ratio == pytest.approx(row.idiom.median / row.dynconv.median)
+        assert row.bandwidth_share == pytest.approx(row.floor_bytes / 1e6 / row.dynconv.median)
+        assert (row.tapped_ratio is None) == layer.offsets
+    # What is returned, and the columns of the idiom on top: taps times the input.
+    assert rows[0].memory >= 4 * n * c * h * w
+    assert rows[0].idiom_memory >= 4 * n * c * (layer.taps * layer.height * layer.width + h * w)
+
+
+@pytest.mark.parametrize("mode", filters.MODES)
+@pytest.mark.parametrize("layer", PIXELS.values(), ids=PIXELS)
+def test_the_idioms_beside_filters_are_right(layer, mode):
+    # In float64, by the bounds of float32: F.grid_sample rounds positions, which are no part of the bounds.
+    dtype = torch.float64 if layer.offsets else torch.float32
+    check = filters.FilterCheck(filters.FilterBench(layer, layer.batch, dtype, "cpu"))
+    check.rules = bounds.Arithmetic(torch.float32)
+    for name in check.bench.calls(mode):
+        assert check.verdict(mode, name).passed, name
+
+
+@pytest.mark.parametrize("mode", filters.MODES)
+@pytest.mark.parametrize("op, layer", [("dynamic_filter2d", "channel filters"), ("deform_aggregate2d", "offsets")])
+def test_bench_sees_wrong_filters(monkeypatch, mode, op, layer):
+    right = getattr(dynconv, op)
+    monkeypatch.setattr(dynconv, op, lambda *operands, **options: right(*operands, **options) * 1.001)
+    (row,) = filters.measure_filters(PIXELS[layer], [mode], 1e6, repeats=1)
+    assert row.failure.startswith("wrong result")
+    assert row.ratio is None
+
+
+def test_bench_leaves_out_an_idiom_that_pytorch_does_not_have(monkeypatch):
+    def refuse(*operands):
+        raise NotImplementedError("no kernel for that type")
+
+    monkeypatch.setattr(filters, "sampled", refuse)
+    (row,) = filters.measure_filters(PIXELS["offsets"], ["plain"], 1e6, repeats=1)
+    assert (row.failure, row.idiom, row.ratio, row.idiom_memory) == (None, None, None, None)
+    assert row.dynconv.median > 0
+    filters.print_filters([row], filters.summarise_filters([row]), 1e6)
+
+
+def test_bench_writes_filters(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(FILTERS, "involution", (PIXELS["groups"], PIXELS["upsampling"]))
+    monkeypatch.setattr(bench, "copy_speed", lambda device: 1e6)
+    results, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    command = ["bench", "--quick", "--repeats", "3", "--shapes", "involution", "--json", str(results)]
+    assert main([*command, "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(results.read_text())
+    assert record["rows"] == []
+    assert [row["mode"] for row in record["filters"]] == 2 * ["plain", "backward"]
+    means = {mean["mode"]: mean for mean in record["summary"]["means_filters"]}
+    for mode, mean in means.items():
+        ratios = [row["ratio"] for row in record["filters"] if row["mode"] == mode]
+        assert mean["ratio"] == pytest.approx(math.sqrt(math.prod(ratios)))
+    printed = capsys.readouterr().out
+    assert "4 of 4 results within their bounds" in printed
+    assert "1.0 GB/s" in printed
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "l2"])
+def test_normalized_weights_lie_within_their_bound(name):
+    logits = torch.randn(4, 9, 50, generator=torch.Generator().manual_seed(0)) * 4
+    rules = bounds.Arithmetic(torch.float32)
+    expected = rules.normalize(logits.double(), name, 1)
+    actual = dynconv.reference.NORMALIZATIONS[name](logits, dim=1)
+    assert bounds.judge(actual, expected.value, expected.error).passed
+    assert not bounds.judge(actual * (1 + 1e-4), expected.value, expected.error).passed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_bench_without_a_gpu_says_so(capsys):
     assert main(["bench", "--device", "cuda"]) == 1
@@ -651,6 +748,41 @@ def test_channels_sees_a_wrong_op(few_digits, monkeypatch):
     right = dynconv.gathered_conv2d
     monkeypatch.setattr(dynconv, "gathered_conv2d", lambda *arguments, **options: right(*arguments, **options) * 1.001)
     assert not digits.channels()["passed"]
+
+
+@pytest.fixture
+def small_photo(monkeypatch):
+    """A smooth picture with an edge."""
+    ramp = torch.linspace(0.2, 0.6, 40).expand(1, 3, 32, 40).clone()
+    ramp[..., 20:] += 0.3
+    monkeypatch.setattr(demo, "photo", lambda name: ramp)
+    monkeypatch.setattr(photos, "SECONDS", 0.0)
+
+
+def test_denoise_raises_the_quality(small_photo, tmp_path, capsys):
+    assert main(["demo", "--scene", "denoise", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "denoise.json").read_text())
+    assert record["passed"]
+    assert record["psnr_db"]["denoised"] > record["psnr_db"]["noisy"] + 3
+    assert record["ms"]["dense"] > 0 and record["ms"]["dynconv"] > 0
+    assert (tmp_path / "denoise.png").read_bytes().startswith(b"\x89PNG")
+    assert f"denoised {record['psnr_db']['denoised']:.2f} dB" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_upsample_keeps_an_edge_that_bilinear_blurs(small_photo, tmp_path):
+    assert main(["demo", "--scene", "upsample", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "upsample.json").read_text())
+    assert record["psnr_db"]["content-dependent"] > record["psnr_db"]["bilinear"]
+    assert record["psnr_db"].keys() == {"nearest", "bilinear", "its estimate", "content-dependent"}
+    assert (tmp_path / "upsample.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", photos.SCENES)
+def test_filtered_photos_see_a_wrong_op(small_photo, monkeypatch, tmp_path, capsys, name):
+    right = dynconv.dynamic_filter2d
+    monkeypatch.setattr(dynconv, "dynamic_filter2d", lambda *operands, **options: right(*operands, **options) * 1.001)
+    assert main(["demo", "--scene", name, "--out", str(tmp_path)]) == 1
+    assert "WRONG" in capsys.readouterr().out
 
 
 # --- the command itself

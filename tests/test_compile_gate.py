@@ -31,8 +31,8 @@ TENSOR_CORE = {
     "gfx942": ("mfma",),
 }
 # Kernels that read rows into registers, and the fewest 16-byte loads: of a depthwise kernel row's three taps the source
-# and the weight; of wgrad the source and grad; rows, grad and residual; four pixels around a position; one load
-# elsewhere.
+# and the weight; of wgrad the source and grad; rows, grad and residual; the source of all taps in a row of a dynamic
+# filter, and of the four that a thread has in its gradients; four pixels around a position; one load elsewhere.
 STREAMING = {
     "depthwise_conv_kernel": 6,
     "depthwise_weight_grad_kernel": 2,
@@ -41,6 +41,9 @@ STREAMING = {
     "moments_kernel": 2,
     "gather_kernel": 1,
     "aggregate_kernel": 4,
+    "dynamic_filter_kernel": 3,
+    "dynamic_filter_grad_kernel": 4,
+    "channel_filter_grad_kernel": 4,
 }
 
 

@@ -209,11 +209,26 @@ def bounded(actual, operands, grad, options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalization", [None, *NORMALIZATIONS])
-def test_normalised_filters_lie_within_the_bound(target, normalization, dtype):
-    target.skip_unless(dtype)
-    small = dict(channels=4, size=(3, 4), n=1) if target.is_interpreted else dict(channels=24, size=(9, 8))
-    operands, grad, options = case(channel_filters=True, density=0.6, dtype=dtype, make=normal, **small)
+def test_normalised_filters_lie_within_the_bound(normalization, dtype):
+    operands, grad, options = case(
+        channels=24, size=(9, 8), channel_filters=True, density=0.6, dtype=dtype, make=normal
+    )
     options["normalization"] = normalization
+    bounded(run(dynamic_filter2d, operands, grad, options), operands, grad, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("normalization", "dtype"),
+    [("softmax", torch.float16), ("softmax", torch.float32), ("sigmoid", torch.float32), ("l2", torch.float64)],
+    ids=str,
+)
+def test_normalised_filters_of_triton_lie_within_the_bound(normalization, dtype):
+    operands, grad, options = case(
+        n=1, channels=4, size=(3, 4), channel_filters=True, density=0.6, dtype=dtype, make=normal
+    )
+    options["normalization"] = normalization
+    target = Target("triton")
     with target.use():
         actual = run(dynamic_filter2d, *moved(target, operands, grad, options))
     bounded(actual, operands, grad, options)

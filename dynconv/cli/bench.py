@@ -21,8 +21,9 @@ from . import console, extra, table
 from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge, worst_of
 from .environment import environment, write_json
+from .filters import FilterRow, copy_speed, measure_filters, print_filters, summarise_filters
 from .gathered import WidthBench, WidthCheck
-from .layers import LAYERS, MASKS, POSE_DENSITIES, Block, Layer, Width, modes_of
+from .layers import FILTERS, LAYERS, MASKS, POSE_DENSITIES, Block, Filter, Layer, Width, modes_of
 
 MODES = ("plain", "in-place", "backward")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -399,7 +400,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--shapes", nargs="+", choices=(*LAYERS, "all"), default=("all",), help="published layers")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=(*LAYERS, *FILTERS, "all"), default=("all",), help="published layers"
+    )
     parser.add_argument("--layers", metavar="TEXT", help="only the layers whose name contains this, e.g. 3x3")
     parser.add_argument(
         "--density", nargs="+", type=_density, default=DENSITIES, metavar="D", help="of layers without published ones"
@@ -419,7 +422,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="about a minute: fewer shapes, densities and samples")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE", help="time against density, as a picture")
+    parser.add_argument("--plot", metavar="FILE", help="time against density, as a picture; of filters alone: bars")
     parser.add_argument("--scaling", metavar="FILE", help="also time and memory against the active sites, as a picture")
 
 
@@ -452,13 +455,17 @@ def main(arguments: argparse.Namespace) -> int:
         shapes, densities = arguments.shapes, arguments.density
         repeats, seconds = arguments.repeats, arguments.seconds
     keeps_memory = keep_freed_memory()
-    families = tuple(LAYERS) if "all" in shapes else tuple(shapes)
-    layers = [
-        layer
-        for family in families
-        for layer in LAYERS[family]
-        if not arguments.layers or arguments.layers in layer.name
-    ]
+    families = (*LAYERS, *FILTERS) if "all" in shapes else tuple(shapes)
+    layers, filters = (
+        [
+            layer
+            for family in families
+            for layer in published.get(family, ())
+            if not arguments.layers or arguments.layers in layer.name
+        ]
+        for published in (LAYERS, FILTERS)
+    )
+    filters = [layer for layer in filters if layer.on_cpu or arguments.device == "cuda"]
     # Dense gets cuDNN's fastest algorithm.
     torch.backends.cudnn.benchmark = True
     record = {"environment": environment(arguments.device) | {"malloc_keeps_freed_memory": keeps_memory}}
@@ -474,7 +481,8 @@ def main(arguments: argparse.Namespace) -> int:
             transient=True,
         ) as bar,
     ):
-        task = bar.add_task("bench", total=sum(_cost(layer) * len(layer.densities or densities) for layer in layers))
+        total = sum(_cost(layer) * len(layer.densities or densities) for layer in layers)
+        task = bar.add_task("bench", total=total + sum(map(_filter_cost, filters)))
         for layer in layers:
             bar.update(task, description=f"{layer.family} {layer.name}")
             usual = WIDTH_BATCH if isinstance(layer, Width) else BATCH
@@ -493,8 +501,21 @@ def main(arguments: argparse.Namespace) -> int:
             rows.append(
                 measure_pose(32, dtype, arguments.device, arguments.masks, repeats, seconds, arguments.automatic)
             )
-    summary = summarise(rows)
-    _print(rows, summary, arguments, record["environment"])
+        speed = copy_speed(arguments.device) if filters else None
+        filter_rows: list[FilterRow] = []
+        for layer in filters:
+            bar.update(task, description=f"{layer.family} {layer.name}")
+            filter_rows += measure_filters(
+                layer, arguments.modes, speed, dtype=getattr(torch, arguments.dtype), device=arguments.device,
+                repeats=repeats, seconds=seconds,
+            )  # fmt: skip
+            bar.advance(task, _filter_cost(layer))
+    summary = summarise(rows) | {"means_filters": summarise_filters(filter_rows)}
+    if rows:
+        _print(rows, summary, arguments)
+    if filter_rows:
+        print_filters(filter_rows, summary["means_filters"], speed)
+    _print_closing([*rows, *filter_rows], arguments, record["environment"])
     options = {
         "automatic": arguments.automatic,
         "dtype": arguments.dtype,
@@ -504,17 +525,22 @@ def main(arguments: argparse.Namespace) -> int:
     }
     record |= options | {"elapsed_s": round(time.perf_counter() - begin, 1)}
     record |= {"rows": [row.record() for row in rows], "summary": summary}
+    record |= {"filters": [row.record() for row in filter_rows], "copy_bytes_per_ms": speed}
     if arguments.plot:
-        from .plots import plot_rows
+        from .plots import plot_filters, plot_rows
 
-        plot_rows(rows, summary, f"{record['environment']['device']}, {arguments.dtype}", arguments.plot)
+        where = f"{record['environment']['device']}, {arguments.dtype}"
+        if rows:
+            plot_rows(rows, summary, where, arguments.plot)
+        else:
+            plot_filters(filter_rows, where, arguments.plot)
     if arguments.scaling:
         from .scaling import run_scaling
 
         record["scaling"] = run_scaling(arguments.device, getattr(torch, arguments.dtype), arguments.scaling)
     if arguments.json:
         write_json(arguments.json, record)
-    return 1 if any(row.failure for row in rows) else 0
+    return 1 if any(row.failure for row in [*rows, *filter_rows]) else 0
 
 
 def _cost(layer: Layer | Block | Width) -> float:
@@ -522,9 +548,13 @@ def _cost(layer: Layer | Block | Width) -> float:
     return 1 + layer.height * layer.width * layer.products * layer.out_channels / 2e9
 
 
-def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, machine: dict) -> None:
+def _filter_cost(layer: Filter) -> float:
+    """As `_cost`; the idioms beside the op take most of it."""
+    return 1 + math.prod(layer.size) * layer.channels * layer.taps / 2e7
+
+
+def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) -> None:
     out = console()
-    where = machine["device"] if arguments.device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     for mode in arguments.modes:
         baselines = "|conv2d·mask|compiled" if arguments.baselines and mode == "plain" else ""
         if any(row.sliced for row in rows if row.mode == mode):
@@ -573,13 +603,19 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
         texts = [found.get((family, layer, mode), "failed" if mode in measured else "-") for mode in arguments.modes]
         crossings.add_row(family, layer, *texts)
     out.print(crossings)
-    software = f"torch {machine['torch']}, dynconv {machine['dynconv']} ({machine['commit'] or 'no commit'})"
-    out.print(f"{where}; {arguments.dtype}; {software}")
     if arguments.automatic:
         worst = min((row for row in rows if row.ratio is not None), key=lambda row: row.ratio, default=None)
         if worst is not None:
             text = f"{worst.ratio:.2f}x dense, {worst.family} {worst.layer} {worst.mode} at {worst.density:.2f}"
             out.print(f"automatic: calls choose dense or sparse by a calibration; the slowest is {text}")
+
+
+def _print_closing(rows: Sequence[Row | FilterRow], arguments: argparse.Namespace, machine: dict) -> None:
+    """Where and how it was measured, and what went wrong."""
+    out = console()
+    where = machine["device"] if arguments.device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    software = f"torch {machine['torch']}, dynconv {machine['dynconv']} ({machine['commit'] or 'no commit'})"
+    out.print(f"{where}; {arguments.dtype}; {software}")
     if arguments.device == "cuda":
         out.print("GPU time of calls queued ahead of the GPU, as in a CUDA graph; Python's own time is not in it")
     if arguments.device == "cpu":
@@ -598,11 +634,8 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace, ma
         )
     for row in rows:
         if row.failure:
-            out.print(
-                f"FAILED {row.family} {row.layer} {row.mode} at {row.density:.3f}: {row.failure}",
-                style="red",
-                markup=False,
-            )
+            density = f" at {row.density:.3f}" if isinstance(row, Row) else ""
+            out.print(f"FAILED {row.family} {row.layer} {row.mode}{density}: {row.failure}", style="red", markup=False)
 
 
 CAPTIONS = {

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import ACTIVATIONS
+from ..reference import ACTIVATIONS, NORMALIZATIONS
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -116,8 +116,44 @@ class Arithmetic:
             error = error + jump * ((a.value - kink).abs() <= a.error)
         return Bounded(value, error)
 
+    def normalize(self, a: Tensor, name: str, dim: int) -> Bounded:
+        """normalization(a) over a dimension ("none", "softmax", "sigmoid", "l2"), in the accumulator's type."""
+        value, unit = NORMALIZATIONS[name](a, dim=dim), unit_roundoff(self.accumulator)
+        if name == "none":
+            return Bounded.of(value)
+        if name == "l2":  # of the squares and their sum; the root and the quotient, to two eps each
+            return Bounded(value, gamma(a.shape[dim] + 8, unit) * value.abs())
+        if name == "sigmoid":
+            return Bounded(value, value * (_exponential(a, unit) + 4 * unit))
+        # exp of the difference from the largest one, their sum, and the quotient.
+        relative = _exponential(a - a.amax(dim, keepdim=True), unit)
+        total = (value * relative).sum(dim, keepdim=True) + gamma(a.shape[dim], unit)
+        return Bounded(value, value * ((1 + relative) * (1 + 4 * unit) / (1 - total) - 1))
+
+    def normalize_grad(self, a: Tensor, weights: Bounded, grad: Bounded, name: str, dim: int) -> Bounded:
+        """The gradient of `a`, in the accumulator's type, from that of weights = normalize(a)."""
+        rules, one = self.unstored, torch.ones((), dtype=a.dtype, device=a.device)
+        if name == "none":
+            return grad
+        if name == "sigmoid":
+            rest = Bounded(1 - weights.value, weights.error + unit_roundoff(self.accumulator))
+            return rules.product(torch.mul, grad, rules.product(torch.mul, weights, rest, 1), 1)
+        total = lambda w, g: (w * g).sum(dim, keepdim=True)
+        projected = rules.product(total, weights, grad, a.shape[dim])
+        if name == "softmax":
+            return rules.product(torch.mul, rules.product(torch.mul, projected, -one, 1, shift=grad), weights, 1)
+        across = rules.product(torch.mul, weights, projected, 1)
+        norm = a.square().sum(dim, keepdim=True).sqrt()
+        inverse = Bounded(1 / norm, gamma(a.shape[dim] + 8, unit_roundoff(self.accumulator)) / norm)
+        return rules.product(torch.mul, rules.product(torch.mul, across, -one, 1, shift=grad), inverse, 1)
+
     def _evaluation(self, a: Bounded, curve: Curve) -> Tensor:
         return curve.evaluation * torch.finfo(self.accumulator).eps * a.value.abs().clamp(min=1)
+
+
+def _exponential(a: Tensor, unit: float) -> Tensor:
+    """The relative error of exp(a), a relative 1e-7 and the rounding of a, as of the curves below."""
+    return 16 * unit * a.abs().clamp(min=1)
 
 
 class Curve(NamedTuple):

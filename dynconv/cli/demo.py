@@ -1,4 +1,7 @@
-"""`python -m dynconv demo`: networks that compute only what matters in a photo, what changed, or what a digit needs."""
+"""`python -m dynconv demo`: networks that compute only what matters in a photo, what changed, or what a digit needs.
+
+And photos that are filtered by what is in them, pixel by pixel.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynconv
 from dynconv.nn import MaskedBottleneck
 
-from . import console, digits, extra, table
+from . import console, digits, extra, photos, table
 from .blocks import bounded_block, dense_block, folded_layers
 from .bounds import Arithmetic, judge
 from .layers import patch, reached
 
+SCENES = ("attend", "ponder", "edit", *photos.SCENES, "channels")
 # Passes that are timed: as many as fit into the seconds, between the two numbers.
 PASSES = (3, 7)
 SECONDS = 5.0
@@ -508,7 +512,7 @@ def _draw_ponder(figure, ax, image, pictures: dict) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `demo`."""
-    parser.add_argument("--scene", choices=("attend", "ponder", "edit", "channels", "all"), default="all")
+    parser.add_argument("--scene", choices=(*SCENES, "all"), default="all")
     parser.add_argument("--photo", choices=("china", "flower"), default="china")
     parser.add_argument(
         "--density", type=_share, default=0.25, help="attend, ponder: the share of the photo to compute"
@@ -548,6 +552,9 @@ def main(arguments: argparse.Namespace) -> int:
         draw(title.partition(":")[0], result, target)
         console().print(f"picture: {target}")
         passed &= result.passed
+    for name in photos.SCENES:
+        if arguments.scene in (name, "all"):
+            passed &= photos.scene(name, photo(arguments.photo), Path(arguments.out))
     if arguments.scene in ("channels", "all"):
         passed &= digits.scene(Path(arguments.out))
     return 0 if passed else 1

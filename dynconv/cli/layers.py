@@ -152,6 +152,56 @@ class Width:
         return torch.cat([kept_groups(batch, c, self.granularity, density, generator) for c in sides], 1)
 
 
+@dataclass(frozen=True)
+class Filter:
+    """A layer that filters every pixel with a filter of its own: dynamic_filter2d, or deform_aggregate2d.
+
+    "same" padding and stride 1; `channel_filters`, `normalization` and `scale_factor` are the op's arguments. With
+    `offsets` every tap of every pixel reads where an offset of its own moves it.
+    """
+
+    family: str
+    height: int
+    width: int
+    channels: int
+    kernel: int
+    batch: int
+    groups: int = 1
+    scale_factor: int = 1
+    normalization: str | None = None
+    channel_filters: bool = False
+    offsets: bool = False
+    cpu_batch: int | None = None  # None: the same
+    on_cpu: bool = True  # False: too large for one
+
+    @property
+    def name(self) -> str:
+        """For example "56x56 64 in 4 groups 7x7" or "50x76 256 5x5 to 2 times the size"."""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        scale = f" to {self.scale_factor} times the size" if self.scale_factor > 1 else ""
+        offsets = " with offsets" if self.offsets else ""
+        return f"{self.height}x{self.width} {self.channels}{groups} {self.kernel}x{self.kernel}{scale}{offsets}"
+
+    @property
+    def padding(self) -> int:
+        """What keeps the output, before it is scaled, the size of the input."""
+        return self.kernel // 2
+
+    @property
+    def taps(self) -> int:
+        """Weights of a filter."""
+        return self.kernel**2
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the output."""
+        return self.height * self.scale_factor, self.width * self.scale_factor
+
+    def batch_on(self, device: str) -> int:
+        """Samples of a call on "cpu" or "cuda"."""
+        return self.cpu_batch or self.batch if device == "cpu" else self.batch
+
+
 def kept_groups(batch: int, channels: int, size: int, rate: float, generator: torch.Generator) -> Tensor:
     """bool [batch, channels]: of each sample's groups of `size` channels the same number, at random ones.
 
@@ -285,6 +335,26 @@ LAYERS: dict[str, tuple[Layer | Block | Width, ...]] = {
     "sbnet": _sbnet(),
     "laudnet": _laudnet(),
     "linear": _linear(),
+}
+
+# RedNet-50's stages; DDF's two settings; CARAFE in a feature pyramid; DCNv4's table, 4 groups of 16 channels.
+FILTERS: dict[str, tuple[Filter, ...]] = {
+    "involution": tuple(
+        Filter("involution", size, size, channels, 7, 64, groups=channels // 16, cpu_batch=8)
+        for size, channels in ((56, 64), (28, 128), (14, 256), (7, 512))
+    ),
+    "ddf": (
+        Filter("ddf", 200, 300, 256, 3, 2, channel_filters=True),
+        *(
+            Filter("ddf", size, size, 256, 3, 32, channel_filters=True, on_cpu=size <= 56)
+            for size in (224, 112, 56, 28, 14, 7)
+        ),
+    ),
+    "carafe": tuple(
+        Filter("carafe", height, width, 256, 5, 2, scale_factor=2, normalization="softmax", cpu_batch=1)
+        for height, width in ((25, 38), (50, 76), (100, 152))
+    ),
+    "dcn": tuple(Filter("dcn", size, size, 64, 3, 64, groups=4, offsets=True, cpu_batch=8) for size in (56, 28, 14, 7)),
 }
 
 

@@ -17,7 +17,9 @@ from .._geometry import Geometry
 from . import console, table
 from .bounds import Arithmetic, Verdict, arithmetic, judge
 from .chains import BlockTraining, EvalBlock, MaskedChain
+from .deform import Deformable
 from .environment import environment, is_installed, write_json
+from .filters import DynamicFilter
 from .gathered import Gathered
 from .layers import MASKS
 
@@ -203,7 +205,7 @@ class MaskedConv2d:
 
 # Each is made of (case, dtype, device) and has `cases`, the `op` that the table names, source(quantity),
 # expect(rules, backend), `expected` by quantity, actual(), and judge(quantity, actual).
-OPERATIONS = (MaskedConv2d, MaskedChain, EvalBlock, BlockTraining, Gathered)
+OPERATIONS = (MaskedConv2d, MaskedChain, EvalBlock, BlockTraining, Gathered, DynamicFilter, Deformable)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -230,6 +232,7 @@ def unavailable(backend: str, dtype: str) -> str | None:
 QUICK = (
     "3x3", "3x3 gate", "3x3 stride 2", "1x1", "3x3 empty", "relu6 depthwise 3x3", "inverted residual packed",
     "bottleneck", "3x3 width", "packed width at sites", "linear width",
+    "filters, softmax", "filters of channels", "filters to twice the size", "deformable", "aggregation, softmax",
 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def kernel(body: Callable) -> Callable[..., None]:
         if dtype == torch.float16 and not _llvm.CONVERTS_FLOAT16:
             raise TypeError("input: expected another type than torch.float16, which this CPU cannot convert (no F16C)")
         storage, compute = STORAGE[dtype]
-        entry = _entry(f"{body.__qualname__} {storage} {compute} {_source_stamp()}")
+        entry = _entry(f"{body.__module__} {body.__qualname__} {storage} {compute} {_source_stamp()}")
         names = {**entry.__globals__, "body": body, "storage": storage, "compute": compute}
         entry = FunctionType(entry.__code__, names, entry.__name__, None, entry.__closure__)
         try:

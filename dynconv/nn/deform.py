@@ -1,6 +1,11 @@
-"""Deformable convolutions as modules: torchvision's, and those that predict their own offsets."""
+"""Layers over `dynconv.deform_conv2d` and `dynconv.deform_aggregate2d`.
+
+They keep the parameter names and the order of channels of the public implementations.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +13,23 @@ from torch import Tensor, nn
 
 from .._geometry import IntPair, pair
 from ..channels import check_int
-from ..ops._common import in_rows
 from ..ops.deform import deform_aggregate2d, deform_conv2d
-from .dynamic_filter import check_groups, check_map, check_odd
+from .dynamic_filter import check_odd
 
 
 class DeformConv2d(nn.Module):
-    """`dynconv.deform_conv2d` as a layer (Dai et al., ICCV 2017; with a mask Zhu et al., CVPR 2019).
+    """Deformable convolution: the constructor, parameters and forward of `torchvision.ops.DeformConv2d`.
 
-    Constructor, initialisation, parameters (`weight`, `bias`), `state_dict` and call are those of
-    `torchvision.ops.DeformConv2d`.
+    DCN v1 (Dai et al., ICCV 2017), and v2 with a mask (Zhu et al., CVPR 2019).
 
     Args:
-        in_channels, out_channels: Cin and Cout, multiples of `groups`.
-        kernel_size, stride, padding, dilation: ints or pairs, as for `nn.Conv2d`.
-        groups: of the weight; the offset groups are found from the offsets' shape.
-        bias: whether there is one.
+        in_channels, out_channels: of the convolution.
+        kernel_size: an int or a pair, as the next three.
+        stride, padding, dilation: as in `nn.Conv2d`.
+        groups: of the convolution; a divisor of both numbers of channels.
+        bias: whether to learn one.
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+    Raises TypeError and ValueError for an argument of the wrong kind or value.
     """
 
     def __init__(
@@ -44,29 +47,38 @@ class DeformConv2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("in_channels", in_channels)
-        check_int("out_channels", out_channels)
-        check_groups("groups", groups, in_channels)
-        check_groups("groups", groups, out_channels)
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+            check_int(name, value)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"{name}: expected a multiple of groups = {groups}, got {channels}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
-        self.padding, self.dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
-        factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size, **factory))
-        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.kernel_size = pair(kernel_size, "kernel_size", 1)
+        self.stride = pair(stride, "stride", 1)
+        self.padding = pair(padding, "padding", 0)
+        self.dilation = pair(dilation, "dilation", 1)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `nn.Conv2d`: uniform within 1 / sqrt(fan-in)."""
-        bound = self.weight[0].numel() ** -0.5
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
+        """As `nn.Conv2d`: uniform within 1 / sqrt(inputs of an output)."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last; arguments and errors of `dynconv.deform_conv2d`."""
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.deform_conv2d` with this layer's parameters.
+
+        Args:
+            input: [N, Cin, H, W].
+            offset: [N, 2 * OG * kH * kW, Ho, Wo], (dy, dx) of each tap.
+            mask: [N, OG * kH * kW, Ho, Wo], a factor for each sample.
+        """
         return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -77,18 +89,16 @@ class DeformConv2d(nn.Module):
 
 
 class DCNv2(DeformConv2d):
-    """A deformable convolution that predicts its offsets and modulation itself (Zhu et al., CVPR 2019).
+    """A deformable convolution that predicts its offsets and its mask (Zhu et al., CVPR 2019).
 
-    One convolution of the layer's own geometry, `conv_offset`, makes both; it is zero at first, so that the layer
-    starts as a convolution times sigmoid(0). Parameters, their order and initialisation are those of mmcv's
-    `ModulatedDeformConv2dPack`.
+    `conv_offset`, of the same geometry, makes the offsets and, through a sigmoid, the mask. It begins with zeros: no
+    offset, and a mask of 1/2. Parameters and order of channels are those of `mmcv.ops.ModulatedDeformConv2dPack`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for `DeformConv2d`.
-        deform_groups: a divisor of Cin; the channels of a group share their offsets and modulation.
+        offset_groups: groups of input channels with offsets and a mask of their own (`deform_groups`).
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+    Raises TypeError and ValueError for an argument of the wrong kind or value.
     """
 
     def __init__(
@@ -100,172 +110,140 @@ class DCNv2(DeformConv2d):
         padding: IntPair = 0,
         dilation: IntPair = 1,
         groups: int = 1,
-        deform_groups: int = 1,
+        offset_groups: int = 1,
         bias: bool = True,
         *,
         device=None,
         dtype=None,
     ) -> None:
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **factory)
-        check_groups("deform_groups", deform_groups, in_channels)
-        self.deform_groups = deform_groups
-        predicted = 3 * deform_groups * self.kernel_size[0] * self.kernel_size[1]
+        check_int("in_channels", in_channels)
+        check_int("offset_groups", offset_groups)
+        if in_channels % offset_groups:
+            raise ValueError(f"offset_groups: expected a divisor of in_channels = {in_channels}, got {offset_groups}")
+        made = dict(device=device, dtype=dtype)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **made)
+        self.offset_groups = offset_groups
         self.conv_offset = nn.Conv2d(
-            in_channels, predicted, self.kernel_size, self.stride, self.padding, self.dilation, **factory
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Weights uniform within 1 / sqrt(Cin * kH * kW), everything else zero."""
-        bound = (self.in_channels * self.kernel_size[0] * self.kernel_size[1]) ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if hasattr(self, "conv_offset"):  # not yet where DeformConv2d makes its own parameters
-            nn.init.zeros_(self.conv_offset.weight)
-            nn.init.zeros_(self.conv_offset.bias)
+            in_channels, 3 * offset_groups * math.prod(self.kernel_size), self.kernel_size, self.stride, self.padding,
+            self.dilation, **made,
+        )  # fmt: skip
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
-
-        Raises TypeError or ValueError for an input of the wrong kind or shape.
-        """
-        check_map("input", input, self.in_channels)
-        input = in_rows(input)
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]."""
         predicted = self.conv_offset(input)
-        share = predicted.shape[1] // 3
-        offset, mask = predicted.split((2 * share, share), 1)
+        masks = predicted.shape[1] // 3
+        offset, mask = predicted.split([2 * masks, masks], dim=1)
         return super().forward(input, offset, mask.sigmoid())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, deform_groups={self.deform_groups}"
+        return f"{super().extra_repr()}, offset_groups={self.offset_groups}"
 
 
 class DCNv4(nn.Module):
-    """Deformable convolution v4 (Xiong et al., CVPR 2024): each pixel adds up samples at places of its own.
+    """The operator of DCNv4 (Xiong et al., CVPR 2024): predicted weights add up what predicted positions sample.
 
-    A projection of the values (`value_proj`), the samples of `dynconv.deform_aggregate2d` at predicted offsets and with
-    predicted weights that nothing normalises (`offset_mask`), a projection of the result (`output_proj`). Parameters,
-    their shapes, order and initialisation are those of the authors' `DCNv4`, whose input is [N, H * W, C] and whose
-    taps go column by column, (x, y) each; the layer sorts the predicting rows accordingly. Not offered: a stride,
-    `remove_center`, `center_feature_scale`.
+    `value_proj` projects every pixel, `offset_mask` predicts from the layer's input the offsets and the weights, which
+    are not normalised, of each group of channels, and `output_proj` projects the sums. Unlike the authors' code it
+    takes and gives [N, C, H, W], yet its parameters are theirs, with their order of the taps (column by column, dx
+    before dy) and the unused rows that fill `offset_mask` up to a multiple of 8; `remove_center` and
+    `center_feature_scale` are not there. The stride is 1 and the padding keeps the size.
 
     Args:
         channels: C, of the input and of the output.
-        kernel_size: odd.
-        stride: 1.
-        pad: dilation * (kernel_size // 2), so that the output has the input's size; None for just that.
-        dilation: of the places without offsets.
-        group: a divisor of C; the channels of a group share their offsets and weights.
-        offset_scale: multiplies offsets and the places without them, about the site.
-        dw_kernel_size: of a depthwise convolution (`offset_mask_dw`) before the offsets are predicted, odd; None: none.
-        output_bias: whether `output_proj` has a bias.
-        without_pointwise: leave out both projections.
+        kernel_size: an odd int.
+        dilation: an int.
+        groups: G groups of channels with offsets and weights of their own (`group`).
+        offset_scale: positions are the centre plus offset_scale * (tap + offset).
+        dw_kernel_size: of a depthwise convolution before `offset_mask`, `offset_mask_dw`; an odd int, or None.
+        bias: of `output_proj` (`output_bias`).
+        pointwise: whether there are `value_proj` and `output_proj` (not `without_pointwise`).
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+    Raises TypeError and ValueError for an argument of the wrong kind or value.
     """
 
     def __init__(
         self,
-        channels: int = 64,
+        channels: int,
         kernel_size: int = 3,
-        stride: int = 1,
-        pad: int | None = None,
         dilation: int = 1,
-        group: int = 4,
+        groups: int = 4,
         offset_scale: float = 1.0,
-        dw_kernel_size: int | None = None,
         *,
-        output_bias: bool = True,
-        without_pointwise: bool = False,
+        dw_kernel_size: int | None = None,
+        bias: bool = True,
+        pointwise: bool = True,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels)
+        for name, value in (("channels", channels), ("dilation", dilation), ("groups", groups)):
+            check_int(name, value)
         check_odd("kernel_size", kernel_size)
-        check_int("stride", stride)
-        if stride != 1:
-            raise ValueError(f"stride: expected 1, got {stride}")
-        check_int("dilation", dilation)
-        padding = dilation * (kernel_size // 2)
-        if pad is not None and pad != padding:
-            raise ValueError(f"pad: expected {padding}, half the reach of the kernel, got {pad!r}")
-        check_groups("group", group, channels)
-        if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool):
-            raise TypeError(f"offset_scale: expected a float, got {offset_scale!r}")
-        self.channels, self.kernel_size, self.dilation, self.group = channels, kernel_size, dilation, group
-        self.offset_scale, self.without_pointwise = offset_scale, without_pointwise
-        factory = {"device": device, "dtype": dtype}
+        if channels % groups:
+            raise ValueError(f"groups: expected a divisor of channels = {channels}, got {groups}")
+        self.channels, self.kernel_size, self.dilation, self.groups = channels, kernel_size, dilation, groups
+        self.offset_scale = offset_scale
+        made = dict(device=device, dtype=dtype)
         self.offset_mask_dw = None
         if dw_kernel_size is not None:
             check_odd("dw_kernel_size", dw_kernel_size)
-            around = {"padding": dw_kernel_size // 2, "groups": channels}
-            self.offset_mask_dw = nn.Conv2d(channels, channels, dw_kernel_size, **around, **factory)
-        predicted = -(-3 * group * kernel_size**2 // 8) * 8  # the authors fill the rows up to a multiple of 8
-        self.offset_mask = nn.Linear(channels, predicted, **factory)
-        if not without_pointwise:
-            self.value_proj = nn.Linear(channels, channels, **factory)
-            self.output_proj = nn.Linear(channels, channels, bias=output_bias, **factory)
+            self.offset_mask_dw = nn.Conv2d(
+                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels, **made
+            )
+        taps = kernel_size**2
+        self.offset_mask = nn.Linear(channels, math.ceil(3 * groups * taps / 8) * 8, **made)
+        self.value_proj = nn.Linear(channels, channels, **made) if pointwise else None
+        self.output_proj = nn.Linear(channels, channels, bias=bias, **made) if pointwise else None
+        # The rows of `offset_mask` in the op's order: a group's offsets are 2 K rows, its weights the K that follow.
+        group = 3 * taps * torch.arange(groups).view(-1, 1, 1)
+        tap = torch.arange(taps).view(kernel_size, kernel_size).T.reshape(1, -1, 1)
+        offsets, weights = group + 2 * tap + torch.tensor([1, 0]), group + 2 * taps + tap
+        self.register_buffer("_rows", torch.cat([offsets.flatten(), weights.flatten()]).to(device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero offsets and weights (so zero samples), Xavier for the projections."""
+        """As published: no offset and no weight, so that the output is zero at first but for biases."""
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
-        for projection in () if self.without_pointwise else (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        for projection in (self.value_proj, self.output_proj):
+            if projection is not None:
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W] in channels_last.
-
-        Raises TypeError or ValueError for an input of the wrong kind or shape.
-        """
-        check_map("input", input, self.channels)
-        input = in_rows(input)
-        read = input if self.offset_mask_dw is None else in_rows(self.offset_mask_dw(input))
-        offset, weights = (_linear(read, *rows) for rows in self._rows())
-        values = input if self.without_pointwise else _linear(input, self.value_proj.weight, self.value_proj.bias)
+        """[N, C, H, W] -> [N, C, H, W]."""
+        value = input if self.value_proj is None else _project(input, self.value_proj.weight, self.value_proj.bias)
+        seen = input if self.offset_mask_dw is None else self.offset_mask_dw(input)
+        # Rows of the weight are put in order, not the channels of a picture.
+        linear = self.offset_mask
+        predicted = _project(seen, linear.weight[self._rows], linear.bias[self._rows])
+        count = predicted.shape[1] // 3
+        offset, weights = predicted.split([2 * count, count], dim=1)
+        if self.offset_scale != 1:
+            offset = offset * self.offset_scale + self._spread(offset)
         result = deform_aggregate2d(
-            values, offset, weights, kernel_size=self.kernel_size, padding=self.dilation * (self.kernel_size // 2),
+            value, offset, weights, kernel_size=self.kernel_size, padding=self.dilation * (self.kernel_size // 2),
             dilation=self.dilation,
         )  # fmt: skip
-        return result if self.without_pointwise else _linear(result, self.output_proj.weight, self.output_proj.bias)
+        return result if self.output_proj is None else _project(result, self.output_proj.weight, self.output_proj.bias)
 
-    def _rows(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Weight and bias that predict offsets, and those that predict weights, in the order of deform_aggregate2d.
-
-        In `offset_mask` a group has (x, y) for each tap, then a weight for each, column by column; the op takes all
-        groups' (y, x), and line by line.
-        """
-        size, group = self.kernel_size, self.group
-        offsets, weights = [], []
-        for rows in (self.offset_mask.weight, self.offset_mask.bias):
-            rows = rows[: 3 * group * size**2].unflatten(0, (group, 3 * size**2))
-            pairs, singles = rows.split((2 * size**2, size**2), 1)
-            pairs = pairs.unflatten(1, (size, size, 2)).transpose(1, 2).flip(3)
-            offsets.append(pairs.flatten(0, 3))
-            weights.append(singles.unflatten(1, (size, size)).transpose(1, 2).flatten(0, 2))
-        if self.offset_scale != 1:
-            # The op leaves the places without offsets where they are, so their scaling goes into the offsets.
-            places = (torch.arange(size, device=offsets[1].device) - size // 2) * self.dilation
-            lines, columns = torch.meshgrid(places, places, indexing="ij")
-            shift = (self.offset_scale - 1) * torch.stack((lines, columns), -1).flatten().repeat(group)
-            offsets = [rows * self.offset_scale for rows in offsets]
-            offsets[1] = offsets[1] + shift.to(offsets[1].dtype)
-        return tuple(offsets), tuple(weights)
+    def _spread(self, offset: Tensor) -> Tensor:
+        """[1, 2 * G * K, 1, 1]: how far `offset_scale` moves each tap from where the op has it."""
+        steps = torch.arange(self.kernel_size, device=offset.device, dtype=offset.dtype) - self.kernel_size // 2
+        steps = steps * (self.dilation * (self.offset_scale - 1))
+        taps = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1).flatten()
+        return taps.repeat(self.groups).view(1, -1, 1, 1)
 
     def extra_repr(self) -> str:
         return (
-            f"{self.channels}, kernel_size={self.kernel_size}, dilation={self.dilation}, group={self.group}, "
+            f"{self.channels}, kernel_size={self.kernel_size}, dilation={self.dilation}, groups={self.groups}, "
             f"offset_scale={self.offset_scale}"
         )
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer over the channels of a channels_last map."""
-    return F.linear(features.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+def _project(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer over the channels of [N, C, H, W]."""
+    return F.conv2d(features, weight[:, :, None, None], bias)
