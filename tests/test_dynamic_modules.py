@@ -286,16 +286,15 @@ def test_nan_where_no_active_site_reads(name):
     assert torch.equal(layer(input, mask=mask), expected) and expected.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["kernel_prediction", "involution", "carafe", "ddf", "pac_conv", "pac_shared"])
-def test_other_types(name, dtype):
-    layer, _, inputs = make(name, dtype)
+def test_bfloat16(name):
+    layer, _, inputs = make(name, torch.bfloat16)
     actual = layer(*inputs)
-    assert actual.dtype == dtype
+    assert actual.dtype == torch.bfloat16
     exact = layer.double()(*[tensor.double() for tensor in inputs])
     # At most eight stages, each of which rounds its results by half an eps, and takes the errors of those before it
     # along; normalising a filter may double one. As a norm, since single values cancel.
-    bound = 8 * torch.finfo(dtype).eps
+    bound = 8 * torch.finfo(torch.bfloat16).eps
     assert (actual.double() - exact).norm() <= bound * exact.norm()
 
 
@@ -310,9 +309,8 @@ def test_autocast(name):
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("name", ["dynamic_filter", "pac_conv"])
-def test_compile(name):
-    layer, _, inputs = make(name)
+def test_compile():
+    layer, _, inputs = make("pac_shared")  # an autograd.Function of its own, and the op
     expected = layer(*inputs)
     grad = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, list(layer.parameters()), grad)
@@ -344,15 +342,17 @@ def test_filter_norm():
 
 def test_pac_kernel():
     torch.manual_seed(0)
-    guidance = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    guidance = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     for geometry in ((3, 1, 1), ((5, 3), (2, 1), (4, 1), (2, 1))):
         kernel = pac_kernel(guidance, *geometry)
         close(kernel, gaussian(guidance, *geometry).squeeze(1))
-        assert torch.autograd.gradcheck(lambda f, g=geometry: pac_kernel(f, *g, normalize=True), guidance)
+        assert torch.autograd.gradcheck(
+            lambda f, g=geometry: pac_kernel(f, *g, normalize=True), guidance, fast_mode=True
+        )
     # At the border the taps outside are not there: constant features stay as they are.
     kernel = pac_kernel(guidance, 3, padding=1, normalize=True)
-    close(kernel.sum(1), torch.ones(2, 5, 6, dtype=torch.float64))
-    same = PacPool2d(3, padding=1, normalize_kernel=True)(torch.ones(2, 1, 5, 6, dtype=torch.float64), guidance)
+    close(kernel.sum(1), torch.ones(2, 5, 4, dtype=torch.float64))
+    same = PacPool2d(3, padding=1, normalize_kernel=True)(torch.ones(2, 1, 5, 4, dtype=torch.float64), guidance)
     close(same, torch.ones_like(same))
     # Windows that hold nothing of the image have no kernel, rather than 0 / 0.
     empty = pac_kernel(torch.full((1, 1, 2, 2), 50.0), 3, padding=5, normalize=True)

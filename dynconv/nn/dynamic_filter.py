@@ -56,7 +56,7 @@ class DynamicFilter2d(nn.Module):
     ) -> None:
         super().__init__()
         check_int("in_channels", in_channels)
-        _check_groups("groups", groups, in_channels)
+        check_groups("groups", groups, in_channels)
         geometry = Geometry.of(kernel_size, stride, padding, dilation)
         if (normalization or "none") not in NORMALIZATIONS:
             raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
@@ -145,7 +145,7 @@ class Involution2d(nn.Module):
         check_odd("kernel_size", kernel_size)
         check_int("stride", stride)
         check_int("dilation", dilation)
-        _check_groups("group_channels", group_channels, channels)
+        check_groups("group_channels", group_channels, channels)
         check_int("reduction_ratio", reduction_ratio, most=channels)
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
         self.group_channels, self.groups = group_channels, channels // group_channels
@@ -231,7 +231,7 @@ class CARAFE(nn.Module):
         check_odd("encoder_kernel", encoder_kernel)
         check_int("encoder_dilation", encoder_dilation)
         check_int("compressed_channels", compressed_channels)
-        _check_groups("groups", groups, channels)
+        check_groups("groups", groups, channels)
         self.channels, self.scale_factor, self.kernel_size, self.groups = channels, scale_factor, kernel_size, groups
         factory = {"device": device, "dtype": dtype}
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1, **factory)
@@ -499,7 +499,8 @@ def check_odd(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name}: expected an odd number, got {value}")
 
 
-def _check_groups(name: str, value: int, channels: int) -> None:
+def check_groups(name: str, value: int, channels: int) -> None:
+    """That an argument is an int that divides a number of channels."""
     check_int(name, value)
     if channels % value:
         raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {value}")
