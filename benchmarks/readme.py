@@ -2,7 +2,8 @@
 
     python benchmarks/readme.py benchmarks/results/<machine>/bench.json
 
-The record is what `python -m dynconv bench --json` wrote; the plots beside it are linked.
+The record is what `python -m dynconv bench --json` wrote, and filters.json beside it that of the filters of pixels; the
+plots in the same folder are linked.
 """
 
 from __future__ import annotations
@@ -61,6 +62,47 @@ def table(record: dict) -> list[str]:
     return lines
 
 
+# family -> title, and the usual idiom
+FILTERS = {
+    "involution": ("involution, RedNet-50's stages, 7×7, 16 channels a group", "unfold"),
+    "ddf": ("DDF, 256 channels, 3×3, spatial × channel", "unfold"),
+    "carafe": ("CARAFE, 256 channels, 5×5, to twice the size", "unfold"),
+    "dcn": ("DCNv4, 4 groups of 16 channels, 3×3", "grid_sample"),
+}
+
+
+def filters(record: dict) -> list[str]:
+    """Geometric means over the layers of a family."""
+    lines = [
+        "| filters of pixels | idiom | a call | to a loop over taps | forward + backward |",
+        "|---|---|---|---|---|",
+    ]
+    means = {(mean["family"], mean["mode"]): mean for mean in record["summary"]["means_filters"]}
+    for family, (title, idiom) in FILTERS.items():
+        call, both = (means.get((family, mode)) for mode in ("plain", "backward"))
+        if not call:
+            continue
+        taps = f"{call['tapped_ratio']:.1f}×" if call["tapped_ratio"] else ""
+        cells = [f"{mean['ratio']:.1f}× ({mean['bandwidth_share']:.0%})" if mean else "" for mean in (call, both)]
+        lines.append(f"| {title} | `F.{idiom}` | {cells[0]} | {taps} | {cells[1]} |")
+    return lines
+
+
+def filter_section(path: Path, folder: str) -> list[str]:
+    """The text for filters.json, where there is one."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    return [
+        "",
+        "Filters of pixels, times faster than PyTorch's usual idiom on contiguous tensors; in brackets the share of the",
+        f"speed of a copy ({record['copy_bytes_per_ms'] / 1e6:.0f} GB/s, read and written), operands and results each",
+        f"counted once ([every layer]({folder}/filters.json)):",
+        "",
+        *filters(record),
+    ]
+
+
 def section(path: Path) -> str:
     """The README's text for the record at `path`."""
     record = json.loads(path.read_text())
@@ -79,6 +121,7 @@ def section(path: Path) -> str:
             f"Every layer is in [{folder}]({folder}/bench.json).",
             "",
             *table(record),
+            *filter_section(path.with_name("filters.json"), folder),
             "",
             f"![time relative to dense against density]({folder}/bench.png)",
             "",
