@@ -95,9 +95,9 @@ def filter_section(path: Path, folder: str) -> list[str]:
     record = json.loads(path.read_text())
     return [
         "",
-        "Filters of pixels, times faster than PyTorch's usual idiom on contiguous tensors; in brackets the share of the",
-        f"speed of a copy ({record['copy_bytes_per_ms'] / 1e6:.0f} GB/s, read and written), operands and results each",
-        f"counted once ([every layer]({folder}/filters.json)):",
+        "Filters of pixels, times faster than PyTorch's usual idiom on contiguous tensors; in brackets the share of",
+        f"the speed of a copy ({record['copy_bytes_per_ms'] / 1e6:.0f} GB/s, read and written), operands and results",
+        f"counted once each ([every layer]({folder}/filters.json)):",
         "",
         *filters(record),
     ]
