@@ -21,16 +21,33 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from .._geometry import Geometry
 from . import masked_conv
-from ._common import add, address, array, ceil, clear, vector_lanes
+from ._common import address, array, ceil, clear, vector_lanes
 from ._llvm import ROWS as TILE_ROWS
-from ._llvm import fetch_add, load, store
+from ._llvm import (
+    _at_address,
+    _call,
+    _constant,
+    _data,
+    _for,
+    _function,
+    _i64,
+    _lanes,
+    _read,
+    _splat,
+    _write,
+    fetch_add,
+    load,
+    store,
+)
 from ._threads import compute_type, kernel, workers
-from .dynamic_filter import ROWS, cache_lines, dot_taps, filter_rows
+from .dynamic_filter import cache_lines, dot_rows, strips
 
 _CHUNKS_PER_THREAD = 8
 _COLUMNS_BYTES = 1 << 21  # of the columns that are made at a time: they are read again at once, from the cache
@@ -38,123 +55,263 @@ _SLICE = 16  # channels that a thread adds up at a time
 _CORNERS = 4
 
 
-@njit(inline="always")
-def _locate_taps(a, offsets, site, group, place, pixels, shares, slopes, compute):
-    """What the taps of a site sample: of the tap t and corner k the pixel's row in pixels[4 * t + k], or -1 outside of
-    the input, and its share in shares[4 * t + k]; the slopes of the shares down and to the right are
-    slopes[8 * t + k] and slopes[8 * t + 4 + k].
+@intrinsic
+def _locate(typingctx, places, room, y, x, height, width, base, row_size, outside, addresses, shares):
+    """Where `room` taps, whole vectors, sample, and by how much.
 
-    place: the sample, and where the tap (0, 0) lies without an offset.
+    The tap t lies at (y + places[t], x + places[room + t]). addresses[k * room + t] is that of the pixel k of the four
+    around it, `base` being that of the pixel (0, 0), or `outside`; shares[k * room + t] the pixel's share times
+    places[2 * room + t], and shares[(4, 5) * room + t] how far below and to the right of the first pixel the tap lies.
     """
-    height, width, taps, kernel_width = a[32], a[33], a[13], a[35]
-    dilation_y, dilation_x, groups = a[40], a[41], a[12]
-    at = (site * groups + group) * taps * 2
-    for tap in range(taps):
-        y = compute(place[1] + tap // kernel_width * dilation_y) + load(offsets, at + 2 * tap, compute)
-        x = compute(place[2] + tap % kernel_width * dilation_x) + load(offsets, at + 2 * tap + 1, compute)
-        first = _CORNERS * tap
-        # False for NaN.
-        if y > -1 and y < height and x > -1 and x < width:
-            top, left = np.floor(y), np.floor(x)
-            below, right = y - top, x - left
-            above, before = compute(1) - below, compute(1) - right
-            row, column = np.int64(top), np.int64(left)
-            start = (place[0] * height + row) * width + column
-            is_top, is_bottom, is_left, is_right = row >= 0, row + 1 < height, column >= 0, column + 1 < width
-            pixels[first] = start if is_top and is_left else -1
-            pixels[first + 1] = start + 1 if is_top and is_right else -1
-            pixels[first + 2] = start + width if is_bottom and is_left else -1
-            pixels[first + 3] = start + width + 1 if is_bottom and is_right else -1
-            shares[first], shares[first + 1] = above * before, above * right
-            shares[first + 2], shares[first + 3] = below * before, below * right
-            slope = 2 * first
-            slopes[slope], slopes[slope + 1], slopes[slope + 2], slopes[slope + 3] = -before, -right, before, right
-            slopes[slope + 4], slopes[slope + 5], slopes[slope + 6], slopes[slope + 7] = -above, above, -below, below
-        else:
-            for k in range(_CORNERS):
-                pixels[first + k], shares[first + k] = -1, compute(0)
-                slopes[2 * first + k] = slopes[2 * first + 4 + k] = compute(0)
+    compute = places.dtype
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(compute)
+        lanes, i32 = _lanes(element), ir.IntType(32)
+        vector, rows, wide = (ir.VectorType(kind, lanes) for kind in (element, i32, _i64))
+
+        def build(builder, arguments):
+            places, room, y, x, height, width, base, row_size, outside, addresses, shares = arguments
+            one, zero = _constant(vector, 1.0), _constant(vector, 0.0)
+            begin = [_splat(builder, v, vector) for v in (y, x)]
+            size = [_splat(builder, builder.sitofp(v, element), vector) for v in (height, width)]
+            columns = _splat(builder, builder.trunc(width, i32), rows)
+            base, row_size, outside = (_splat(builder, v, wide) for v in (base, row_size, outside))
+            line_size = builder.mul(row_size, _splat(builder, width, wide))
+
+            def taps(builder, t, values):
+                place = lambda which: builder.add(t, builder.mul(room, _i64(which)))
+                read = lambda which: _read(builder, places, place(which), lanes, compute)
+                at = [builder.fadd(start, read(axis)) for axis, start in enumerate(begin)]
+                inside = _constant(ir.VectorType(ir.IntType(1), lanes), 1)
+                for value, most in zip(at, size):  # false for NaN
+                    inside = builder.and_(inside, builder.fcmp_ordered(">", value, _constant(vector, -1.0)))
+                    inside = builder.and_(inside, builder.fcmp_ordered("<", value, most))
+                at = [builder.select(inside, value, zero) for value in at]
+                first = [_call(builder, "floor", value) for value in at]
+                behind = [builder.fsub(value, start) for value, start in zip(at, first)]
+                before = [builder.fsub(one, value) for value in behind]
+                is_in = [
+                    (
+                        builder.and_(inside, builder.fcmp_ordered(">=", start, zero)),
+                        builder.and_(inside, builder.fcmp_ordered("<", start, builder.fsub(most, one))),
+                    )
+                    for start, most in zip(first, size)
+                ]
+                row, column = (builder.fptosi(start, rows) for start in first)
+                pixel = builder.sext(builder.add(builder.mul(row, columns), column), wide)
+                corner = builder.add(base, builder.mul(pixel, row_size))
+                scale = read(2)
+                for k in range(_CORNERS):
+                    down, right = divmod(k, 2)
+                    address = builder.add(corner, line_size) if down else corner
+                    address = builder.add(address, row_size) if right else address
+                    valid = builder.and_(is_in[0][down], is_in[1][right])
+                    address = builder.select(valid, address, outside)
+                    target = builder.bitcast(builder.gep(addresses, [place(k)]), wide.as_pointer())
+                    builder.store(address, target, align=8)
+                    share = builder.fmul((behind if down else before)[0], (behind if right else before)[1])
+                    _write(builder, builder.fmul(scale, share), shares, place(k), lanes, compute)
+                for axis in range(2):
+                    _write(builder, behind[axis], shares, place(_CORNERS + axis), lanes, compute)
+                return []
+
+            _for(builder, _i64(0), room, lanes, [], taps)
+
+        pointer = element.as_pointer()
+        function = _function(
+            builder.module,
+            f"dynconv_locate_{compute}",
+            [pointer, _i64, element, element, *[_i64] * 5, _i64.as_pointer(), pointer],
+            build,
+        )
+        data = lambda which: _data(context, builder, signature, args, which)
+        builder.call(function, [data(0), *args[1:9], data(9), data(10)])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(places, i, compute, compute, i, i, i, i, i, addresses, shares), codegen
+
+
+def _sample(is_sum: bool):
+    @intrinsic
+    def sample(typingctx, taps, room, addresses, shares, source, inner, target, step, out):
+        storage, compute, result = source.dtype, shares.dtype, out.dtype
+
+        def codegen(context, builder, signature, args):
+            element = context.get_value_type(compute)
+            stored, written = (_data(context, builder, signature, args, which).type.pointee for which in (4, 8))
+
+            def build(builder, arguments):
+                taps, room, addresses, shares, inner, target, step = arguments
+
+                def strip(builder, channel, vectors, lanes):
+                    zero = _constant(element if lanes == 1 else ir.VectorType(element, lanes), 0.0)
+
+                    def tap(builder, t, totals):
+                        following = []
+                        for k in range(_CORNERS):
+                            at = builder.add(t, builder.mul(room, _i64(k)))
+                            row = _at_address(builder, builder.load(builder.gep(addresses, [at])), stored)
+                            share = _read(builder, shares, at, 1, compute)
+                            share = share if lanes == 1 else _splat(builder, share, zero.type)
+                            for v in range(vectors):
+                                value = _read(builder, row, builder.add(channel, _i64(v * lanes)), lanes, storage)
+                                following.append(_call(builder, "fma", share, value, totals[k * vectors + v]))
+                        if is_sum:
+                            return following
+                        finish(builder, following, builder.add(target, builder.mul(step, t)))
+                        return []
+
+                    def finish(builder, totals, place):
+                        row = _at_address(builder, place, written)
+                        for v in range(vectors):
+                            upper, lower = (
+                                builder.fadd(totals[k * vectors + v], totals[(k + 1) * vectors + v]) for k in (0, 2)
+                            )
+                            at = builder.add(channel, _i64(v * lanes))
+                            _write(builder, builder.fadd(upper, lower), row, at, lanes, result)
+
+                    start = [zero] * (_CORNERS * vectors)
+                    if is_sum:  # four sums, one for each corner: a single one would wait for itself
+                        finish(builder, _for(builder, _i64(0), taps, 1, start, tap), target)
+                    else:
+                        _for(builder, _i64(0), taps, 1, [], lambda builder, t, nothing: tap(builder, t, start))
+
+                strips(builder, inner, _lanes(element), strip)
+
+            function = _function(
+                builder.module,
+                f"dynconv_sample_{'sum' if is_sum else 'columns'}_{storage}_{compute}_{result}",
+                [_i64, _i64, _i64.as_pointer(), element.as_pointer(), _i64, _i64, _i64],
+                build,
+            )
+            data = lambda which: _data(context, builder, signature, args, which)
+            builder.call(function, [args[0], args[1], data(2), data(3), *args[5:8]])
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(i, i, addresses, shares, source, i, i, i, out), codegen
+
+    return sample
+
+
+_sample_sum, _sample_columns = _sample(True), _sample(False)
+
+
+@intrinsic
+def _scatter(typingctx, taps, room, addresses, shares, row, step, count):
+    """The rows addresses[k * room + t] += shares[k * room + t] * the row at `row` + t * step, of `count` elements."""
+    compute = shares.dtype
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(compute)
+
+        def build(builder, arguments):
+            taps, room, addresses, shares, row, step, count = arguments
+
+            def strip(builder, channel, vectors, lanes):
+                kind = element if lanes == 1 else ir.VectorType(element, lanes)
+                places = [builder.add(channel, _i64(v * lanes)) for v in range(vectors)]
+
+                def tap(builder, t, nothing):
+                    given = _at_address(builder, builder.add(row, builder.mul(step, t)), element)
+                    values = [_read(builder, given, place, lanes, compute) for place in places]
+                    for k in range(_CORNERS):
+                        at = builder.add(t, builder.mul(room, _i64(k)))
+                        target = _at_address(builder, builder.load(builder.gep(addresses, [at])), element)
+                        share = _read(builder, shares, at, 1, compute)
+                        share = share if lanes == 1 else _splat(builder, share, kind)
+                        for value, place in zip(values, places):
+                            total = _read(builder, target, place, lanes, compute)
+                            total = _call(builder, "fma", share, value, total)
+                            _write(builder, total, target, place, lanes, compute)
+                    return []
+
+                _for(builder, _i64(0), taps, 1, [], tap)
+
+            strips(builder, count, _lanes(element), strip)
+
+        function = _function(
+            builder.module,
+            f"dynconv_scatter_{compute}",
+            [_i64, _i64, _i64.as_pointer(), element.as_pointer(), _i64, _i64, _i64],
+            build,
+        )
+        data = lambda which: _data(context, builder, signature, args, which)
+        builder.call(function, [args[0], args[1], data(2), data(3), *args[4:7]])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, addresses, shares, i, i, i), codegen
 
 
 @njit(inline="always")
-def _locate_site(a, site, place):
-    """place = the sample of a site, and the line and column of its tap (0, 0)."""
+def _place_taps(a, offsets, scales, site, group, places, room, compute):
+    """places = the taps of a site from its first, offsets included, and their scales: 1 without any."""
+    taps, kernel_width, dilation_y, dilation_x = a[13], a[35], a[40], a[41]
+    at = (site * a[12] + group) * taps
+    for tap in range(taps):
+        places[tap] = compute(tap // kernel_width * dilation_y) + load(offsets, 2 * (at + tap), compute)
+        places[room + tap] = compute(tap % kernel_width * dilation_x) + load(offsets, 2 * (at + tap) + 1, compute)
+        places[2 * room + tap] = load(scales, at + tap, compute) if a[6] != 0 else compute(1)
+
+
+@njit(inline="always")
+def _place_site(a, site, place):
+    """place = the first pixel's row of the sample of a site, and the line and column of its tap (0, 0)."""
     line = site // a[31]
-    place[0] = line // a[30]
-    place[1] = (line - place[0] * a[30]) * a[36] - a[38]
+    sample = line // a[30]
+    place[0] = sample * a[32] * a[33]
+    place[1] = (line - sample * a[30]) * a[36] - a[38]
     place[2] = (site - line * a[31]) * a[37] - a[39]
 
 
 @njit(inline="always")
-def _scale(a, scales, site, group, tap, compute):
-    """1 without a mask."""
-    if a[6] == 0:
-        return compute(1)
-    return load(scales, (site * a[12] + group) * a[13] + tap, compute)
+def _memory(a, compute_size, room):
+    """Addresses of a thread's own: places, of a site, of taps, of pixels, shares, dots, and a row of zeros."""
+    memory = a[26] + fetch_add(a[1:], 1) * a[27]
+    places = memory + 64
+    pixels = places + 3 * room * compute_size
+    shares = pixels + _CORNERS * room * 8
+    dots = shares + 6 * room * compute_size
+    return memory, places, pixels, shares, dots, dots + _CORNERS * room * compute_size
 
 
 @njit
 def _sample_kernel(arguments, storage, compute):
     """The columns of the sites begin..end, or their sums over the taps."""
     a = carray(arguments, (64,))
-    source, like, sums = array(a[2], storage), array(a[2], compute), array(a[4], storage)
-    columns, offsets, scales = array(a[3], compute), array(a[5], storage), array(a[6], storage)
+    source, sums, columns = array(a[2], storage), array(a[4], storage), array(a[3], compute)
+    offsets, scales = array(a[5], storage), array(a[6], storage)
     begin, end, chunk, channels, groups, taps = a[8], a[9], a[10], a[11], a[12], a[13]
-    is_sum, size, compute_size, inner, entries = a[4] != 0, a[16], a[17], channels // groups, _CORNERS * taps
-    memory = a[26] + fetch_add(a[1:], 1) * a[27]
-    place, targets, found = array(memory, np.int64), array(memory + 32, np.int64), array(memory + 64, np.int64)
-    pixels_at = memory + 64 + 8 * entries
-    weights_at = pixels_at + 8 * ROWS * entries
-    factors_at = weights_at + 8 * ROWS * entries
-    shares_at = factors_at + compute_size * ROWS * entries
-    zeros = shares_at + 3 * compute_size * entries
-    pixels, weights, factors = array(pixels_at, np.int64), array(weights_at, np.int64), array(factors_at, compute)
-    shares, slopes = array(shares_at, compute), array(shares_at + compute_size * entries, compute)
+    is_sum, size, compute_size, room, inner = a[4] != 0, a[16], a[17], a[18], channels // groups
+    site_at, places_at, pixels_at, shares_at, _, zeros = _memory(a, compute_size, room)
+    place, places, pixels, shares = (
+        array(site_at, np.int64), array(places_at, compute), array(pixels_at, np.int64), array(shares_at, compute)
+    )  # fmt: skip
+    clear(places, 0, 3 * room, compute)
     clear(array(zeros, compute), 0, channels, compute)
-    rows = ROWS if is_sum else 1
     while True:
-        first_site = begin + fetch_add(a, 1) * chunk
-        if first_site >= end:
+        first = begin + fetch_add(a, 1) * chunk
+        if first >= end:
             return
-        last_site = min(end, first_site + chunk)
-        for first in range(first_site, last_site, rows):
+        for site in range(first, min(end, first + chunk)):
+            _place_site(a, site, place)
             for group in range(groups):
                 shift = group * inner
-                for i in range(rows):
-                    site = min(first + i, last_site - 1)
-                    _locate_site(a, site, place)
-                    _locate_taps(a, offsets, site, group, place, found, shares, slopes, compute)
-                    targets[i] = a[4] + (site * channels + shift) * size
-                    for tap in range(taps):
-                        scale = _scale(a, scales, site, group, tap, compute)
-                        for k in range(_CORNERS):
-                            # Of a sum the rows are sites, and what is added up taps and corners; of columns the rows
-                            # are taps, four at a time, and what is added up corners.
-                            entry = _CORNERS * tap + k
-                            slot = entry * ROWS + i if is_sum else (tap // ROWS * _CORNERS + k) * ROWS + tap % ROWS
-                            pixel = found[entry]
-                            pixels[slot] = zeros if pixel < 0 else a[2] + (pixel * channels + shift) * size
-                            factors[slot] = scale * shares[entry]
-                            weights[slot] = factors_at + slot * compute_size
+                _place_taps(a, offsets, scales, site, group, places, room, compute)
+                base = a[2] + (place[0] * channels + shift) * size
+                _locate(
+                    places, room, compute(place[1]), compute(place[2]), a[32], a[33], base, channels * size, zeros,
+                    pixels, shares,
+                )  # fmt: skip
                 if is_sum:
-                    filter_rows(
-                        False, False, entries, pixels, weights, pixels, weights, pixels, source, like, like, inner, 1,
-                        0, targets, sums, 0,
-                    )  # fmt: skip
-                    continue
-                for tap in range(0, taps, ROWS):
-                    block = 8 * tap * _CORNERS
-                    some_pixels, some_weights = array(pixels_at + block, np.int64), array(weights_at + block, np.int64)
-                    for i in range(ROWS):
-                        at = min(i, taps - 1 - tap)  # rows past the last tap are that tap again
-                        targets[i] = a[3] + (((first - begin) * taps + tap + at) * channels + shift) * compute_size
-                        for k in range(_CORNERS if at < i else 0):
-                            some_pixels[k * ROWS + i] = some_pixels[k * ROWS + at]
-                            some_weights[k * ROWS + i] = some_weights[k * ROWS + at]
-                    filter_rows(
-                        False, False, _CORNERS, some_pixels, some_weights, pixels, weights, pixels, source, like, like,
-                        inner, 1, 0, targets, columns, 0,
-                    )  # fmt: skip
+                    target = a[4] + (site * channels + shift) * size
+                    _sample_sum(taps, room, pixels, shares, source, inner, target, 0, sums)
+                else:
+                    target = a[3] + ((site - begin) * taps * channels + shift) * compute_size
+                    _sample_columns(taps, room, pixels, shares, source, inner, target, channels * compute_size, columns)
 
 
 @njit
@@ -164,52 +321,52 @@ def _position_kernel(arguments, storage, compute):
     source, offsets, scales = array(a[2], storage), array(a[5], storage), array(a[6], storage)
     grad_offsets, grad_scales, like = array(a[3], storage), array(a[4], storage), array(a[7], compute)
     begin, end, chunk, channels, groups, taps = a[8], a[9], a[10], a[11], a[12], a[13]
-    site_stride, tap_stride, size, compute_size = a[14], a[15], a[16], a[17]
-    inner, entries, row_size = channels // groups, _CORNERS * taps, channels * size
-    memory = a[26] + fetch_add(a[1:], 1) * a[27]
-    place, found, pixels_at = array(memory, np.int64), array(memory + 64, np.int64), memory + 64 + 8 * entries
-    pixels = array(pixels_at, np.int64)
-    dots_at = pixels_at + 8 * entries
-    shares_at = dots_at + compute_size * entries
-    zeros = shares_at + 3 * compute_size * entries
-    dots, shares, slopes = (
-        array(dots_at, compute), array(shares_at, compute), array(shares_at + compute_size * entries, compute)
+    site_stride, tap_stride, size, compute_size, room = a[14], a[15], a[16], a[17], a[18]
+    inner = channels // groups
+    site_at, places_at, pixels_at, shares_at, dots_at, zeros = _memory(a, compute_size, room)
+    place, places, pixels, shares, dots = (
+        array(site_at, np.int64), array(places_at, compute), array(pixels_at, np.int64), array(shares_at, compute),
+        array(dots_at, compute),
     )  # fmt: skip
+    clear(places, 0, 3 * room, compute)
     clear(array(zeros, compute), 0, channels, compute)
+    one = compute(1)
     while True:
-        first_site = begin + fetch_add(a, 1) * chunk
-        if first_site >= end:
+        first = begin + fetch_add(a, 1) * chunk
+        if first >= end:
             return
-        for site in range(first_site, min(end, first_site + chunk)):
-            _locate_site(a, site, place)
-            row = a[7] + (site - begin) * site_stride * compute_size
+        for site in range(first, min(end, first + chunk)):
+            _place_site(a, site, place)
             for group in range(groups):
-                _locate_taps(a, offsets, site, group, place, found, shares, slopes, compute)
-                for entry in range(entries):
-                    pixels[entry] = zeros if found[entry] < 0 else a[2] + found[entry] * row_size
-                # One row for all taps, or one for each.
-                step = entries if tap_stride == 0 else _CORNERS
-                for entry in range(0, entries, step):
-                    some = array(pixels_at + 8 * entry, np.int64)
-                    at = row + entry // _CORNERS * tap_stride * compute_size
-                    dot_taps(False, step, some, source, at, like, like, group * inner, inner, channels, dots, entry)
+                shift = group * inner
+                _place_taps(a, offsets, scales, site, group, places, room, compute)
+                base = a[2] + (place[0] * channels + shift) * size
+                _locate(
+                    places, room, compute(place[1]), compute(place[2]), a[32], a[33], base, channels * size, zeros,
+                    pixels, shares,
+                )  # fmt: skip
+                row = a[7] + ((site - begin) * site_stride + shift) * compute_size
+                step = tap_stride * compute_size
+                for k in range(_CORNERS):
+                    some = array(pixels_at + 8 * k * room, np.int64)
+                    dot_rows(taps, some, source, row, step, like, 0, inner, dots, k * room)
+                at = (site * groups + group) * taps
                 for tap in range(taps):
-                    scale, first = _scale(a, scales, site, group, tap, compute), _CORNERS * tap
-                    total = down = right = compute(0)
-                    for k in range(_CORNERS):
-                        dot = dots[first + k]
-                        total += shares[first + k] * dot
-                        down += slopes[2 * first + k] * dot
-                        right += slopes[2 * first + _CORNERS + k] * dot
-                    at = (site * groups + group) * taps + tap
+                    below, right = shares[4 * room + tap], shares[5 * room + tap]
+                    above, before = one - below, one - right
+                    upper = before * dots[tap] + right * dots[room + tap]
+                    lower = before * dots[2 * room + tap] + right * dots[3 * room + tap]
                     if a[3] != 0:
-                        is_inside = (
-                            found[first] >= 0 or found[first + 1] >= 0 or found[first + 2] >= 0 or found[first + 3] >= 0
-                        )
-                        store(grad_offsets, 2 * at, scale * down if is_inside else compute(0))
-                        store(grad_offsets, 2 * at + 1, scale * right if is_inside else compute(0))
+                        scale = places[2 * room + tap]
+                        across = above * (dots[room + tap] - dots[tap])
+                        across += below * (dots[3 * room + tap] - dots[2 * room + tap])
+                        is_read = False  # else a scale of NaN gives none either
+                        for k in range(_CORNERS):
+                            is_read = is_read or pixels[k * room + tap] != zeros
+                        store(grad_offsets, 2 * (at + tap), scale * (lower - upper) if is_read else compute(0))
+                        store(grad_offsets, 2 * (at + tap) + 1, scale * across if is_read else compute(0))
                     if a[4] != 0:
-                        store(grad_scales, at, total)
+                        store(grad_scales, at + tap, above * upper + below * lower)
 
 
 @njit
@@ -217,14 +374,15 @@ def _scatter_kernel(arguments, storage, compute):
     """The input's gradient from the rows of the sites begin..end: a slice of a sample's channels at a time."""
     a = carray(arguments, (64,))
     offsets, scales = array(a[5], storage), array(a[6], storage)
-    grad_input, rows = array(a[3], compute), array(a[7], compute)
-    begin, end, lanes, channels, groups, taps = a[8], a[9], a[10], a[11], a[12], a[13]
-    site_stride, tap_stride, compute_size, area = a[14], a[15], a[17], a[30] * a[31]
-    inner, entries = channels // groups, _CORNERS * taps
+    begin, end, channels, groups, taps = a[8], a[9], a[11], a[12], a[13]
+    site_stride, tap_stride, compute_size, room, area = a[14], a[15], a[17], a[18], a[30] * a[31]
+    inner = channels // groups
     slices = (inner + _SLICE - 1) // _SLICE
-    memory = a[26] + fetch_add(a[1:], 1) * a[27]
-    place, found, shares_at = array(memory, np.int64), array(memory + 64, np.int64), memory + 64 + 8 * entries
-    shares, slopes = array(shares_at, compute), array(shares_at + compute_size * entries, compute)
+    site_at, places_at, pixels_at, shares_at, _, nowhere = _memory(a, compute_size, room)
+    place, places, pixels, shares = (
+        array(site_at, np.int64), array(places_at, compute), array(pixels_at, np.int64), array(shares_at, compute)
+    )  # fmt: skip
+    clear(places, 0, 3 * room, compute)
     first_sample, last_sample = begin // area, (end - 1) // area
     while True:
         item = fetch_add(a, 1)
@@ -234,16 +392,15 @@ def _scatter_kernel(arguments, storage, compute):
         group, channel = part // slices, part // slices * inner + part % slices * _SLICE
         count = min(_SLICE, (group + 1) * inner - channel)
         for site in range(max(begin, sample * area), min(end, (sample + 1) * area)):
-            _locate_site(a, site, place)
-            _locate_taps(a, offsets, site, group, place, found, shares, slopes, compute)
-            for tap in range(taps):
-                scale = _scale(a, scales, site, group, tap, compute)
-                row = (site - begin) * site_stride + tap * tap_stride + channel
-                for k in range(_CORNERS):
-                    pixel = found[_CORNERS * tap + k]
-                    if pixel >= 0:
-                        share = scale * shares[_CORNERS * tap + k]
-                        add(rows, row, count, share, grad_input, pixel * channels + channel, lanes, compute)
+            _place_site(a, site, place)
+            _place_taps(a, offsets, scales, site, group, places, room, compute)
+            base = a[3] + (place[0] * channels + channel) * compute_size
+            _locate(
+                places, room, compute(place[1]), compute(place[2]), a[32], a[33], base, channels * compute_size,
+                nowhere, pixels, shares,
+            )  # fmt: skip
+            row = a[7] + ((site - begin) * site_stride + channel) * compute_size
+            _scatter(taps, room, pixels, shares, row, tap_stride * compute_size, count)
 
 
 _run_sample = kernel(_sample_kernel)
@@ -302,20 +459,18 @@ class Sampling:
 
     def _run(self, run, begin: int, end: int, first: int, second: int, rows: Tensor | None = None) -> None:
         threads = workers(end - begin)
-        chunk = max(ROWS, ceil(end - begin, _CHUNKS_PER_THREAD * threads))
-        if run is _run_scatter:
-            chunk = vector_lanes(self.dtype)
+        chunk = ceil(end - begin, _CHUNKS_PER_THREAD * threads)
         site_stride = tap_stride = 0
         if rows is not None:
             site_stride, tap_stride = rows.stride(0), rows.stride(1) if rows.dim() == 3 else 0
         element, compute = self.input.element_size(), 8 if self.compute == torch.float64 else 4
-        entries = _CORNERS * self.taps
-        memory = cache_lines(64 + 8 * entries * (1 + 2 * ROWS) + compute * (entries * (ROWS + 4) + self.channels + 64))
+        room = ceil(self.taps, vector_lanes(self.dtype)) * vector_lanes(self.dtype)
+        memory = cache_lines(64 + 8 * _CORNERS * room + compute * ((9 + _CORNERS) * room + self.channels + _SLICE))
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
         run(
             self.dtype, threads, address(self.input), first, second, address(self.offset), address(self.scales),
             address(rows), begin, end, chunk, self.channels, self.groups, self.taps, site_stride, tap_stride, element,
-            compute, *(0,) * 8, address(scratch), memory, 0, 0, *self.place,
+            compute, room, *(0,) * 7, address(scratch), memory, 0, 0, *self.place,
         )  # fmt: skip
 
 

@@ -59,6 +59,20 @@ _PART_SITES = 1024  # that one partial sum of that gradient covers, at least
 _MOST_PARTS = 64  # partial sums a sample
 
 
+def strips(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
+    """body(builder, at, vectors, lanes) for strips of `count` channels: VECTORS vectors, one vector, one element."""
+    begin = _i64(0)
+    for vectors, width in ((VECTORS, lanes), (1, lanes), (1, 1)):
+        end = builder.and_(count, _i64(-vectors * width))
+
+        def strip(builder, at, values, vectors=vectors, width=width):
+            body(builder, at, vectors, width)
+            return []
+
+        _for(builder, begin, end, vectors * width, [], strip)
+        begin = end
+
+
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind, name = ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0"
@@ -150,16 +164,12 @@ def _filter_rows(is_direct: bool, has_channel: bool):
 
                 def group_round(builder, group, values):
                     first, shift = builder.mul(group, inner), builder.mul(group, group_weights)
-                    begin = _i64(0)
-                    for vectors, width in ((VECTORS, lanes), (1, lanes), (1, 1)):
-                        end = builder.and_(inner, _i64(-vectors * width))
-
-                        def strip(builder, at, values, vectors=vectors, width=width):
-                            sums(builder, builder.add(first, at), shift, vectors, width)
-                            return []
-
-                        _for(builder, begin, end, vectors * width, [], strip)
-                        begin = end
+                    strips(
+                        builder, inner, lanes,
+                        lambda builder, at, vectors, lanes: sums(
+                            builder, builder.add(first, at), shift, vectors, lanes
+                        ),
+                    )  # fmt: skip
                     return []
 
                 _for(builder, _i64(0), groups, 1, [], group_round)
@@ -222,19 +232,21 @@ def filter_rows(
         )  # fmt: skip
 
 
-def _dot_taps(has_channel: bool):
+def _dot_taps(has_channel: bool, own_rows: bool = False):
     @intrinsic
-    def dots(typingctx, taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at):
+    def dots(
+        typingctx, taps, pixels, source, grad, grad_step, like, channel_filters, channel, inner, channels, out, out_at
+    ):
         storage, compute, given = source.dtype, out.dtype, like.dtype
 
         def codegen(context, builder, signature, args):
             element = context.get_value_type(compute)
-            stored, rows_stored = (_data(context, builder, signature, args, which).type.pointee for which in (2, 4))
+            stored, rows_stored = (_data(context, builder, signature, args, which).type.pointee for which in (2, 5))
             lanes = _lanes(element)
 
             def build(builder, arguments):
-                taps, pixels, grad, channel_filters, channel, inner, channels, out = arguments
-                grad, zero = _at_address(builder, grad, rows_stored), _constant(ir.VectorType(element, lanes), 0.0)
+                taps, pixels, grad, grad_step, channel_filters, channel, inner, channels, out = arguments
+                zero = _constant(ir.VectorType(element, lanes), 0.0)
 
                 def totals_of(builder, first, tap_count, unrolled):
                     """One vector for each of some taps, whose sum is the tap's dot product."""
@@ -243,11 +255,18 @@ def _dot_taps(has_channel: bool):
                         for t in range(tap_count)
                     ]
 
+                    starts = [
+                        builder.add(grad, builder.mul(grad_step, builder.add(first, _i64(t)))) if own_rows else grad
+                        for t in range(tap_count if own_rows else 1)
+                    ]
+                    grads = [_at_address(builder, start, rows_stored) for start in starts]
+
                     def products(builder, at, totals, some):
                         place = builder.add(channel, at)
-                        value = _read_some(builder, grad, place, lanes, given, some)
+                        values = [_read_some(builder, row, place, lanes, given, some) for row in grads]
                         following = []
                         for t, row in enumerate(rows):
+                            value = values[t if own_rows else 0]
                             factor = _read_some(builder, row, place, lanes, storage, some)
                             if has_channel:
                                 share = builder.add(builder.mul(builder.add(first, _i64(t)), channels), place)
@@ -292,17 +311,17 @@ def _dot_taps(has_channel: bool):
             pointer = element.as_pointer()
             function = _function(
                 builder.module,
-                f"dynconv_dot_taps{'_channel' if has_channel else ''}_{storage}_{given}_{compute}",
-                [_i64, _i64.as_pointer(), _i64, pointer, _i64, _i64, _i64, pointer],
+                f"dynconv_dot_taps{'_channel' * has_channel}{'_own' * own_rows}_{storage}_{given}_{compute}",
+                [_i64, _i64.as_pointer(), _i64, _i64, pointer, _i64, _i64, _i64, pointer],
                 build,
             )
             data = lambda which: _data(context, builder, signature, args, which)
-            outs = builder.gep(data(9), [args[10]])
-            builder.call(function, [args[0], data(1), args[3], data(5), *args[6:9], outs])
+            outs = builder.gep(data(10), [args[11]])
+            builder.call(function, [args[0], data(1), args[3], args[4], data(6), *args[7:10], outs])
             return context.get_dummy_value()
 
         i = types.int64
-        return types.void(i, pixels, source, i, like, channel_filters, i, i, i, out, i), codegen
+        return types.void(i, pixels, source, i, i, like, channel_filters, i, i, i, out, i), codegen
 
     return dots
 
@@ -326,7 +345,7 @@ def _transposed_sum(builder: ir.IRBuilder, rows: list[ir.Value]) -> ir.Value:
     return rows[0]
 
 
-_dots, _dots_channel = _dot_taps(False), _dot_taps(True)
+_dots, _dots_channel, _dots_own = _dot_taps(False), _dot_taps(True), _dot_taps(False, own_rows=True)
 
 
 @njit(inline="always")
@@ -337,9 +356,18 @@ def dot_taps(has_channel, taps, pixels, source, grad, like, channel_filters, cha
     `channels` and is 1 without `has_channel`.
     """
     if has_channel:
-        _dots_channel(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
+        _dots_channel(taps, pixels, source, grad, 0, like, channel_filters, channel, inner, channels, out, out_at)
     else:
-        _dots(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
+        _dots(taps, pixels, source, grad, 0, like, channel_filters, channel, inner, channels, out, out_at)
+
+
+@njit(inline="always")
+def dot_rows(taps, pixels, source, grad, grad_step, like, channel, inner, out, out_at):
+    """`dot_taps` with a row for each tap, `grad_step` bytes apart; where that is 0, with one row for all."""
+    if grad_step == 0:
+        _dots(taps, pixels, source, grad, 0, like, like, channel, inner, inner, out, out_at)
+    else:
+        _dots_own(taps, pixels, source, grad, grad_step, like, like, channel, inner, inner, out, out_at)
 
 
 @intrinsic
