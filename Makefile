@@ -16,7 +16,7 @@ WORKERS := -n auto --maxprocesses 4
 # Not dynconv-pose, whose maps at batch 32 take 14 GB.
 SHAPES := resnet50 mobilenetv2 lasnet sige-ddpm sbnet laudnet linear
 # Filters of pixels. Not ddf and carafe, whose idioms take minutes and gigabytes.
-FILTERS := involution
+FILTERS := involution dcn
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

@@ -94,15 +94,15 @@ def is_repetition(case):
     if target == "sm_89":
         # Not one of the four. Of the kernels whose tiles depend on no table it gets the IR that sm_80 and sm_90 get,
         # and of the others the passes are theirs: the rows of "default" stay, in one dtype of each arithmetic. So do
-        # depthwise kernels in fp64, the only ones that ever spilled here and nowhere else.
+        # depthwise kernels in fp64, whose input_grad is the only kernel that ever spilled here and nowhere else.
         if "depthwise" in flags:
             return variant != "depthwise" or dtype != "float64"
         return not (fullest or (kernel in ("forward", "weight_grad") and variant == "")) or dtype == "bfloat16"
     if kernel == "input_grad" and dtype == "bfloat16":
         return True  # the kernel and the tile are forward's, which has bf16; the rest of dgrad is shown in fp16
     if "depthwise" in flags:
-        # 40 to 90 registers, no tensor cores. The IR is the same for sm_80 and sm_90, and sm_100 has no pass of its own
-        # for it but one that moves instructions. sm_90 and gfx942 have the variants.
+        # 40 to 90 registers, no tensor cores. The IR is the same for sm_80 and sm_90, and sm_100 only orders constants
+        # differently and adds fp32 in pairs. sm_90 and gfx942 have the variants.
         return variant != "depthwise" and target in ("sm_80", "sm_100")
     if kernel.startswith("epilogue"):
         return "unaligned" in flags and target in ("sm_80", "sm_100")  # likewise
