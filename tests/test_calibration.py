@@ -45,6 +45,8 @@ GEOMETRIES = {
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
 def test_both_ways_give_the_same_values_and_gradients(target, geometry, density):
+    if target.is_interpreted and density == 1.0:
+        pytest.skip("all sites take the interpreter seconds a geometry; some and none go both ways as well")
     options = dict(GEOMETRIES[geometry])
     shape = options.pop("weight")
     torch.manual_seed(0)
