@@ -9,9 +9,9 @@ plots in the same folder are linked.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -30,10 +30,6 @@ GROUPS = {
     ("laudnet groups of 1", None): ("LAUDNet, single channels", (0.5, 0.25)),
     ("linear groups of 16", None): ("linear 4096 and 1024, features in groups of 16", (0.5, 0.25)),
 }
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def table(record: dict) -> list[str]:

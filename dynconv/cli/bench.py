@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import geometric_mean
 
 import torch
 import torch.nn.functional as F
@@ -358,11 +359,6 @@ def crossover(points: Sequence[tuple[float, float]]) -> Crossover:
             crossing = density + (next_density - density) * (1 - time) / (next_time - time)
             return Crossover(crossing, f"{crossing:.2f}")
     return Crossover(None, f"above {points[-1][0]:.2g}")
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp(mean(log))."""
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def curves(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:

@@ -105,18 +105,20 @@ def load(typingctx, array, offset, compute):
     return compute.dtype(array, types.int64, compute), codegen
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind, name = ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, [builder.bitcast(address, byte), number(0), number(3), number(1)])  # to read, to keep, data
+
+
 @intrinsic
 def prefetch(typingctx, array, offset):
     """Ask for the cache line of array[offset], which may lie past its end."""
 
     def codegen(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        name = "llvm.prefetch.p0"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        builder.call(function, [address, number(0), number(3), number(1)])  # to read, to keep, data
+        _prefetch(builder, builder.gep(data, [args[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
@@ -568,6 +570,13 @@ def _write(
     builder.store(value, address, align=storage.bitwidth // 8)
 
 
+def _write_around(builder: ir.IRBuilder, value: ir.Value, base: ir.Value, at: ir.Value, *rest) -> None:
+    """`_write` of a whole, aligned vector around the cache: what is written is not read from memory first."""
+    address = builder.bitcast(builder.gep(base, [at]), value.type.as_pointer())
+    written = builder.store(value, address, align=VECTOR_BYTES)
+    written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+
+
 def _for(builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body):
     """for at in range(begin, end, step), carrying values: body(builder, at, values) -> their next ones.
 
@@ -607,19 +616,39 @@ def _for_channels(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> N
     _for(builder, whole, count, 1, [], of(1))
 
 
-def _for_vectors(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
-    """body(builder, at, None) for each whole vector of `count` channels, then once more with a mask of those left."""
-    whole = builder.and_(count, _i64(-lanes))
+def _for_strips(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
+    """body(builder, at, vectors, lanes) for strips of `count` channels: STENCIL_VECTORS vectors, one, one element."""
+    begin = _i64(0)
+    for vectors, width in ((STENCIL_VECTORS, lanes), (1, lanes), (1, 1)):
+        end = builder.and_(count, _i64(-vectors * width))
 
-    def round_(builder, at, values):
-        body(builder, at, None)
+        def strip(builder, at, values, vectors=vectors, width=width):
+            body(builder, at, vectors, width)
+            return []
+
+        _for(builder, begin, end, vectors * width, [], strip)
+        begin = end
+
+
+def _carry_vectors(builder: ir.IRBuilder, count: ir.Value, lanes: int, carried: list[ir.Value], body) -> list[ir.Value]:
+    """body(builder, at, values, some) -> values: for each whole vector of `count` elements with None, then once more
+    with a mask of those left."""
+    whole = builder.and_(count, _i64(-lanes))
+    values = _for(builder, _i64(0), whole, lanes, carried, lambda b, at, v: body(b, at, v, None))
+    numbers = ir.VectorType(ir.IntType(32), lanes)
+    left = _splat(builder, builder.trunc(builder.sub(count, whole), ir.IntType(32)), numbers)
+    some = builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), left)
+    return _for(builder, whole, count, lanes, values, lambda b, at, v: body(b, at, v, some))
+
+
+def _for_vectors(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
+    """`_carry_vectors` of nothing: body(builder, at, some)."""
+
+    def round_(builder, at, values, some):
+        body(builder, at, some)
         return []
 
-    _for(builder, _i64(0), whole, lanes, [], round_)
-    with builder.if_then(builder.icmp_signed("<", whole, count)):
-        numbers = ir.VectorType(ir.IntType(32), lanes)
-        left = _splat(builder, builder.trunc(builder.sub(count, whole), ir.IntType(32)), numbers)
-        body(builder, whole, builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), left))
+    _carry_vectors(builder, count, lanes, [], round_)
 
 
 def _masked(builder: ir.IRBuilder, name: str, kind: ir.Type, result: ir.Type, operands: list[ir.Value]) -> ir.Value:
@@ -853,18 +882,7 @@ def stencil_rows(typingctx, pixels, source, weight, taps, channels, shift, low, 
                         total = _clamp(builder, totals[i * vectors + v], least, most)
                         _write(builder, total, target, builder.add(at, _i64(v * lanes)), lanes, result)
 
-            def strip(vectors, lanes):
-                def round_(builder, at, values):
-                    sums(builder, at, vectors, lanes)
-                    return []
-
-                return round_
-
-            begin = _i64(0)
-            for vectors, width in ((STENCIL_VECTORS, lanes), (1, lanes), (1, 1)):
-                end = builder.and_(channels, _i64(-vectors * width))
-                _for(builder, begin, end, vectors * width, [], strip(vectors, width))
-                begin = end
+            _for_strips(builder, channels, lanes, sums)
 
         function = _function(
             builder.module,
@@ -1415,10 +1433,11 @@ def fill_elements(typingctx, source, out, begin, end, is_large):
                     value = builder.phi(kind)
                     value.add_incoming(zero, before)
                     value.add_incoming(loaded, inside)
-                    address = builder.bitcast(builder.gep(out, [at]), kind.as_pointer())
-                    written = builder.store(value, address, align=VECTOR_BYTES if nontemporal else size)
                     if nontemporal:
-                        written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+                        _write_around(builder, value, out, at)
+                    else:
+                        address = builder.bitcast(builder.gep(out, [at]), kind.as_pointer())
+                        builder.store(value, address, align=size)
                     return []
 
                 return round_

@@ -19,6 +19,8 @@ write the same element and the order is always the same.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from llvmlite import ir
@@ -36,6 +38,7 @@ from ._llvm import (
     _constant,
     _data,
     _for,
+    _for_strips,
     _function,
     _i64,
     _lanes,
@@ -47,7 +50,7 @@ from ._llvm import (
     store,
 )
 from ._threads import compute_type, kernel, workers
-from .dynamic_filter import cache_lines, dot_rows, strips
+from .dynamic_filter import cache_lines, dot_rows
 
 _CHUNKS_PER_THREAD = 8
 _COLUMNS_BYTES = 1 << 21  # of the columns that are made at a time: they are read again at once, from the cache
@@ -178,7 +181,7 @@ def _sample(is_sum: bool):
                     else:
                         _for(builder, _i64(0), taps, 1, [], lambda builder, t, nothing: tap(builder, t, start))
 
-                strips(builder, inner, _lanes(element), strip)
+                _for_strips(builder, inner, _lanes(element), strip)
 
             function = _function(
                 builder.module,
@@ -230,7 +233,7 @@ def _scatter(typingctx, taps, room, addresses, shares, row, step, count):
 
                 _for(builder, _i64(0), taps, 1, [], tap)
 
-            strips(builder, count, _lanes(element), strip)
+            _for_strips(builder, count, _lanes(element), strip)
 
         function = _function(
             builder.module,
@@ -430,7 +433,7 @@ class Sampling:
 
     def chunks(self) -> list[tuple[int, int]]:
         """The sites whose columns are made at a time: begin and end of each; their number depends on shapes alone."""
-        row = self.taps * self.channels * (8 if self.compute == torch.float64 else 4)
+        row = self.taps * self.channels * self.compute.itemsize
         size = max(16, _COLUMNS_BYTES // max(1, row))
         return [(begin, min(self.sites, begin + size)) for begin in range(0, self.sites, size)]
 
@@ -463,7 +466,7 @@ class Sampling:
         site_stride = tap_stride = 0
         if rows is not None:
             site_stride, tap_stride = rows.stride(0), rows.stride(1) if rows.dim() == 3 else 0
-        element, compute = self.input.element_size(), 8 if self.compute == torch.float64 else 4
+        element, compute = self.input.element_size(), self.compute.itemsize
         room = ceil(self.taps, vector_lanes(self.dtype)) * vector_lanes(self.dtype)
         memory = cache_lines(64 + 8 * _CORNERS * room + compute * ((9 + _CORNERS) * room + self.channels + _SLICE))
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
@@ -481,31 +484,38 @@ class Product:
 
     Args:
         weight: [Cout, C / groups, kH, kW].
+        bias: [Cout], or None; for the forward.
         channels: C.
         dtype: the compute type.
     """
 
-    def __init__(self, weight: Tensor, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, channels: int, dtype: torch.dtype) -> None:
         self.weight, self.groups, self.dtype = weight, channels // weight.shape[1], dtype
         # [groups, filters of a group, kH * kW * channels of a group], taps before channels.
         self.matrices = weight.to(dtype).permute(0, 2, 3, 1).reshape(self.groups, -1, weight[0].numel())
+        self.shifts = [None] * self.groups if bias is None else bias.to(dtype).view(self.groups, -1)
         self.grad = None
 
-    def forward(self, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def forward(self, columns: Tensor, out: Tensor) -> None:
         """out [sites, Cout] = columns [sites, kH * kW, C] @ weight + bias, in any of the types."""
         products = [
             _multiply(part, matrix, shift, out if self.groups == 1 else None)
-            for part, matrix, shift in zip(self._split(columns), self.matrices, self._shifts(bias))
+            for part, matrix, shift in zip(self._split(columns), self.matrices, self.shifts)
         ]
         if products[0] is not out:
             torch.cat(products, 1, out=out) if out.dtype == self.dtype else out.copy_(torch.cat(products, 1))
+
+    @functools.cached_property
+    def transposed(self) -> Tensor:
+        """The matrices, as the gradient of the columns is multiplied by them: made once for all its sites."""
+        return self.matrices.transpose(1, 2).contiguous()
 
     def column_grads(self, rows: Tensor) -> Tensor:
         """[sites, kH * kW, C] from the output's gradient [sites, Cout], in the compute type."""
         filters = rows.shape[1] // self.groups
         parts = [
-            _multiply(part, matrix.t().contiguous(), None, None).view(len(rows), -1, self.weight.shape[1])
-            for part, matrix in zip(rows.split(filters, 1), self.matrices)
+            _multiply(part, matrix, None, None).view(len(rows), -1, self.weight.shape[1])
+            for part, matrix in zip(rows.split(filters, 1), self.transposed)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -517,7 +527,7 @@ class Product:
             padded = _with_room(len(rows), filters, self.dtype)
             padded[: len(rows)] = given
             padded[len(rows) :] = 0
-            masked_conv._weight_grad(padded, part, None, None, index, len(rows), target[:, :, None, None], 1)
+            masked_conv.weight_grad(padded, part, None, None, index, len(rows), target[:, :, None, None], 1)
         self.grad = grad if self.grad is None else self.grad.add_(grad)
 
     def weight_grad(self) -> Tensor:
@@ -530,10 +540,6 @@ class Product:
         if self.groups == 1:
             return [columns.flatten(1)]
         return [part.flatten(1) for part in columns.split(self.weight.shape[1], 2)]
-
-    def _shifts(self, bias: Tensor | None) -> list[Tensor | None]:
-        filters = self.weight.shape[0] // self.groups
-        return [None] * self.groups if bias is None else list(bias.to(self.dtype).split(filters))
 
 
 def bias_grad(rows: Tensor) -> Tensor:

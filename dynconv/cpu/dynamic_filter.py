@@ -14,6 +14,8 @@ from lists of what each reads. No two threads write the same row, and sums run i
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from llvmlite import ir
@@ -22,69 +24,47 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .._geometry import Geometry
+from . import sites as site_tables
 from ._common import address, array, ceil, clear, fill_skipped, filling
 from ._llvm import (
     DOT_VECTORS,
+    STENCIL_VECTORS,
     VECTOR_BYTES,
     _at_address,
     _call,
+    _carry_vectors,
     _constant,
     _data,
     _exp,
     _for,
+    _for_strips,
     _for_vectors,
     _function,
     _i64,
     _lanes,
+    _prefetch,
     _read,
     _read_some,
     _sigmoid,
     _splat,
     _sum_lanes,
     _write,
+    _write_around,
     _write_some,
     fetch_add,
     store,
 )
+from ._llvm import STENCIL_ROWS as ROWS
 from ._threads import compute_type, kernel, workers
 
 NORMALIZATIONS = ("none", "softmax", "sigmoid", "l2")
 LEAST_NORM = 1e-12  # F.normalize's: a filter of zeros stays one
 
-ROWS, VECTORS = 4, 2  # sums in registers: of so many rows by so many vectors of channels
 _CHUNKS_PER_THREAD = 8
 _STREAMED = 1 << 23  # bytes of an output that are not worth a place in the cache
 _BLOCK_SITES = 32  # whose lists of pixels are kept for the gradient of the channels' filters
 _PART_SITES = 1024  # that one partial sum of that gradient covers, at least
 _MOST_PARTS = 64  # partial sums a sample
-
-
-def strips(builder: ir.IRBuilder, count: ir.Value, lanes: int, body) -> None:
-    """body(builder, at, vectors, lanes) for strips of `count` channels: VECTORS vectors, one vector, one element."""
-    begin = _i64(0)
-    for vectors, width in ((VECTORS, lanes), (1, lanes), (1, 1)):
-        end = builder.and_(count, _i64(-vectors * width))
-
-        def strip(builder, at, values, vectors=vectors, width=width):
-            body(builder, at, vectors, width)
-            return []
-
-        _for(builder, begin, end, vectors * width, [], strip)
-        begin = end
-
-
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind, name = ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(function, [builder.bitcast(address, byte), number(0), number(3), number(1)])  # to read, to keep, data
-
-
-def _write_around(builder: ir.IRBuilder, value: ir.Value, base: ir.Value, at: ir.Value, *rest) -> None:
-    """`_write` of a whole, aligned vector around the cache: what is written is not read from memory first."""
-    address = builder.bitcast(builder.gep(base, [at]), value.type.as_pointer())
-    written = builder.store(value, address, align=VECTOR_BYTES)
-    written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
 
 
 def _filter_rows(is_direct: bool, has_channel: bool):
@@ -139,7 +119,7 @@ def _filter_rows(is_direct: bool, has_channel: bool):
                                 following.append(_call(builder, "fma", factor, value, totals[i * vectors + v]))
                         return following
 
-                    may_stream = is_direct and vectors == VECTORS and result == compute
+                    may_stream = is_direct and vectors == STENCIL_VECTORS and result == compute
                     if may_stream:
                         with builder.if_then(is_streamed):
                             for start, _ in starts:
@@ -164,7 +144,7 @@ def _filter_rows(is_direct: bool, has_channel: bool):
 
                 def group_round(builder, group, values):
                     first, shift = builder.mul(group, inner), builder.mul(group, group_weights)
-                    strips(
+                    _for_strips(
                         builder, inner, lanes,
                         lambda builder, at, vectors, lanes: sums(
                             builder, builder.add(first, at), shift, vectors, lanes
@@ -291,7 +271,7 @@ def _dot_taps(has_channel: bool, own_rows: bool = False):
                     left = builder.sub(inner, whole)
                     base = whole
                     shifted = lambda builder, at, totals, some: products(builder, builder.add(base, at), totals, some)
-                    return _vector_rounds(builder, left, lanes, totals[:tap_count], shifted)
+                    return _carry_vectors(builder, left, lanes, totals[:tap_count], shifted)
 
                 def block(builder, first, values):
                     totals = totals_of(builder, first, lanes, 1)
@@ -448,16 +428,6 @@ def channel_products(typingctx, sites, pixels, pixels_row, source, weights, grad
     return types.void(i, pixels, i, source, weights, grads, i, i, i, out), codegen
 
 
-def _vector_rounds(builder: ir.IRBuilder, count: ir.Value, lanes: int, carried: list[ir.Value], body) -> list[ir.Value]:
-    """body(builder, at, values, some) -> values, for the whole vectors of `count` elements, then a mask of the rest."""
-    whole = builder.and_(count, _i64(-lanes))
-    values = _for(builder, _i64(0), whole, lanes, carried, lambda b, at, v: body(b, at, v, None))
-    numbers = ir.VectorType(ir.IntType(32), lanes)
-    left = _splat(builder, builder.trunc(builder.sub(count, whole), ir.IntType(32)), numbers)
-    some = builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), left)
-    return _for(builder, whole, count, lanes, values, lambda b, at, v: body(b, at, v, some))
-
-
 def _normalise(name: str):
     @intrinsic
     def groups(typingctx, filters, at, count, taps, out, out_at):
@@ -486,7 +456,7 @@ def _normalise(name: str):
                                 value = builder.select(some, value, zero)
                             return [builder.fadd(total, value) for total in totals]
 
-                        return _vector_rounds(builder, taps, lanes, carried, round_)
+                        return _carry_vectors(builder, taps, lanes, carried, round_)
 
                     if name == "none":
                         mapped(filters, storage, [], lambda builder, x: x)
@@ -501,7 +471,7 @@ def _normalise(name: str):
                             return [builder.select(larger, value, most[0])]
 
                         lowest = _constant(vector, float("-inf"))
-                        (most,) = _vector_rounds(builder, taps, lanes, [lowest], largest)
+                        (most,) = _carry_vectors(builder, taps, lanes, [lowest], largest)
                         peak = builder.extract_element(most, ir.IntType(32)(0))
                         for lane in range(1, lanes):
                             other = builder.extract_element(most, ir.IntType(32)(lane))
@@ -551,7 +521,7 @@ def _norm(builder, filters, first, taps, lanes: int, storage: types.Type, vector
         value = _read_some(builder, filters, builder.add(first, at), lanes, storage, some)
         return [_call(builder, "fma", value, value, totals[0])]
 
-    (total,) = _vector_rounds(builder, taps, lanes, [_constant(vector, 0.0)], squares)
+    (total,) = _carry_vectors(builder, taps, lanes, [_constant(vector, 0.0)], squares)
     norm, least = _call(builder, "sqrt", _sum_lanes(builder, total)), ir.Constant(vector.element, LEAST_NORM)
     return builder.select(builder.fcmp_ordered("<", norm, least), least, norm)
 
@@ -597,7 +567,7 @@ def _normalise_grad(name: str):
 
                     dot = norm = None
                     if name in ("softmax", "l2"):
-                        (total,) = _vector_rounds(builder, taps, lanes, [_constant(vector, 0.0)], projected)
+                        (total,) = _carry_vectors(builder, taps, lanes, [_constant(vector, 0.0)], projected)
                         dot = _splat(builder, _sum_lanes(builder, total), vector)
                     if name == "l2":
                         norm = _norm(builder, filters, first, taps, lanes, storage, vector)
@@ -617,7 +587,7 @@ def _normalise_grad(name: str):
                         _write_some(builder, result, grads, builder.add(first, at), lanes, compute, some)
                         return []
 
-                    _vector_rounds(builder, taps, lanes, [], change)
+                    _carry_vectors(builder, taps, lanes, [], change)
                     return []
 
                 _for(builder, _i64(0), count, 1, [], group)
@@ -923,28 +893,23 @@ class Filters:
 
     def input_grad(self, grad: Tensor, grad_input: Tensor) -> None:
         """Into `grad_input`, like the input, from `grad`, like the output."""
-        inverse = None
-        if self.sites:
-            inverse = torch.full((self.sites[0].numel(),), -1, dtype=torch.int32)
-            active = self.index[: self.active].long()
-            inverse[active] = 0
+        inverse = site_tables.inverse(self.index, self.sites[2]) if self.sites else None
         area = grad_input.shape[2] * grad_input.shape[3]
         rows = self.samples * area
         self._stencil(grad, grad_input, self.weights, None, inverse, area, rows, True, False)
 
-    @property
+    @functools.cached_property
     def weights(self) -> Tensor:
         """The normalised filters in the compute type, at the active sites: made once, the backward reads them often."""
         if self.normalization == 0 and self.dtype == self.compute:
             return self.filters
-        if not hasattr(self, "_weights"):
-            self._weights = torch.empty_like(self.filters, dtype=self.compute)
-            chunk = max(1, ceil(self.active, _CHUNKS_PER_THREAD * torch.get_num_threads()))
-            _run_normalise(
-                self.dtype, workers(ceil(self.active, chunk)), address(self.filters), address(self._weights),
-                address(self.index), self.active, self.groups, self.taps, chunk, self.normalization,
-            )  # fmt: skip
-        return self._weights
+        weights = torch.empty_like(self.filters, dtype=self.compute)
+        chunk = max(1, ceil(self.active, _CHUNKS_PER_THREAD * torch.get_num_threads()))
+        _run_normalise(
+            self.dtype, workers(ceil(self.active, chunk)), address(self.filters), address(weights),
+            address(self.index), self.active, self.groups, self.taps, chunk, self.normalization,
+        )  # fmt: skip
+        return weights
 
     def filter_grads(
         self, grad: Tensor, wants_filters: bool, wants_channel: bool
@@ -962,7 +927,7 @@ class Filters:
         items = parts * (len(starts) - 1)
         if wants_channel:
             sums = torch.zeros(items, self.taps, self.channels, dtype=self.compute)
-        element, compute = grad.element_size(), torch.finfo(self.compute).bits // 8
+        element, compute = grad.element_size(), self.compute.itemsize
         memory = 64 + 8 * _BLOCK_SITES * (2 + self.taps)
         memory += compute * (self.channels + self.groups * self.taps)
         memory, threads = cache_lines(memory), workers(items)
@@ -990,13 +955,13 @@ class Filters:
         parts = _CHUNKS_PER_THREAD * torch.get_num_threads()
         starts = torch.tensor([0, rows]) if self.channel_filters is None else self._starts(area, is_transposed)
         items, threads = parts * (len(starts) - 1), workers(ceil(rows, ROWS))
-        element, compute = source.element_size(), torch.finfo(self.compute).bits // 8
+        element, compute = source.element_size(), self.compute.itemsize
         filter_row, entries = self.groups * self.taps, self.taps * self.scale**2
         memory = 288 + 8 * entries * (2 * ROWS + 4)
         memory += compute * (max(self.channels, filter_row) + ROWS * filter_row * is_scratch + 64)
         memory = cache_lines(memory)
         scratch = torch.empty(threads * memory, dtype=torch.uint8)
-        tile = VECTORS * VECTOR_BYTES
+        tile = STENCIL_VECTORS * VECTOR_BYTES
         is_streamed = out.numel() * element > _STREAMED and out.data_ptr() % tile == 0
         is_streamed = is_streamed and self.channels // self.groups * element % tile == 0
         fill = filling(out, None, self.index is None or is_transposed)

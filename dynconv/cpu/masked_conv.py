@@ -438,7 +438,7 @@ def backward(
         grad_weight = stencil.weight_grad(scaled, input, table, active, weight, groups)
     elif weight_wanted:
         grad_weight = torch.empty_like(weight)
-        _weight_grad(rows, input, gate, table, index, active, grad_weight, groups)
+        weight_grad(rows, input, gate, table, index, active, grad_weight, groups)
     grad_gate = None
     if gate_wanted:
         grad_gate = torch.zeros(gate.shape, dtype=compute)
@@ -522,7 +522,7 @@ def _input_grad(
     return None if gate_grad is None else gate_grad.sum(0)
 
 
-def _weight_grad(
+def weight_grad(
     rows: Tensor,
     input: Tensor,
     gate: Tensor | None,

@@ -106,6 +106,23 @@ def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
     return tensor
 
 
+def check_operand(name: str, operand: Tensor, input: Tensor) -> None:
+    """That an argument is a floating tensor beside the input."""
+    if not isinstance(operand, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+    if operand.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
+    if operand.device != input.device:
+        raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {operand.device}")
+
+
+def check_map(input: Tensor) -> None:
+    """That the input is a floating tensor [N, C, H, W] with a channel."""
+    check_operand("input", input, input)
+    if input.dim() != 4 or input.shape[1] == 0:
+        raise ValueError(f"input: expected shape [N, C, H, W] with at least one channel, got {list(input.shape)}")
+
+
 def check_convolution(
     input: Tensor | PackedFeatures,
     weight: Tensor,
@@ -117,15 +134,9 @@ def check_convolution(
 ) -> tuple[Geometry, tuple[int, int]]:
     """The convolution's geometry and its (Ho, Wo)."""
     tensor = check_features("input", input)
-    for name, operand in (("weight", weight), ("bias", bias)):
-        if operand is None and name == "bias":
-            continue
-        if not isinstance(operand, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
-        if operand.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
-        if operand.device != tensor.device:
-            raise ValueError(f"{name}: expected a tensor on {tensor.device}, where the input is, got {operand.device}")
+    check_operand("weight", weight, tensor)
+    if bias is not None:
+        check_operand("bias", bias, tensor)
     if input is tensor and input.dim() != 4:
         raise ValueError(f"input: expected shape [N, Cin, H, W], got {list(input.shape)}")
     channels = tensor.shape[1]
@@ -159,8 +170,8 @@ def _placed(kernel, stride, padding, dilation, height, width) -> tuple[Geometry,
 _placed_before = functools.lru_cache(1024, typed=True)(_placed)
 
 
-def check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
+def check_types(input: Tensor, **operands: Tensor | None) -> None:
+    for name, tensor in operands.items():
         if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
 
@@ -244,6 +255,11 @@ def check_out(out, inactive, packed: bool, *operands: Tensor | None) -> None:
     tracked = [t for t in (out, *operands) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and tracked:
         raise ValueError("out: expected torch.no_grad() (it is for inference only), got tensors that need gradients")
+
+
+def placed(kernel_size, stride, padding, dilation) -> Geometry:
+    """The geometry from an op's lists of ints; its padding behind the input shows in the output's size alone."""
+    return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), (0, 0), tuple(dilation))
 
 
 def autocast(*operands):

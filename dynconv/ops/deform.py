@@ -10,7 +10,17 @@ from .. import reference
 from .._backend import backend_for, module, unwatched
 from .._geometry import Geometry, IntPair, Padding
 from ..reference import NORMALIZATIONS
-from ._common import FLOATING, allow_tf32, autocast, channels_last, check_features, in_rows, once_differentiable
+from ._common import (
+    allow_tf32,
+    autocast,
+    channels_last,
+    check_map,
+    check_operand,
+    check_types,
+    in_rows,
+    once_differentiable,
+    placed,
+)
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str backend"
 _CONVOLUTION = "Tensor input, Tensor offset, Tensor weight, Tensor? mask"
@@ -30,10 +40,6 @@ _library.define(
 )
 
 
-def _placed(kernel_size, stride, padding, dilation) -> Geometry:
-    return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), (0, 0), tuple(dilation))
-
-
 def _sizes(stride, padding, dilation) -> dict:
     """The geometry as the Triton launchers take it."""
     return dict(stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
@@ -48,10 +54,10 @@ def _conv_forward(input, offset, weight, bias, mask, stride, padding, dilation, 
         sizes = _sizes(stride, padding, dilation)
         module(".kernels.deform").conv(input, offset, mask, weight, bias, out, allow_tf32=allow_tf32(), **sizes)
         return out
-    sampling = module(".cpu.deform").Sampling(input, offset, mask, _placed(weight.shape[2:], stride, padding, dilation))
-    product, rows = module(".cpu.deform").Product(weight, input.shape[1], sampling.compute), _rows(out)
+    sampling = module(".cpu.deform").Sampling(input, offset, mask, placed(weight.shape[2:], stride, padding, dilation))
+    product, rows = module(".cpu.deform").Product(weight, bias, input.shape[1], sampling.compute), _rows(out)
     for begin, end in sampling.chunks():
-        product.forward(sampling.columns(begin, end), bias, rows[begin:end])
+        product.forward(sampling.columns(begin, end), rows[begin:end])
     return out
 
 
@@ -90,8 +96,8 @@ def _conv_backward(
         if wanted[2]:
             found[2] = kernels.conv_weight_grad(input, offset, mask, grad, weight, **sizes)
         return tuple(none if made is None else made for made, none in zip(found, grads, strict=True))
-    sampling = module(".cpu.deform").Sampling(input, offset, mask, _placed(weight.shape[2:], stride, padding, dilation))
-    product = module(".cpu.deform").Product(weight, input.shape[1], sampling.compute)
+    sampling = module(".cpu.deform").Sampling(input, offset, mask, placed(weight.shape[2:], stride, padding, dilation))
+    product = module(".cpu.deform").Product(weight, None, input.shape[1], sampling.compute)
     of_input = torch.zeros_like(input, dtype=sampling.compute) if wanted[0] else None
     rows = _rows(grad).to(sampling.compute)
     for which, like in ((1, offset), (4, mask)):
@@ -131,7 +137,7 @@ def _aggregate_forward(input, offset, weights, kernel_size, stride, padding, dil
             input, offset, weights, out, kernel_size=tuple(kernel_size), **_sizes(stride, padding, dilation)
         )
     else:
-        geometry = _placed(kernel_size, stride, padding, dilation)
+        geometry = placed(kernel_size, stride, padding, dilation)
         module(".cpu.deform").Sampling(input, offset, weights, geometry).aggregate(out)
     return out
 
@@ -150,7 +156,7 @@ def _aggregate_backward(
             kernel_size=tuple(kernel_size), **_sizes(stride, padding, dilation),
         )  # fmt: skip
         return tuple(none if made is None else made for made, none in zip(found, grads, strict=True))
-    geometry = _placed(kernel_size, stride, padding, dilation)
+    geometry = placed(kernel_size, stride, padding, dilation)
     sampling = module(".cpu.deform").Sampling(input, offset, weights, geometry)
     rows = _rows(grad).to(sampling.compute)
     for which, like in ((1, offset), (2, weights)):
@@ -297,7 +303,10 @@ def deform_conv2d(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or device.
     """
-    _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    check_map(input)
+    for name, operand in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if operand is not None or name in ("offset", "weight"):
+            check_operand(name, operand, input)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"weight: expected a shape [Cout, C / groups, kH, kW] of no zeros, got {list(weight.shape)}")
     geometry = _check_offset(input, offset, tuple(weight.shape[2:]), stride, padding, dilation)
@@ -310,7 +319,8 @@ def deform_conv2d(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     _check_scales("mask", mask, offset)
-    input, offset, weight, bias, mask = _of_one_type(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    input, offset, weight, bias, mask = autocast(input, offset, weight, bias, mask)
+    check_types(input, offset=offset, weight=weight, bias=bias, mask=mask)
     backend = backend_for(input.device)
     where = (geometry.stride, geometry.padding, geometry.dilation)
     if backend == "reference":
@@ -354,12 +364,15 @@ def deform_aggregate2d(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, value or device.
     """
-    _check_tensors(input=input, offset=offset, weights=weights)
+    check_map(input)
+    check_operand("offset", offset, input)
+    check_operand("weights", weights, input)
     geometry = _check_offset(input, offset, kernel_size, stride, padding, dilation)
     if normalization not in (None, *NORMALIZATIONS) or normalization == "none":
         raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
     _check_scales("weights", weights, offset)
-    input, offset, weights = _of_one_type(input=input, offset=offset, weights=weights)
+    input, offset, weights = autocast(input, offset, weights)
+    check_types(input, offset=offset, weights=weights)
     # Steps of their own: beside four times as many reads of the input, a pass over the weights is little.
     weights = reference.normalised(weights, geometry.kernel[0] * geometry.kernel[1], normalization)
     backend = backend_for(input.device)
@@ -371,23 +384,7 @@ def deform_aggregate2d(
     return run(input, offset, weights, *where, backend)
 
 
-def _check_tensors(**operands: Tensor | None) -> None:
-    input = operands["input"]
-    for name, tensor in operands.items():
-        if tensor is None and name in ("bias", "mask"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {tensor.device}")
-    check_features("input", input)
-
-
 def _check_offset(input, offset, kernel_size, stride, padding, dilation) -> Geometry:
-    if input.dim() != 4 or input.shape[1] == 0:
-        raise ValueError(f"input: expected shape [N, C, H, W] with at least one channel, got {list(input.shape)}")
     geometry = Geometry.of(kernel_size, stride, padding, dilation)
     size, taps = geometry.output_size(*input.shape[2:]), geometry.kernel[0] * geometry.kernel[1]
     if offset.dim() != 4 or offset.shape[0] != input.shape[0] or tuple(offset.shape[2:]) != size:
@@ -406,12 +403,3 @@ def _check_scales(name: str, scales: Tensor | None, offset: Tensor) -> None:
     wanted = [offset.shape[0], offset.shape[1] // 2, *offset.shape[2:]]
     if scales is not None and list(scales.shape) != wanted:
         raise ValueError(f"{name}: expected shape {wanted}, got {list(scales.shape)}")
-
-
-def _of_one_type(**operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands as autocast has them, all of the input's type."""
-    tensors = autocast(*operands.values())
-    for name, tensor in zip(operands, tensors):
-        if tensor is not None and tensor.dtype != tensors[0].dtype:
-            raise TypeError(f"{name}: expected {tensors[0].dtype}, the input's type, got {tensor.dtype}")
-    return tensors

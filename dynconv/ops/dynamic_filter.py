@@ -10,9 +10,20 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import reference
 from .._backend import backend_for, module, unwatched
 from .._geometry import Geometry, IntPair, Padding
+from ..channels import check_int
 from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
-from ._common import FLOATING, autocast, channels_last, check_features, in_rows, once_differentiable, sites_of
+from ._common import (
+    autocast,
+    channels_last,
+    check_map,
+    check_operand,
+    check_types,
+    in_rows,
+    once_differentiable,
+    placed,
+    sites_of,
+)
 
 # `sites`: nothing, or the mask, index and count of an ActiveSites.
 _GEOMETRY = (
@@ -46,7 +57,7 @@ def _forward(
             **_sizes(size, kernel_size, stride, padding, dilation, scale_factor),
         )  # fmt: skip
         return out
-    geometry = Geometry(tuple(kernel_size), tuple(stride), tuple(padding), (0, 0), tuple(dilation))
+    geometry = placed(kernel_size, stride, padding, dilation)
     module(".cpu.dynamic_filter").Filters(
         input, filters, channel_filters, sites, geometry, scale_factor, normalization
     ).forward(out)
@@ -66,7 +77,7 @@ def _backward(
         sizes = _sizes(size, kernel_size, stride, padding, dilation, scale_factor)
         found = _triton_backward(grad, input, filters, channel_filters, sites, sizes, normalization, wanted)
     else:
-        geometry = Geometry(tuple(kernel_size), tuple(stride), tuple(padding), (0, 0), tuple(dilation))
+        geometry = placed(kernel_size, stride, padding, dilation)
         call = module(".cpu.dynamic_filter").Filters(
             input, filters, channel_filters, sites, geometry, scale_factor, normalization
         )
@@ -231,9 +242,7 @@ def dynamic_filter2d(
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
     input, filters, channel_filters = autocast(input, filters, channel_filters)
-    for name, tensor in (("filters", filters), ("channel_filters", channel_filters)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
+    check_types(input, filters=filters, channel_filters=channel_filters)
     sites = None if mask is None else sites_of(mask, (input.shape[0], *size), input)
     backend = backend_for(input.device)
     if backend == "reference":
@@ -258,24 +267,11 @@ def _check(
     input, filters, channel_filters, kernel_size, stride, padding, dilation, scale_factor
 ) -> tuple[Geometry, tuple[int, int]]:
     """The geometry and (Ho, Wo)."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-    check_features("input", input)
-    if input.dim() != 4 or input.shape[1] == 0:
-        raise ValueError(f"input: expected shape [N, C, H, W] with at least one channel, got {list(input.shape)}")
-    for name, tensor in (("filters", filters), ("channel_filters", channel_filters)):
-        if tensor is None and name == "channel_filters":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {tensor.device}")
-    if not isinstance(scale_factor, int) or isinstance(scale_factor, bool):
-        raise TypeError(f"scale_factor: expected an int, got {scale_factor!r}")
-    if scale_factor < 1:
-        raise ValueError(f"scale_factor: expected at least 1, got {scale_factor}")
+    check_map(input)
+    check_operand("filters", filters, input)
+    if channel_filters is not None:
+        check_operand("channel_filters", channel_filters, input)
+    check_int("scale_factor", scale_factor)
     geometry = Geometry.of(kernel_size, stride, padding, dilation)
     height, width = geometry.output_size(*input.shape[2:])
     size = (height * scale_factor, width * scale_factor)

@@ -330,7 +330,7 @@ def gathered_conv2d(
         geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
     input, weight, bias, residual, inactive = autocast(input, weight, bias, residual, inactive)
-    check_types(input, weight, bias)
+    check_types(input, weight=weight, bias=bias)
     shape = (input.shape[0], weight.shape[0], *size)
     for name, tensor in (("residual", residual), ("inactive", inactive)):
         check_result(name, tensor, shape, input)

@@ -151,7 +151,7 @@ def gathered_linear(
     """
     _check(input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)
-    check_types(input, weight, bias)
+    check_types(input, weight=weight, bias=bias)
     ins = gathered_conv.check_channels("in_mask", in_mask, (input.shape[0], input.shape[-1]), input)
     outs = gathered_conv.check_channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
     backend, shape = backend_for(input.device), (*input.shape[:-1], weight.shape[0])

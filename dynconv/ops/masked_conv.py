@@ -522,7 +522,7 @@ def masked_conv2d(
     source = input.sites if isinstance(input, PackedFeatures) else None
     tensor = input if source is None else input.rows
     tensor, weight, bias, inactive, residual = autocast(tensor, weight, bias, inactive, residual)
-    check_types(tensor, weight, bias)
+    check_types(tensor, weight=weight, bias=bias)
     samples = tensor.shape[0] if source is None else source.shape[0]
     shape = (samples, weight.shape[0], *size)
     check_result("inactive", inactive, shape, tensor)
