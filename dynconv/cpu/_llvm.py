@@ -1223,6 +1223,23 @@ def _sum_lanes(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.extract_element(value, ir.IntType(32)(0))
 
 
+def _transposed_sum(builder: ir.IRBuilder, rows: list[ir.Value]) -> ir.Value:
+    """The sums of vectors, at most as many as lanes, one in each lane: pairs share the additions of their halves."""
+    width = rows[0].type.count
+    while width > 1:
+        # Of each partial sum, `width` lanes, pick the low and the high half: of two vectors, at last of the single one.
+        half, joined = width // 2, 2 if len(rows) > 1 else 1
+        length = joined * rows[0].type.count
+        low = [first + k for first in range(0, length, width) for k in range(half)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), len(low)), [k + by for k in low]) for by in (0, half)]
+        rows = [
+            builder.fadd(*(builder.shuffle_vector(rows[i], rows[i + joined - 1], mask) for mask in masks))
+            for i in range(0, len(rows), joined)
+        ]
+        width = half
+    return rows[0]
+
+
 def _dot_rows(row_count: int):
     @intrinsic
     def products(typingctx, rows, rows_at, row, index, index_at, values, values_at, blocks, blocks_at, number, out, at):

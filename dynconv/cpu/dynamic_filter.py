@@ -48,6 +48,7 @@ from ._llvm import (
     _sigmoid,
     _splat,
     _sum_lanes,
+    _transposed_sum,
     _write,
     _write_around,
     _write_some,
@@ -212,20 +213,18 @@ def filter_rows(
         )  # fmt: skip
 
 
-def _dot_taps(has_channel: bool, own_rows: bool = False):
+def _dot_taps(has_channel: bool):
     @intrinsic
-    def dots(
-        typingctx, taps, pixels, source, grad, grad_step, like, channel_filters, channel, inner, channels, out, out_at
-    ):
+    def dots(typingctx, taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at):
         storage, compute, given = source.dtype, out.dtype, like.dtype
 
         def codegen(context, builder, signature, args):
             element = context.get_value_type(compute)
-            stored, rows_stored = (_data(context, builder, signature, args, which).type.pointee for which in (2, 5))
+            stored, rows_stored = (_data(context, builder, signature, args, which).type.pointee for which in (2, 4))
             lanes = _lanes(element)
 
             def build(builder, arguments):
-                taps, pixels, grad, grad_step, channel_filters, channel, inner, channels, out = arguments
+                taps, pixels, grad, channel_filters, channel, inner, channels, out = arguments
                 zero = _constant(ir.VectorType(element, lanes), 0.0)
 
                 def totals_of(builder, first, tap_count, unrolled):
@@ -234,19 +233,13 @@ def _dot_taps(has_channel: bool, own_rows: bool = False):
                         _at_address(builder, builder.load(builder.gep(pixels, [builder.add(first, _i64(t))])), stored)
                         for t in range(tap_count)
                     ]
-
-                    starts = [
-                        builder.add(grad, builder.mul(grad_step, builder.add(first, _i64(t)))) if own_rows else grad
-                        for t in range(tap_count if own_rows else 1)
-                    ]
-                    grads = [_at_address(builder, start, rows_stored) for start in starts]
+                    grads = _at_address(builder, grad, rows_stored)
 
                     def products(builder, at, totals, some):
                         place = builder.add(channel, at)
-                        values = [_read_some(builder, row, place, lanes, given, some) for row in grads]
+                        value = _read_some(builder, grads, place, lanes, given, some)
                         following = []
                         for t, row in enumerate(rows):
-                            value = values[t if own_rows else 0]
                             factor = _read_some(builder, row, place, lanes, storage, some)
                             if has_channel:
                                 share = builder.add(builder.mul(builder.add(first, _i64(t)), channels), place)
@@ -291,41 +284,22 @@ def _dot_taps(has_channel: bool, own_rows: bool = False):
             pointer = element.as_pointer()
             function = _function(
                 builder.module,
-                f"dynconv_dot_taps{'_channel' * has_channel}{'_own' * own_rows}_{storage}_{given}_{compute}",
-                [_i64, _i64.as_pointer(), _i64, _i64, pointer, _i64, _i64, _i64, pointer],
+                f"dynconv_dot_taps{'_channel' * has_channel}_{storage}_{given}_{compute}",
+                [_i64, _i64.as_pointer(), _i64, pointer, _i64, _i64, _i64, pointer],
                 build,
             )
             data = lambda which: _data(context, builder, signature, args, which)
-            outs = builder.gep(data(10), [args[11]])
-            builder.call(function, [args[0], data(1), args[3], args[4], data(6), *args[7:10], outs])
+            outs = builder.gep(data(9), [args[10]])
+            builder.call(function, [args[0], data(1), args[3], data(5), *args[6:9], outs])
             return context.get_dummy_value()
 
         i = types.int64
-        return types.void(i, pixels, source, i, i, like, channel_filters, i, i, i, out, i), codegen
+        return types.void(i, pixels, source, i, like, channel_filters, i, i, i, out, i), codegen
 
     return dots
 
 
-def _transposed_sum(builder: ir.IRBuilder, rows: list[ir.Value]) -> ir.Value:
-    """The sums of as many vectors as they have lanes, one in each lane: pairs share the additions of their halves."""
-    lanes = len(rows)
-    number = ir.IntType(32)
-    width = lanes
-    while width > 1:
-        # Each vector now holds lanes / width rows' partial sums, `width` apart: pick the low and the high half of each.
-        half = width // 2
-        low = [first + k for first in range(0, 2 * lanes, width) for k in range(half)]
-        high = [first + half + k for first in range(0, 2 * lanes, width) for k in range(half)]
-        masks = [ir.Constant(ir.VectorType(number, lanes), picked) for picked in (low, high)]
-        rows = [
-            builder.fadd(*(builder.shuffle_vector(rows[i], rows[i + 1], mask) for mask in masks))
-            for i in range(0, len(rows), 2)
-        ]
-        width = half
-    return rows[0]
-
-
-_dots, _dots_channel, _dots_own = _dot_taps(False), _dot_taps(True), _dot_taps(False, own_rows=True)
+_dots, _dots_channel = _dot_taps(False), _dot_taps(True)
 
 
 @njit(inline="always")
@@ -336,18 +310,9 @@ def dot_taps(has_channel, taps, pixels, source, grad, like, channel_filters, cha
     `channels` and is 1 without `has_channel`.
     """
     if has_channel:
-        _dots_channel(taps, pixels, source, grad, 0, like, channel_filters, channel, inner, channels, out, out_at)
+        _dots_channel(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
     else:
-        _dots(taps, pixels, source, grad, 0, like, channel_filters, channel, inner, channels, out, out_at)
-
-
-@njit(inline="always")
-def dot_rows(taps, pixels, source, grad, grad_step, like, channel, inner, out, out_at):
-    """`dot_taps` with a row for each tap, `grad_step` bytes apart; where that is 0, with one row for all."""
-    if grad_step == 0:
-        _dots(taps, pixels, source, grad, 0, like, like, channel, inner, inner, out, out_at)
-    else:
-        _dots_own(taps, pixels, source, grad, grad_step, like, like, channel, inner, inner, out, out_at)
+        _dots(taps, pixels, source, grad, like, channel_filters, channel, inner, channels, out, out_at)
 
 
 @intrinsic

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import module
+from .._backend import module, unwatched
 from .._geometry import Geometry, IntPair, Padding
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
@@ -174,6 +175,14 @@ def check_types(input: Tensor, **operands: Tensor | None) -> None:
     for name, tensor in operands.items():
         if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(f"{name}: expected {input.dtype}, the input's type, got {tensor.dtype}")
+
+
+def below_autograd(name: str, function: Callable, *arguments):
+    """Run `dynconv::{name}` inside of its autograd.Function: where nobody watches, the function behind it."""
+    if unwatched(*(a for a in arguments if isinstance(a, Tensor))):
+        return function(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.dynconv, name)(*arguments)
 
 
 class _Once(torch.autograd.Function):

@@ -13,6 +13,7 @@ from ..reference import NORMALIZATIONS
 from ._common import (
     allow_tf32,
     autocast,
+    below_autograd,
     channels_last,
     check_map,
     check_operand,
@@ -98,7 +99,7 @@ def _conv_backward(
         return tuple(none if made is None else made for made, none in zip(found, grads, strict=True))
     sampling = module(".cpu.deform").Sampling(input, offset, mask, placed(weight.shape[2:], stride, padding, dilation))
     product = module(".cpu.deform").Product(weight, None, input.shape[1], sampling.compute)
-    of_input = torch.zeros_like(input, dtype=sampling.compute) if wanted[0] else None
+    of_input = torch.empty_like(input, dtype=sampling.compute) if wanted[0] else None
     rows = _rows(grad).to(sampling.compute)
     for which, like in ((1, offset), (4, mask)):
         if wanted[which]:
@@ -108,11 +109,8 @@ def _conv_backward(
             product.add_weight_grad(sampling.columns(begin, end), rows[begin:end])
         if wanted[0] or wanted[1] or wanted[4]:
             columns = product.column_grads(rows[begin:end])
-        if wanted[0]:
-            sampling.scatter(columns, begin, end, of_input)
-        if wanted[1] or wanted[4]:
             of = [grads[which] if wanted[which] else None for which in (1, 4)]
-            sampling.position_grads(columns, begin, end, *of)
+            sampling.grads(columns, begin, end, of_input, *of)
     if wanted[0]:
         grads[0] = of_input.to(input.dtype)
     if wanted[2]:
@@ -162,13 +160,11 @@ def _aggregate_backward(
     for which, like in ((1, offset), (2, weights)):
         if wanted[which]:
             grads[which] = torch.empty_like(like)
+    of_input = torch.empty_like(input, dtype=sampling.compute) if wanted[0] else None
+    of = [grads[which] if wanted[which] else None for which in (1, 2)]
+    sampling.grads(rows, 0, sampling.sites, of_input, *of)
     if wanted[0]:
-        total = torch.zeros_like(input, dtype=sampling.compute)
-        sampling.scatter(rows, 0, sampling.sites, total)
-        grads[0] = total.to(input.dtype)
-    if wanted[1] or wanted[2]:
-        of = [grads[which] if wanted[which] else None for which in (1, 2)]
-        sampling.position_grads(rows, 0, sampling.sites, *of)
+        grads[0] = of_input.to(input.dtype)
     return tuple(grads)
 
 
@@ -209,8 +205,7 @@ def _(grad, *rest):
 class _DeformConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, offset, weight, bias, mask, *geometry):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.dynconv.deform_conv2d(input, offset, weight, bias, mask, *geometry)
+        out = below_autograd("deform_conv2d", _conv_forward, input, offset, weight, bias, mask, *geometry)
         ctx.save_for_backward(input, offset, weight, mask)
         ctx.geometry = geometry
         return out
@@ -218,15 +213,15 @@ class _DeformConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         wanted = list(ctx.needs_input_grad[:5])
-        results = torch.ops.dynconv.deform_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+        run = _conv_backward if unwatched(grad, *ctx.saved_tensors) else torch.ops.dynconv.deform_conv2d_backward
+        results = run(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
         return (*(r if want else None for r, want in zip(results, wanted)), *(None,) * len(ctx.geometry))
 
 
 class _DeformAggregate2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, offset, weights, *geometry):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.dynconv.deform_aggregate2d(input, offset, weights, *geometry)
+        out = below_autograd("deform_aggregate2d", _aggregate_forward, input, offset, weights, *geometry)
         ctx.save_for_backward(input, offset, weights)
         ctx.geometry = geometry
         return out
@@ -234,7 +229,9 @@ class _DeformAggregate2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         wanted = list(ctx.needs_input_grad[:3])
-        results = torch.ops.dynconv.deform_aggregate2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+        op = torch.ops.dynconv.deform_aggregate2d_backward
+        run = _aggregate_backward if unwatched(grad, *ctx.saved_tensors) else op
+        results = run(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
         return (*(r if want else None for r, want in zip(results, wanted)), *(None,) * len(ctx.geometry))
 
 

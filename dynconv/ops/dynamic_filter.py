@@ -15,6 +15,7 @@ from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
 from ._common import (
     autocast,
+    below_autograd,
     channels_last,
     check_map,
     check_operand,
@@ -150,8 +151,7 @@ def _(grad, input, filters, channel_filters, *rest):
 class _DynamicFilter2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, filters, channel_filters, sites, *geometry):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.dynconv.dynamic_filter2d(input, filters, channel_filters, sites, *geometry)
+        out = below_autograd("dynamic_filter2d", _forward, input, filters, channel_filters, sites, *geometry)
         ctx.save_for_backward(input, filters, channel_filters, *sites)
         ctx.geometry = geometry
         return out
@@ -160,7 +160,8 @@ class _DynamicFilter2d(torch.autograd.Function):
     def backward(ctx, grad):
         wanted = list(ctx.needs_input_grad[:3])
         operands, sites = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
-        results = torch.ops.dynconv.dynamic_filter2d_backward(grad, *operands, sites, *ctx.geometry, wanted)
+        run = _backward if unwatched(grad, *operands) else torch.ops.dynconv.dynamic_filter2d_backward
+        results = run(grad, *operands, sites, *ctx.geometry, wanted)
         grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
         return (*grads, None, *(None,) * len(ctx.geometry))
 
