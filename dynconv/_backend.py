@@ -63,7 +63,7 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
         return False
-    if torch.autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return False
     is_grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a generator costs more than all that it does here

@@ -149,7 +149,7 @@ def dynamic_filter2d(
         columns = columns * channel_filters.reshape(samples, channels, taps, 1, 1)
     groups = filters.shape[1] // taps
     weights = filters.reshape(samples, groups, taps, height, width)
-    weights = NORMALIZATIONS[normalization or "none"](weights, dim=2)
+    weights = _normalized(weights, normalization)
     columns = columns.reshape(samples, groups, channels // groups, taps, height, width)
     result = (columns * weights.unsqueeze(2)).sum(3).reshape(samples, channels, height, width)
     if mask is not None:
@@ -168,6 +168,8 @@ def deform_conv2d(
     mask: Tensor | None = None,
 ) -> Tensor:
     """mask * sampled columns @ weight + bias, see `dynconv.deform_conv2d`."""
+    dtype = input.dtype
+    input, offset, weight, bias, mask = map(_wide, (input, offset, weight, bias, mask))
     columns = _sample(input, offset, Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation))
     if mask is not None:
         taps = columns.shape[3]
@@ -178,7 +180,7 @@ def deform_conv2d(
     kernels = weight.reshape(groups, weight.shape[0] // groups, columns.shape[2])
     result = (kernels @ columns).reshape(samples, weight.shape[0], *area)
     result = result if bias is None else result + bias.view(1, -1, 1, 1)
-    return result.contiguous(memory_format=torch.channels_last)
+    return result.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def deform_aggregate2d(
@@ -194,16 +196,25 @@ def deform_aggregate2d(
 ) -> Tensor:
     """(weights * sampled columns).sum(taps), see `dynconv.deform_aggregate2d`."""
     geometry = Geometry.of(kernel_size, stride, padding, dilation)
-    columns = _sample(input, offset, geometry)
-    weights = normalised(weights, columns.shape[3], normalization).unflatten(1, (columns.shape[1], -1))
-    result = (columns * weights.unsqueeze(2)).sum(3)
+    columns = _sample(_wide(input), _wide(offset), geometry)
+    weights = _wide(normalised(weights, columns.shape[3], normalization)).unflatten(1, (columns.shape[1], -1))
+    result = (columns * weights.unsqueeze(2)).sum(3).to(input.dtype)
     return result.flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def normalised(weights: Tensor, taps: int, normalization: str | None) -> Tensor:
     """Weights [N, G * taps, H, W] with the taps of each group normalised."""
-    grouped = weights.unflatten(1, (weights.shape[1] // taps, taps))
-    return NORMALIZATIONS[normalization or "none"](grouped, dim=2).flatten(1, 2)
+    return _normalized(weights.unflatten(1, (weights.shape[1] // taps, taps)), normalization).flatten(1, 2)
+
+
+def _normalized(weights: Tensor, normalization: str | None) -> Tensor:
+    """Over the taps, dimension 2; half types in float32, where the squares of "l2" do not overflow."""
+    return NORMALIZATIONS[normalization or "none"](_wide(weights), dim=2).to(weights.dtype)
+
+
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    """In the type that the ops compute in."""
+    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _complement(share: Tensor) -> Tensor:
@@ -214,6 +225,8 @@ def _sample(input: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
     """[N, G, C / G, taps, Ho, Wo]: the input between its pixels; zero outside, and where a position is not finite."""
     (samples, channels, height, width), taps = input.shape, geometry.kernel[0] * geometry.kernel[1]
     groups, area = offset.shape[1] // (2 * taps), offset.shape[2:]
+    if height * width == 0:
+        return input.new_zeros(samples, groups, channels // groups, taps, *area)
     steps = offset.unflatten(1, (groups, taps, 2))
     places = []
     for axis in range(2):
@@ -234,7 +247,7 @@ def _sample(input: Tensor, offset: Tensor, geometry: Geometry) -> Tensor:
             # On a pixel the slope is that towards the next one.
             share = (y - top if down else _complement(y - top)) * (x - left if right else _complement(x - left))
             valid = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = torch.where(valid, row * width + column, 0).long().flatten(2).unsqueeze(2)
+            index = torch.where(valid, row.long() * width + column.long(), 0).flatten(2).unsqueeze(2)
             found = pixels.gather(3, index.expand(-1, -1, channels // groups, -1))
             found = found.unflatten(3, (taps, *area))
             total = total + torch.where(valid.unsqueeze(2), found * share.unsqueeze(2), 0)

@@ -206,6 +206,15 @@ def test_torchvision_gives_the_same():
         torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels, groups, kernel_size", [(4, 4, 3), (6, 2, 1), (6, 6, 1), (20, 5, (1, 2))])
+def test_groups_of_one_channel_or_one_tap(channels, groups, kernel_size):
+    """Whose columns, split into groups, are views of rows that lie far apart."""
+    call, operands, grad = case(channels=channels, filters=2 * groups, groups=groups, kernel_size=kernel_size)
+    expected, actual = run(call, reference, operands, grad), run(call, dynconv, operands, grad)
+    for want, have in zip(expected, actual, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+
+
 def test_no_offset_is_a_convolution():
     call, (input, offset, weight, bias, _), _ = case(reach=0.0, masked=False, dilation=2, padding=2)
     torch.testing.assert_close(call(dynconv, input, offset, weight, bias, None), F.conv2d(input, weight, bias, 1, 2, 2))
@@ -261,6 +270,31 @@ def test_no_samples(op):
     assert not any(g.any() for g in grads)
 
 
+def test_no_pixels():
+    """An empty map has sites where it is padded: the bias, and its gradient, remain."""
+    call, operands, _ = case(size=(0, 0), kernel_size=1)
+    output, *grads = run(call, dynconv, operands, torch.ones(2, 4, 2, 2).double())
+    assert torch.equal(output, operands[3].view(1, 4, 1, 1).expand(2, 4, 2, 2))
+    assert torch.equal(output, call(reference, *operands))
+    assert grads[3].tolist() == [8.0] * 4
+    assert not any(g.any() for i, g in enumerate(grads) if i != 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalised_weights_of_half_types(dtype):
+    """ "l2" of zeros is zero, and squares do not overflow; the reference finds its pixels on a map of 40 x 64."""
+    input, offset = torch.ones(1, 1, 40, 64, dtype=dtype), torch.zeros(1, 18, 40, 64, dtype=dtype)
+    weights = torch.zeros(1, 9, 40, 64, dtype=dtype)
+    weights[:, :, 1:] = 3e4
+    for backend in ("cpu", "reference"):
+        leaf = weights.clone().requires_grad_()
+        with dynconv.backend(backend):
+            output = deform_aggregate2d(input, offset, leaf, kernel_size=3, padding=1, normalization="l2")
+            output.sum().backward()
+        assert not output[:, :, 0].any() and leaf.grad[:, :, 1:].isfinite().all()
+        torch.testing.assert_close(output[0, 0, 2:-1, 1:-1], torch.full((37, 62), 3.0, dtype=dtype))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_batch_equals_its_samples(op):
     call, operands, _ = case(op, n=3, dtype=torch.float32)
@@ -270,9 +304,11 @@ def test_a_batch_equals_its_samples(op):
         torch.testing.assert_close(output[n : n + 1], call(dynconv, *alone), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_the_same_bits_on_any_number_of_threads(op):
-    call, operands, grad = case(op, channels=40, filters=24, size=(40, 41), offset_groups=2, dtype=torch.float32)
+@pytest.mark.parametrize("op, normalization", [("conv", None), ("aggregate", "softmax"), ("aggregate", "sigmoid")])
+def test_the_same_bits_on_any_number_of_threads(op, normalization):
+    call, operands, grad = case(
+        op, channels=40, filters=24, size=(40, 41), offset_groups=2, dtype=torch.float32, normalization=normalization
+    )
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 3):
@@ -383,14 +419,32 @@ def test_compile_forward_and_backward(op):
 
 
 def test_autocast():
+    """In float32, whatever comes: half types would move the samples."""
     for op in OPS:
         call, operands, _ = case(op, dtype=torch.float32)
         leaves = [t.requires_grad_() for t in operands]
         with torch.autocast("cpu", torch.bfloat16):
             output = call(dynconv, *leaves)
-        assert output.dtype == torch.bfloat16
-        output.float().sum().backward()
+            narrow = call(dynconv, leaves[0].bfloat16(), *leaves[1:])
+        assert torch.equal(output, call(dynconv, *leaves))
+        assert narrow.dtype == torch.bfloat16
+        output.sum().backward()
         assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, at the first dual tensor
+@pytest.mark.parametrize("op, normalization", [("conv", None), ("aggregate", None), ("aggregate", "softmax")])
+def test_other_derivatives_are_refused(op, normalization):
+    """Forward mode, even where no tensor asks for a gradient, and the second derivative."""
+    call, operands, _ = case(op, normalization=normalization)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)) for t in operands]
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"forward mode AD|jvp"):
+            call(dynconv, *duals)
+    leaves = [t.requires_grad_() for t in operands]
+    (grad,) = torch.autograd.grad(call(dynconv, *leaves).square().sum(), leaves[-1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
 
 
 BAD = {
@@ -424,8 +478,11 @@ def test_bad_arguments_are_named(message):
 
 def test_bad_arguments_of_the_aggregation_are_named():
     _, (input, offset, weights), _ = case("aggregate", dtype=torch.float32)
-    with pytest.raises(ValueError, match="normalization: expected None, softmax, sigmoid or l2, got 'max'"):
-        deform_aggregate2d(input, offset, weights, kernel_size=3, padding=1, normalization="max")
+    for name in ("max", "none"):
+        with pytest.raises(ValueError, match=f"normalization: expected None, softmax, sigmoid or l2, got '{name}'"):
+            deform_aggregate2d(input, offset, weights, kernel_size=3, padding=1, normalization=name)
+    with pytest.raises(TypeError, match=r"normalization: expected None or a str, got \['l2'\]"):
+        deform_aggregate2d(input, offset, weights, kernel_size=3, padding=1, normalization=["l2"])
     with pytest.raises(ValueError, match=r"weights: expected shape \[2, 9, 6, 7\], got \[2, 8, 6, 7\]"):
         deform_aggregate2d(input, offset, weights[:, :8], kernel_size=3, padding=1)
 

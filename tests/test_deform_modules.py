@@ -148,6 +148,27 @@ def test_state_dict_round_trip(name):
     assert repr(other) == repr(layer)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_made_without_memory(name):
+    """From the meta device; what fills it is its `state_dict` or `reset_parameters`."""
+    layer, _, inputs = build(name)
+    with torch.device("meta"):
+        other = LAYERS[name][0](dtype=torch.float64)
+    other.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert torch.equal(layer(*inputs), other(*inputs))
+    other.reset_parameters()
+    predicted = getattr(other, "conv_offset", getattr(other, "offset_mask", None))
+    assert predicted is None or not (predicted.weight.any() or predicted.bias.any())
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_named_padding(padding):
+    torch.manual_seed(0)
+    input, layer = torch.randn(1, 4, 6, 7), DCNv2(4, 2, (3, 5), padding=padding)
+    expected = 0.5 * F.conv2d(input, layer.weight, padding=padding) + layer.bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(input), expected)
+
+
 def count(layer):
     return sum(parameter.numel() for parameter in layer.parameters())
 
@@ -191,11 +212,17 @@ def test_half_types(name):
 ERRORS = {
     "in_channels: expected a multiple of groups = 2, got 3": lambda: DeformConv2d(3, 4, 3, groups=2),
     "out_channels: expected a multiple of groups = 2, got 5": lambda: DeformConv2d(4, 5, 3, groups=2),
-    "offset_groups: expected a divisor of in_channels = 4, got 3": lambda: DCNv2(4, 4, 3, offset_groups=3),
-    "groups: expected a divisor of channels = 6, got 4": lambda: DCNv4(6),
+    "offset_groups: expected a divisor of the 4 channels, got 3": lambda: DCNv2(4, 4, 3, offset_groups=3),
+    "groups: expected a divisor of the 6 channels, got 4": lambda: DCNv4(6),
     "kernel_size: expected an odd number, got 4": lambda: DCNv4(4, 4),
     "dw_kernel_size: expected an odd number, got 2": lambda: DCNv4(4, dw_kernel_size=2),
     "padding: expected values of at least 0, got -1": lambda: DeformConv2d(4, 4, 3, padding=-1),
+    "offset_scale: expected a finite number, got inf": lambda: DCNv4(4, offset_scale=float("inf")),
+    "input: expected shape [N, 4, H, W], got [1, 8, 5, 5]": lambda: DeformConv2d(4, 4, 3, padding=1)(
+        torch.zeros(1, 8, 5, 5), torch.zeros(1, 18, 5, 5)
+    ),
+    "input: expected shape [N, 4, H, W], got [4, 5, 5]": lambda: DCNv2(4, 4, 3)(torch.zeros(4, 5, 5)),
+    "input: expected shape [N, 8, H, W], got [1, 4, 5, 5]": lambda: DCNv4(8)(torch.zeros(1, 4, 5, 5)),
 }
 
 

@@ -340,6 +340,25 @@ def test_a_batch_equals_its_samples():
         assert all(torch.equal(a[n : n + 1], b) for a, b in zip(together, single, strict=True))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_not_read_does_not_meet_the_channels_filters(stride):
+    """NaN of a channel's filter reaches the sites that read by its tap, and the pixels that are read by it, alone."""
+    input = torch.ones(1, 1, 5, 5, requires_grad=True)
+    channel_filters = torch.ones(1, 1, 3, 3)
+    channel_filters[..., 0, 0] = float("nan")
+    size = (input.shape[2] - 1) // stride + 1
+    output = dynamic_filter2d(
+        input, torch.ones(1, 9, size, size), kernel_size=3, padding=1, stride=stride, channel_filters=channel_filters
+    )
+    output.sum().backward()
+    sites, pixels = output[0, 0].isnan(), input.grad[0, 0].isnan()
+    lines = torch.arange(size) * stride >= 1  # tap (0, 0) is inside
+    assert torch.equal(sites, lines.view(-1, 1) & lines)
+    read = (torch.arange(5) + 1) % stride == 0
+    read &= (torch.arange(5) + 1) // stride < size
+    assert torch.equal(pixels, read.view(-1, 1) & read)
+
+
 def test_the_same_bits_on_any_number_of_threads():
     operands, grad, options = case(channels=24, size=(40, 41), channel_filters=True, density=0.7, make=normal)
     operands, grad = [t.float() for t in operands], grad.float()

@@ -367,6 +367,14 @@ def test_pac_layers_share_a_kernel():
     assert torch.equal(layer(input, kernel=kernel), layer(input, guidance))
 
 
+def test_second_derivatives_of_pac_are_refused():
+    layer, _, (input, guidance) = make("pac_conv")
+    guidance.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(input, guidance).square().sum(), guidance, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiable once"):
+        grad.sum().backward()
+
+
 def test_no_samples():
     for name in CASES:
         layer, _, inputs = make(name)
@@ -386,6 +394,11 @@ WRONG = [
     (lambda: CARAFE(4, encoder_kernel=2), ValueError, "encoder_kernel: expected an odd number, got 2"),
     (lambda: DDF(4), ValueError, "se_ratio: expected at least one of the 4 channels"),
     (lambda: DDF(8, 1), ValueError, "kernel_size: expected at least 3, got 1"),
+    (lambda: DDF(8, se_ratio=float("nan")), ValueError, "se_ratio: expected at least one of the 8 channels"),
+    (lambda: DDF(8, nonlinearity="x"), ValueError, "nonlinearity: expected a name that"),
+    (lambda: DynamicFilter2d(4, 3, normalization=["l2"]), TypeError, "normalization: expected None or a str"),
+    (lambda: PacPool2d(3)(*torch.ones(1, 1, 9, 4, 4), kernel=torch.ones(1, 9, 2, 2).int()), TypeError, "kernel: exp"),
+    (lambda: PacConv2d(4, 4, 3)(*torch.ones(2, 1, 4, 4, 4).half()), TypeError, "weight: expected torch.float16"),
     (lambda: DDFUp(8, se_ratio="0.2"), TypeError, "se_ratio: expected a float, got '0.2'"),
     (lambda: FilterNorm(1, 1), ValueError, "kernel_size: expected at least 2, got 1"),
     (lambda: PacConv2d(4, 4, 2), ValueError, "kernel_size: expected odd numbers"),

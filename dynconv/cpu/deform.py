@@ -653,10 +653,10 @@ class Sampling:
         self._run(_run_sample, 0, self.sites, address(out), is_sum=1)
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """[end - begin, kH * kW, C] in the compute type: what the sites sample, times the scale."""
+        """[end - begin and some, kH * kW, C] in the compute type: what the sites sample, times the scale."""
         columns = _with_room(end - begin, self.taps * self.channels, self.compute)
         self._run(_run_sample, begin, end, address(columns))
-        return columns[: end - begin].view(-1, self.taps, self.channels)
+        return columns.view(-1, self.taps, self.channels)
 
     def grads(
         self,
@@ -744,9 +744,9 @@ class Product:
         self.grad = None
 
     def forward(self, columns: Tensor, out: Tensor) -> None:
-        """out [sites, Cout] = columns [sites, kH * kW, C] @ weight + bias, in any of the types."""
+        """out [sites, Cout] = columns [sites and some, kH * kW, C] @ weight + bias, in any of the types."""
         products = [
-            _multiply(part, matrix, shift, out if self.groups == 1 else None)
+            _multiply(part, len(out), matrix, shift, out if self.groups == 1 else None)
             for part, matrix, shift in zip(self._split(columns), self.matrices, self.shifts)
         ]
         if products[0] is not out:
@@ -757,12 +757,12 @@ class Product:
         """The matrices, as the gradient of the columns is multiplied by them: made once for all its sites."""
         return self.matrices.transpose(1, 2).contiguous()
 
-    def column_grads(self, rows: Tensor) -> Tensor:
-        """[sites, kH * kW, C] from the output's gradient [sites, Cout], in the compute type."""
-        filters = rows.shape[1] // self.groups
+    def column_grads(self, rows: Tensor, begin: int, end: int) -> Tensor:
+        """[end - begin, kH * kW, C] from these rows of the output's gradient [sites, Cout], in the compute type."""
+        filters, some = rows.shape[1] // self.groups, rows[begin : end + TILE_ROWS]
         parts = [
-            _multiply(part, matrix, None, None).view(len(rows), -1, self.weight.shape[1])
-            for part, matrix in zip(rows.split(filters, 1), self.transposed)
+            _multiply(part, end - begin, matrix, None, None).view(end - begin, -1, self.weight.shape[1])
+            for part, matrix in zip(some.split(filters, 1), self.transposed)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -783,10 +783,9 @@ class Product:
         return self.grad.view(filters, *kernel, channels).permute(0, 3, 1, 2).to(self.weight.dtype).contiguous()
 
     def _split(self, columns: Tensor) -> list[Tensor]:
-        """For each group [sites (and room behind them), kH * kW * channels of the group]."""
-        if self.groups == 1:
-            return [columns.flatten(1)]
-        return [part.flatten(1) for part in columns.split(self.weight.shape[1], 2)]
+        """For each group [sites and some, kH * kW * channels of the group], contiguous."""
+        # With one channel a group, or one tap, `flatten` gives a view of rows that are far apart.
+        return [part.flatten(1).contiguous() for part in columns.split(self.weight.shape[1], 2)]
 
 
 def bias_grad(rows: Tensor) -> Tensor:
@@ -794,15 +793,17 @@ def bias_grad(rows: Tensor) -> Tensor:
     return masked_conv.bias_grad(rows, _numbers(len(rows)), len(rows))
 
 
-def _multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """rows [n, depth] @ matrix [filters, depth].T + bias; into `out` [n, filters] where it is of the same type."""
+def _multiply(rows: Tensor, count: int, matrix: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """rows [count, depth] @ matrix [filters, depth].T + bias; into `out` [count, filters] where it is of the same type.
+
+    A copy of the rows is saved where they have room behind them, see `_with_room`.
+    """
     result = out
     if out is None or out.dtype != rows.dtype:
-        result = torch.empty(len(rows), matrix.shape[0], dtype=rows.dtype)
-    rows = rows.contiguous()
+        result = torch.empty(count, matrix.shape[0], dtype=rows.dtype)
     masked_conv.forward(
-        rows, matrix[:, :, None, None], bias, None, _numbers(len(rows)), len(rows), None, None, result, None, True, 1,
-        "none", (None, (0,) * 12),
+        rows.contiguous(), matrix[:, :, None, None], bias, None, _numbers(count), count, None, None, result, None, True,
+        1, "none", (None, (0,) * 12),
     )  # fmt: skip
     return result
 

@@ -108,6 +108,7 @@ def _filter_rows(is_direct: bool, has_channel: bool):
                             else:
                                 entry = builder.add(builder.mul(t, _i64(ROWS)), _i64(i))
                                 places = load(pixels, entry), load(weights, entry)
+                                is_read = builder.icmp_signed("!=", *places)
                             row, weight = (
                                 _at_address(builder, places[0], stored),
                                 _at_address(builder, places[1], element),
@@ -116,7 +117,10 @@ def _filter_rows(is_direct: bool, has_channel: bool):
                             factor = factor if lanes == 1 else _splat(builder, factor, zero.type)
                             for v in range(vectors):
                                 value = _read(builder, row, builder.add(channel, _i64(v * lanes)), lanes, storage)
-                                value = builder.fmul(value, shares[v]) if has_channel else value
+                                if has_channel:
+                                    value = builder.fmul(value, shares[v])
+                                    if not is_direct:  # a zero that is not read stays one, even times NaN
+                                        value = builder.select(is_read, value, zero)
                                 following.append(_call(builder, "fma", factor, value, totals[i * vectors + v]))
                         return following
 
@@ -187,7 +191,8 @@ def filter_rows(
     """target(i)[c] = sum over t < count of weight(t, i)[g(c)] * v[taps[t], c] * pixel(t, i)[c], for i < ROWS.
 
     The addresses of pixel(t, i) and weight(t, i) are pixels[i] + pixel_steps[t] and weights[i] + weight_steps[t] where
-    `is_direct`, else pixels[t * ROWS + i] and weights[t * ROWS + i]; that of target(i) is targets[i]. Group g's weight
+    `is_direct`, else pixels[t * ROWS + i] and weights[t * ROWS + i], the same zeros for what row i does not read; that
+    of target(i) is targets[i]. Group g's weight
     lies g * group_weights elements behind the address, in the type of `like`. v is 1 without `has_channel`. Unless
     `ahead` is 0, the pixels so far behind pixels[i] are fetched into the cache, and the targets written around it.
     """
@@ -393,7 +398,7 @@ def channel_products(typingctx, sites, pixels, pixels_row, source, weights, grad
     return types.void(i, pixels, i, source, weights, grads, i, i, i, out), codegen
 
 
-def _normalise(name: str):
+def _normalise_groups(name: str):
     @intrinsic
     def groups(typingctx, filters, at, count, taps, out, out_at):
         storage, compute = filters.dtype, out.dtype
@@ -491,7 +496,7 @@ def _norm(builder, filters, first, taps, lanes: int, storage: types.Type, vector
     return builder.select(builder.fcmp_ordered("<", norm, least), least, norm)
 
 
-_none, _softmax, _sigmoids, _l2 = (_normalise(name) for name in NORMALIZATIONS)
+_none, _softmax, _sigmoids, _l2 = (_normalise_groups(name) for name in NORMALIZATIONS)
 
 
 @njit(inline="always")
@@ -800,20 +805,53 @@ def _filter_grad_kernel(arguments, storage, compute):
 @njit
 def _normalise_kernel(arguments, storage, compute):
     a = carray(arguments, (16,))
-    filters, out, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
-    rows, groups, taps, chunk_rows, normalization, has_index = a[5], a[6], a[7], a[8], a[9], a[4] != 0
+    filters, out, index, weights = (
+        array(a[2], storage),
+        array(a[3], compute),
+        array(a[4], np.int32),
+        array(a[10], compute),
+    )
+    rows, groups, taps, chunk_rows, normalization = a[5], a[6], a[7], a[8], a[9]
+    has_index, is_grad = a[4] != 0, a[10] != 0
     while True:
         begin = fetch_add(a, 1) * chunk_rows
         if begin >= rows:
             return
         for row in range(begin, min(rows, begin + chunk_rows)):
             at = (np.int64(index[row]) if has_index else row) * groups * taps
-            normalise(normalization, filters, at, groups, taps, out, at)
+            if is_grad:
+                normalise_grad(normalization, out, at, weights, at, filters, at, groups, taps)
+            else:
+                normalise(normalization, filters, at, groups, taps, out, at)
 
 
 _run_stencil = kernel(_stencil_kernel)
 _run_filter_grad = kernel(_filter_grad_kernel)
 _run_normalise = kernel(_normalise_kernel)
+
+
+def normalized(
+    filters: Tensor, taps: int, normalization: str, index: Tensor | None = None, active: int | None = None
+) -> Tensor:
+    """The normalised filters [N, G * K, Ho, Wo], channels_last, in the compute type: all, or of those listed."""
+    out = torch.empty_like(filters, dtype=compute_type(filters.dtype))
+    _normalise(filters, out, None, taps, normalization, index, active)
+    return out
+
+
+def normalized_grad_(grads: Tensor, weights: Tensor, filters: Tensor, taps: int, normalization: str) -> None:
+    """Turn the gradients of `weights` = normalized(filters), both in the compute type, into those of the filters."""
+    _normalise(filters, grads, weights, taps, normalization, None, None)
+
+
+def _normalise(filters, out, weights, taps, normalization, index, active) -> None:
+    if active is None:
+        active = filters.shape[0] * filters.shape[2] * filters.shape[3]
+    chunk = max(1, ceil(active, _CHUNKS_PER_THREAD * torch.get_num_threads()))
+    _run_normalise(
+        filters.dtype, workers(ceil(active, chunk)), address(filters), address(out), address(index), active,
+        filters.shape[1] // taps, taps, chunk, NORMALIZATIONS.index(normalization), address(weights),
+    )  # fmt: skip
 
 
 class Filters:
@@ -868,13 +906,7 @@ class Filters:
         """The normalised filters in the compute type, at the active sites: made once, the backward reads them often."""
         if self.normalization == 0 and self.dtype == self.compute:
             return self.filters
-        weights = torch.empty_like(self.filters, dtype=self.compute)
-        chunk = max(1, ceil(self.active, _CHUNKS_PER_THREAD * torch.get_num_threads()))
-        _run_normalise(
-            self.dtype, workers(ceil(self.active, chunk)), address(self.filters), address(weights),
-            address(self.index), self.active, self.groups, self.taps, chunk, self.normalization,
-        )  # fmt: skip
-        return weights
+        return normalized(self.filters, self.taps, NORMALIZATIONS[self.normalization], self.index, self.active)
 
     def filter_grads(
         self, grad: Tensor, wants_filters: bool, wants_channel: bool

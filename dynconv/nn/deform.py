@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._geometry import IntPair, pair
+from .._geometry import Geometry, IntPair, Padding
 from ..channels import check_int
 from ..ops.deform import deform_aggregate2d, deform_conv2d
-from .dynamic_filter import check_odd
+from .dynamic_filter import check_groups, check_map, check_odd
 
 
 class DeformConv2d(nn.Module):
@@ -25,7 +25,7 @@ class DeformConv2d(nn.Module):
     Args:
         in_channels, out_channels: of the convolution.
         kernel_size: an int or a pair, as the next three.
-        stride, padding, dilation: as in `nn.Conv2d`.
+        stride, padding, dilation: as in `nn.Conv2d`, "same" and "valid" included.
         groups: of the convolution; a divisor of both numbers of channels.
         bias: whether to learn one.
 
@@ -38,7 +38,7 @@ class DeformConv2d(nn.Module):
         out_channels: int,
         kernel_size: IntPair,
         stride: IntPair = 1,
-        padding: IntPair = 0,
+        padding: Padding = 0,
         dilation: IntPair = 1,
         groups: int = 1,
         bias: bool = True,
@@ -53,10 +53,9 @@ class DeformConv2d(nn.Module):
             if channels % groups:
                 raise ValueError(f"{name}: expected a multiple of groups = {groups}, got {channels}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair(kernel_size, "kernel_size", 1)
-        self.stride = pair(stride, "stride", 1)
-        self.padding = pair(padding, "padding", 0)
-        self.dilation = pair(dilation, "dilation", 1)
+        geometry = Geometry.of(kernel_size, stride, padding, dilation)
+        self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
+        self.padding = padding if isinstance(padding, str) else geometry.padding
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
@@ -76,7 +75,10 @@ class DeformConv2d(nn.Module):
             input: [N, Cin, H, W].
             offset: [N, 2 * OG * kH * kW, Ho, Wo], (dy, dx) of each tap.
             mask: [N, OG * kH * kW, Ho, Wo], a factor for each sample.
+
+        Raises TypeError or ValueError for arguments of the wrong kind or shape.
         """
+        check_map("input", input, self.in_channels)
         return deform_conv2d(
             input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask
         )  # fmt: skip
@@ -84,7 +86,7 @@ class DeformConv2d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
         )
 
 
@@ -107,7 +109,7 @@ class DCNv2(DeformConv2d):
         out_channels: int,
         kernel_size: IntPair,
         stride: IntPair = 1,
-        padding: IntPair = 0,
+        padding: Padding = 0,
         dilation: IntPair = 1,
         groups: int = 1,
         offset_groups: int = 1,
@@ -117,9 +119,7 @@ class DCNv2(DeformConv2d):
         dtype=None,
     ) -> None:
         check_int("in_channels", in_channels)
-        check_int("offset_groups", offset_groups)
-        if in_channels % offset_groups:
-            raise ValueError(f"offset_groups: expected a divisor of in_channels = {in_channels}, got {offset_groups}")
+        check_groups("offset_groups", offset_groups, in_channels)
         made = dict(device=device, dtype=dtype)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **made)
         self.offset_groups = offset_groups
@@ -127,11 +127,18 @@ class DCNv2(DeformConv2d):
             in_channels, 3 * offset_groups * math.prod(self.kernel_size), self.kernel_size, self.stride, self.padding,
             self.dilation, **made,
         )  # fmt: skip
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `DeformConv2d`, and zeros for `conv_offset`."""
+        super().reset_parameters()
+        if hasattr(self, "conv_offset"):  # not yet where the parent makes its own parameters
+            nn.init.zeros_(self.conv_offset.weight)
+            nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]."""
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]. Raises TypeError or ValueError for another kind or shape."""
+        check_map("input", input, self.in_channels)
         predicted = self.conv_offset(input)
         masks = predicted.shape[1] // 3
         offset, mask = predicted.split([2 * masks, masks], dim=1)
@@ -178,11 +185,14 @@ class DCNv4(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("dilation", dilation), ("groups", groups)):
-            check_int(name, value)
+        check_int("channels", channels)
+        check_int("dilation", dilation)
         check_odd("kernel_size", kernel_size)
-        if channels % groups:
-            raise ValueError(f"groups: expected a divisor of channels = {channels}, got {groups}")
+        check_groups("groups", groups, channels)
+        if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool):
+            raise TypeError(f"offset_scale: expected a float, got {offset_scale!r}")
+        if not math.isfinite(offset_scale):
+            raise ValueError(f"offset_scale: expected a finite number, got {offset_scale}")
         self.channels, self.kernel_size, self.dilation, self.groups = channels, kernel_size, dilation, groups
         self.offset_scale = offset_scale
         made = dict(device=device, dtype=dtype)
@@ -196,11 +206,6 @@ class DCNv4(nn.Module):
         self.offset_mask = nn.Linear(channels, math.ceil(3 * groups * taps / 8) * 8, **made)
         self.value_proj = nn.Linear(channels, channels, **made) if pointwise else None
         self.output_proj = nn.Linear(channels, channels, bias=bias, **made) if pointwise else None
-        # The rows of `offset_mask` in the op's order: a group's offsets are 2 K rows, its weights the K that follow.
-        group = 3 * taps * torch.arange(groups).view(-1, 1, 1)
-        tap = torch.arange(taps).view(kernel_size, kernel_size).T.reshape(1, -1, 1)
-        offsets, weights = group + 2 * tap + torch.tensor([1, 0]), group + 2 * taps + tap
-        self.register_buffer("_rows", torch.cat([offsets.flatten(), weights.flatten()]).to(device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -214,12 +219,13 @@ class DCNv4(nn.Module):
                     nn.init.zeros_(projection.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
+        """[N, C, H, W] -> [N, C, H, W]. Raises TypeError or ValueError for another kind or shape."""
+        check_map("input", input, self.channels)
         value = input if self.value_proj is None else _project(input, self.value_proj.weight, self.value_proj.bias)
         seen = input if self.offset_mask_dw is None else self.offset_mask_dw(input)
         # Rows of the weight are put in order, not the channels of a picture.
-        linear = self.offset_mask
-        predicted = _project(seen, linear.weight[self._rows], linear.bias[self._rows])
+        linear, rows = self.offset_mask, self._rows(input.device)
+        predicted = _project(seen, linear.weight[rows], linear.bias[rows])
         count = predicted.shape[1] // 3
         offset, weights = predicted.split([2 * count, count], dim=1)
         if self.offset_scale != 1:
@@ -229,6 +235,14 @@ class DCNv4(nn.Module):
             dilation=self.dilation,
         )  # fmt: skip
         return result if self.output_proj is None else _project(result, self.output_proj.weight, self.output_proj.bias)
+
+    def _rows(self, device: torch.device) -> Tensor:
+        """The rows of `offset_mask` in the op's order: a group's offsets are 2 K rows, its weights the next K."""
+        taps = self.kernel_size**2
+        group = 3 * taps * torch.arange(self.groups, device=device).view(-1, 1, 1)
+        tap = torch.arange(taps, device=device).view(self.kernel_size, -1).T.reshape(1, -1, 1)
+        offsets = group + 2 * tap + torch.arange(1, -1, -1, device=device)
+        return torch.cat([offsets.flatten(), (group + 2 * taps + tap).flatten()])
 
     def _spread(self, offset: Tensor) -> Tensor:
         """[1, 2 * G * K, 1, 1]: how far `offset_scale` moves each tap from where the op has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import check_int
-from ..ops._common import check_features, in_rows, sites_of
+from ..ops._common import check_features, check_normalization, in_rows, sites_of
 from ..ops.dynamic_filter import dynamic_filter2d
-from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
 from .masked_conv import MaskedConv2d
 
@@ -58,8 +58,7 @@ class DynamicFilter2d(nn.Module):
         check_int("in_channels", in_channels)
         check_groups("groups", groups, in_channels)
         geometry = Geometry.of(kernel_size, stride, padding, dilation)
-        if (normalization or "none") not in NORMALIZATIONS:
-            raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
+        check_normalization(normalization)
         read = in_channels if guidance_channels is None else guidance_channels
         check_int("guidance_channels", read)
         hidden = read if hidden_channels is None else hidden_channels
@@ -298,7 +297,12 @@ class FilterNorm(nn.Module):
         check_int("kernel_size", kernel_size, 2)
         self.in_channels, self.kernel_size = in_channels, kernel_size
         entries = in_channels * kernel_size**2
-        std = nn.init.calculate_gain(nonlinearity) / kernel_size
+        try:
+            std = nn.init.calculate_gain(nonlinearity) / kernel_size
+        except ValueError:
+            raise ValueError(
+                f"nonlinearity: expected a name that torch.nn.init.calculate_gain knows, got {nonlinearity!r}"
+            ) from None
         self.std = nn.Parameter(torch.randn(entries, device=device, dtype=dtype) * std) if running_std else std
         self.mean = nn.Parameter(torch.randn(entries, device=device, dtype=dtype)) if running_mean else None
 
@@ -480,7 +484,7 @@ def _spatial_branch(channels, kernel_size, stride, nonlinearity, gen_kernel_size
 def _channel_branch(channels, kernel_size, nonlinearity, se_ratio, factory) -> nn.Sequential:
     if not isinstance(se_ratio, (int, float)) or isinstance(se_ratio, bool):
         raise TypeError(f"se_ratio: expected a float, got {se_ratio!r}")
-    middle = int(channels * se_ratio)
+    middle = int(channels * se_ratio) if math.isfinite(se_ratio) else 0
     if middle < 1:
         raise ValueError(f"se_ratio: expected at least one of the {channels} channels to remain, got {se_ratio}")
     return nn.Sequential(

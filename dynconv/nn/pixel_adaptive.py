@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import check_int
-from ..ops._common import autocast, in_rows
+from ..ops._common import autocast, check_operand, check_types, in_rows
 from ..ops.dynamic_filter import dynamic_filter2d
 from .dynamic_filter import check_map
 
@@ -43,6 +44,7 @@ def pac_kernel(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or value.
+        RuntimeError: for a second derivative: it is differentiable once.
     """
     check_map("guidance", guidance)
     geometry = _odd(Geometry.of(kernel_size, stride, padding, dilation))
@@ -71,6 +73,7 @@ class _Gaussian(torch.autograd.Function):
         return kernel
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         guidance, kernel = ctx.saved_tensors
         geometry, size = ctx.geometry, kernel.shape[2:]
@@ -115,8 +118,7 @@ class _Pac(nn.Module):
             geometry = self._geometry()
             taps = geometry.kernel[0] * geometry.kernel[1]
             wanted = (input.shape[0], taps, *geometry.output_size(*input.shape[2:]))
-            if not isinstance(kernel, Tensor):
-                raise TypeError(f"kernel: expected a tensor, got {type(kernel).__name__}")
+            check_operand("kernel", kernel, input)
             if kernel.shape != wanted:
                 raise ValueError(f"kernel: expected shape {list(wanted)}, got {list(kernel.shape)}")
         return kernel.to(input.dtype)
@@ -197,6 +199,7 @@ class PacConv2d(_Pac):
         check_map("input", input, self.in_channels)
         kernel = self._kernel(input, guidance, kernel)
         input, kernel, weight, bias = autocast(input, kernel, self.weight, self.bias)
+        check_types(input, weight=weight)
         if not self.shared_filters:
             return _weighed_products(input, kernel, weight, bias, self._geometry())
         result = dynamic_filter2d(

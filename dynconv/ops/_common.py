@@ -12,6 +12,7 @@ from torch import Tensor
 from .._backend import module, unwatched
 from .._geometry import Geometry, IntPair, Padding
 from ..packed import PackedFeatures
+from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
 
 ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
@@ -204,6 +205,14 @@ def once_differentiable(library: torch.library.Library, name: str) -> None:
     library.impl(f"{name}_backward", functools.partial(_Once.apply, name), "Autograd")
 
 
+def check_normalization(normalization: str | None) -> None:
+    """That an argument names a normalisation of filters, or is None."""
+    if normalization is not None and not isinstance(normalization, str):
+        raise TypeError(f"normalization: expected None or a str, got {normalization!r}")
+    if normalization == "none" or normalization not in (None, *NORMALIZATIONS):
+        raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
+
+
 def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -271,12 +280,15 @@ def placed(kernel_size, stride, padding, dilation) -> Geometry:
     return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), (0, 0), tuple(dilation))
 
 
-def autocast(*operands):
-    """What autocast does for F.conv2d: everything but float64 in its lower precision, packed rows as well."""
+def autocast(*operands, dtype: torch.dtype | None = None):
+    """What autocast does for F.conv2d: everything but float64 in its lower precision, packed rows as well.
+
+    Or, where it is on, in another `dtype`.
+    """
     kind = operands[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return operands
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = dtype or torch.get_autocast_dtype(kind)
 
     def cast(operand):
         if isinstance(operand, PackedFeatures):

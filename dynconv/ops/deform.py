@@ -9,13 +9,13 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import reference
 from .._backend import backend_for, module, unwatched
 from .._geometry import Geometry, IntPair, Padding
-from ..reference import NORMALIZATIONS
 from ._common import (
     allow_tf32,
     autocast,
     below_autograd,
     channels_last,
     check_map,
+    check_normalization,
     check_operand,
     check_types,
     in_rows,
@@ -34,6 +34,8 @@ _library.define(
     f"deform_conv2d_backward(Tensor grad, {_CONVOLUTION}, {_GEOMETRY}, bool[5] wanted) -> "
     "(Tensor input, Tensor offset, Tensor weight, Tensor bias, Tensor mask)"
 )
+_library.define("normalize_taps(Tensor weights, int taps, str normalization) -> Tensor")
+_library.define("normalize_taps_backward(Tensor grad, Tensor weights, int taps, str normalization) -> Tensor")
 _library.define(f"deform_aggregate2d({_AGGREGATION}, {_GEOMETRY}) -> Tensor")
 _library.define(
     f"deform_aggregate2d_backward(Tensor grad, {_AGGREGATION}, {_GEOMETRY}, bool[3] wanted) -> "
@@ -79,10 +81,13 @@ def _conv_backward(
             weight.new_empty(weight.shape[0]),
             mask if mask is None else _like(mask),
         )
-        return tuple(
+        grads = [
             torch.zeros_like(t) if want and t is not None else made
             for t, want, made in zip(like, wanted, grads, strict=True)
-        )
+        ]
+        if wanted[3]:  # an empty input can have sites, in its padding
+            grads[3] = _bias_grad(grad)
+        return tuple(grads)
     grad, input, offset, mask = in_rows(grad), in_rows(input), in_rows(offset), in_rows(mask)
     if backend == "triton":
         kernels, sizes = module(".kernels.deform"), _sizes(stride, padding, dilation) | {"allow_tf32": allow_tf32()}
@@ -93,7 +98,7 @@ def _conv_backward(
                 **sizes,
             )  # fmt: skip
         if wanted[3]:
-            found[3] = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+            found[3] = _bias_grad(grad)
         if wanted[2]:
             found[2] = kernels.conv_weight_grad(input, offset, mask, grad, weight, **sizes)
         return tuple(none if made is None else made for made, none in zip(found, grads, strict=True))
@@ -108,7 +113,7 @@ def _conv_backward(
         if wanted[2]:
             product.add_weight_grad(sampling.columns(begin, end), rows[begin:end])
         if wanted[0] or wanted[1] or wanted[4]:
-            columns = product.column_grads(rows[begin:end])
+            columns = product.column_grads(rows, begin, end)
             of = [grads[which] if wanted[which] else None for which in (1, 4)]
             sampling.grads(columns, begin, end, of_input, *of)
     if wanted[0]:
@@ -118,6 +123,10 @@ def _conv_backward(
     if wanted[3]:
         grads[3] = module(".cpu.deform").bias_grad(rows).to(weight.dtype)
     return tuple(grads)
+
+
+def _bias_grad(grad: Tensor) -> Tensor:
+    return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -168,6 +177,20 @@ def _aggregate_backward(
     return tuple(grads)
 
 
+def _normalize(weights: Tensor, taps: int, normalization: str) -> Tensor:
+    return module(".cpu.dynamic_filter").normalized(in_rows(weights), taps, normalization).to(weights.dtype)
+
+
+def _normalize_backward(grad: Tensor, weights: Tensor, taps: int, normalization: str) -> Tensor:
+    kernels, weights = module(".cpu.dynamic_filter"), in_rows(weights)
+    normalized = kernels.normalized(weights, taps, normalization)
+    grads = torch.empty_like(normalized).copy_(grad)
+    kernels.normalized_grad_(grads, normalized, weights, taps, normalization)
+    return grads.to(weights.dtype)
+
+
+_library.impl("normalize_taps", _normalize, "CPU")
+_library.impl("normalize_taps_backward", _normalize_backward, "CPU")
 for _key in ("CPU", "CUDA"):
     _library.impl("deform_conv2d", _conv_forward, _key)
     _library.impl("deform_conv2d_backward", _conv_backward, _key)
@@ -200,6 +223,30 @@ def _(input, offset, *rest):
 @torch.library.register_fake("dynconv::deform_aggregate2d_backward", lib=_library)
 def _(grad, *rest):
     return tuple(_like(t) if want else grad.new_empty(0) for t, want in zip(rest[:3], rest[-1]))
+
+
+@torch.library.register_fake("dynconv::normalize_taps", lib=_library)
+def _(weights, taps, normalization):
+    return _like(weights)
+
+
+@torch.library.register_fake("dynconv::normalize_taps_backward", lib=_library)
+def _(grad, weights, taps, normalization):
+    return _like(weights)
+
+
+class _NormalizeTaps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights, *options):
+        ctx.save_for_backward(weights)
+        ctx.options = options
+        return below_autograd("normalize_taps", _normalize, weights, *options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weights,) = ctx.saved_tensors
+        run = _normalize_backward if unwatched(grad, weights) else torch.ops.dynconv.normalize_taps_backward
+        return run(grad, weights, *ctx.options), None, None
 
 
 class _DeformConv2d(torch.autograd.Function):
@@ -235,8 +282,10 @@ class _DeformAggregate2d(torch.autograd.Function):
         return (*(r if want else None for r, want in zip(results, wanted)), *(None,) * len(ctx.geometry))
 
 
+_library.impl("normalize_taps", _NormalizeTaps.apply, "Autograd")
 _library.impl("deform_conv2d", _DeformConv2d.apply, "Autograd")
 _library.impl("deform_aggregate2d", _DeformAggregate2d.apply, "Autograd")
+once_differentiable(_library, "normalize_taps")
 once_differentiable(_library, "deform_conv2d")
 once_differentiable(_library, "deform_aggregate2d")
 
@@ -281,9 +330,11 @@ def deform_conv2d(
     gradient.
 
     float32, float64, float16 and bfloat16; half types accumulate in float32, and float32 on a GPU obeys the TF32 switch
-    of F.conv2d. Differentiable once, in all of its tensors. The input's gradient is a scatter, yet the same input gives
-    the same bits: on the CPU it is added up in a fixed order, on a GPU as integers, multiples of a power of two well
-    below the largest contribution's precision; there NaN or Inf in `grad`, `weight` or `mask` makes all of it NaN.
+    of F.conv2d. Under autocast all is float32 and the result of the input's type, as with torchvision: half types are
+    too coarse for positions. Differentiable once, in all of its tensors. The input's gradient is a scatter, yet the
+    same input gives the same bits: on the CPU it is added up in a fixed order, on a GPU as integers, multiples of a
+    power of two well below the largest contribution's precision; there NaN or Inf in `grad`, `weight` or `mask` makes
+    all of it NaN.
 
     Args:
         input: [N, C, H, W]; channels_last is the fast path, as for offset and mask.
@@ -316,14 +367,15 @@ def deform_conv2d(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     _check_scales("mask", mask, offset)
-    input, offset, weight, bias, mask = autocast(input, offset, weight, bias, mask)
+    dtype = input.dtype
+    input, offset, weight, bias, mask = autocast(input, offset, weight, bias, mask, dtype=torch.float32)
     check_types(input, offset=offset, weight=weight, bias=bias, mask=mask)
     backend = backend_for(input.device)
     where = (geometry.stride, geometry.padding, geometry.dilation)
     if backend == "reference":
-        return reference.deform_conv2d(input, offset, weight, bias, *where, mask)
+        return reference.deform_conv2d(input, offset, weight, bias, *where, mask).to(dtype)
     run = _conv_forward if unwatched(input, offset, weight, bias, mask) else torch.ops.dynconv.deform_conv2d
-    return run(input, offset, weight, bias, mask, *where, backend)
+    return run(input, offset, weight, bias, mask, *where, backend).to(dtype)
 
 
 def deform_aggregate2d(
@@ -365,20 +417,30 @@ def deform_aggregate2d(
     check_operand("offset", offset, input)
     check_operand("weights", weights, input)
     geometry = _check_offset(input, offset, kernel_size, stride, padding, dilation)
-    if normalization not in (None, *NORMALIZATIONS) or normalization == "none":
-        raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
+    check_normalization(normalization)
     _check_scales("weights", weights, offset)
-    input, offset, weights = autocast(input, offset, weights)
+    dtype = input.dtype
+    input, offset, weights = autocast(input, offset, weights, dtype=torch.float32)
     check_types(input, offset=offset, weights=weights)
-    # Steps of their own: beside four times as many reads of the input, a pass over the weights is little.
-    weights = reference.normalised(weights, geometry.kernel[0] * geometry.kernel[1], normalization)
     backend = backend_for(input.device)
+    weights = _normalized(weights, geometry.kernel[0] * geometry.kernel[1], normalization, backend)
     where = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
     if backend == "reference":
         names = ("kernel_size", "stride", "padding", "dilation")
-        return reference.deform_aggregate2d(input, offset, weights, **dict(zip(names, where)))
+        return reference.deform_aggregate2d(input, offset, weights, **dict(zip(names, where))).to(dtype)
     run = _aggregate_forward if unwatched(input, offset, weights) else torch.ops.dynconv.deform_aggregate2d
-    return run(input, offset, weights, *where, backend)
+    return run(input, offset, weights, *where, backend).to(dtype)
+
+
+def _normalized(weights: Tensor, taps: int, normalization: str | None, backend: str) -> Tensor:
+    """A step of its own: beside four times as many reads of the input, a pass over the weights is little."""
+    if normalization is None or weights.numel() == 0:
+        return weights
+    if backend != "cpu":
+        return reference.normalised(weights, taps, normalization)
+    # Not PyTorch's: on the CPU its bits depend on where its threads begin.
+    run = _normalize if unwatched(weights) else torch.ops.dynconv.normalize_taps
+    return run(weights, taps, normalization)
 
 
 def _check_offset(input, offset, kernel_size, stride, padding, dilation) -> Geometry:
@@ -393,6 +455,9 @@ def _check_offset(input, offset, kernel_size, stride, padding, dilation) -> Geom
         raise ValueError(
             f"offset: expected G * {2 * taps} channels for a G that divides C = {input.shape[1]}, got {offset.shape[1]}"
         )
+    for name, sizes in (("input", input.shape), ("offset", offset.shape)):
+        if sizes[0] * sizes[2] * sizes[3] >= 2**31:
+            raise ValueError(f"{name}: expected fewer than 2^31 pixels, got {sizes[0]} x {list(sizes[2:])}")
     return geometry
 
 

@@ -11,13 +11,13 @@ from .. import reference
 from .._backend import backend_for, module, unwatched
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import check_int
-from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
 from ._common import (
     autocast,
     below_autograd,
     channels_last,
     check_map,
+    check_normalization,
     check_operand,
     check_types,
     in_rows,
@@ -239,9 +239,7 @@ def dynamic_filter2d(
         ValueError: an argument of the wrong shape, value or device.
     """
     geometry, size = _check(input, filters, channel_filters, kernel_size, stride, padding, dilation, scale_factor)
-    normalization = "none" if normalization is None else normalization
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization: expected None, softmax, sigmoid or l2, got {normalization!r}")
+    check_normalization(normalization)
     input, filters, channel_filters = autocast(input, filters, channel_filters)
     check_types(input, filters=filters, channel_filters=channel_filters)
     sites = None if mask is None else sites_of(mask, (input.shape[0], *size), input)
@@ -249,14 +247,14 @@ def dynamic_filter2d(
     if backend == "reference":
         return reference.dynamic_filter2d(
             input, filters, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
-            scale_factor=scale_factor, normalization=None if normalization == "none" else normalization,
+            scale_factor=scale_factor, normalization=normalization,
             channel_filters=channel_filters, mask=sites,
         )  # fmt: skip
     listed = [] if sites is None else [sites.mask, sites.index, sites.count]
     run = _forward if unwatched(input, filters, channel_filters) else torch.ops.dynconv.dynamic_filter2d
     result = run(
         input, filters, channel_filters, listed, size, geometry.kernel, geometry.stride, geometry.padding,
-        geometry.dilation, scale_factor, normalization, backend,
+        geometry.dilation, scale_factor, normalization or "none", backend,
     )  # fmt: skip
     if sites is not None and sites.gate is not None:
         # At the skipped sites both factors are zero.
