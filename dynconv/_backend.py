@@ -71,6 +71,7 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
             type(tensor) not in (torch.Tensor, torch.nn.Parameter)
             or (is_grad_enabled and tensor.requires_grad)
             or not (tensor.is_cpu or tensor.is_cuda)
+            or tensor.is_neg()  # a view that the dispatcher would resolve
         ):
             return False
     return True

@@ -94,6 +94,7 @@ def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
     tensor = features.rows if isinstance(features, PackedFeatures) else features
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor or PackedFeatures, got {type(tensor).__name__}")
+    _check_layout(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
     if isinstance(features, PackedFeatures):
@@ -112,10 +113,17 @@ def check_operand(name: str, operand: Tensor, input: Tensor) -> None:
     """That an argument is a floating tensor beside the input."""
     if not isinstance(operand, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+    _check_layout(name, operand)
     if operand.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
     if operand.device != input.device:
         raise ValueError(f"{name}: expected a tensor on {input.device}, where the input is, got {operand.device}")
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: expected a strided tensor, got {layout}")
 
 
 def check_map(input: Tensor) -> None:
