@@ -79,7 +79,7 @@ def filters(record: dict) -> list[str]:
         if not call:
             continue
         taps = f"{call['tapped_ratio']:.1f}×" if call["tapped_ratio"] else ""
-        cells = [f"{mean['ratio']:.1f}× ({mean['bandwidth_share']:.0%})" if mean else "" for mean in (call, both)]
+        cells = [f"{mean['ratio']:.1f}× ({mean['of_floor']:.0%})" if mean else "" for mean in (call, both)]
         lines.append(f"| {title} | `F.{idiom}` | {cells[0]} | {taps} | {cells[1]} |")
     return lines
 
@@ -92,8 +92,8 @@ def filter_section(path: Path, folder: str) -> list[str]:
     return [
         "",
         "Filters of pixels, times faster than PyTorch's usual idiom on contiguous tensors; in brackets the share of",
-        f"the speed of a copy ({record['copy_bytes_per_ms'] / 1e6:.0f} GB/s, read and written), operands and results",
-        f"counted once each ([every layer]({folder}/filters.json)):",
+        f"the floor, operands and results moved once at {record['ceilings']['copy'] / 1e9:.0f} GB/s, which is what a",
+        f"copy reaches ([every layer]({folder}/filters.json)):",
         "",
         *filters(record),
     ]

@@ -1,7 +1,7 @@
 """dynconv: sparse-compute ops that make the sparsity of dynamic networks real wall-clock speedup."""
 
 from . import _source_tree as _source_tree  # first: makes dynconv.kernels importable from a source tree
-from . import gating, nn, reference
+from . import gating, nn, reference, roofline
 from ._backend import backend
 from ._version import __version__
 from .calibration import calibrate, calibration_file, execution, explain
@@ -37,4 +37,5 @@ __all__ = [
     "pack",
     "ponder_map",
     "reference",
+    "roofline",
 ]

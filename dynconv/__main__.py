@@ -1,4 +1,4 @@
-"""python -m dynconv verify | bench | demo"""
+"""python -m dynconv verify | bench | roofline | demo"""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from .calibration import execution
-from .cli import bench, demo, verify
+from .cli import bench, demo, roofline, verify
 
 COMMANDS = {
     "verify": (verify, "compare every op with its dense reference on this machine"),
     "bench": (bench, "time dense against dynconv on published layers"),
+    "roofline": (roofline, "say what the published layers cannot be faster than, here or on a named GPU"),
     "demo": (demo, "run photos and digits through networks that compute only what matters, or what changed"),
 }
 

@@ -21,6 +21,7 @@ from dynconv.cli import bench, bounds, chains, deform, demo, digits, extra, filt
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
 from dynconv.cli.layers import FILTERS, LAYERS, Block, Filter, Layer, Width, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
+from dynconv.roofline import Device
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Layer("tiny", 12, 10, 8, 16, 3)
@@ -547,6 +548,15 @@ def test_bench_checks_half_types(dtype):
     assert [row.failure for row in rows] == [None] * 3
 
 
+# Ceilings that are not measured anew for every test.
+CEILINGS = Device("tiny", 1e9, {"float32": 1e15}, {"float32": 1e15}, 0, "cpu", ("copy", "products"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_ceilings(monkeypatch):
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *options: CEILINGS)
+
+
 PIXELS = {
     "groups": Filter("tiny", 6, 5, 8, 3, 2, groups=2),
     "channel filters": Filter("tiny", 5, 6, 6, 3, 2, channel_filters=True),
@@ -557,15 +567,19 @@ PIXELS = {
 
 @pytest.mark.parametrize("layer", PIXELS.values(), ids=PIXELS)
 def test_bench_checks_and_times_filters(layer):
-    rows = list(filters.measure_filters(layer, bench.MODES, 1e6, repeats=1, seconds=0))
+    rows = list(filters.measure_filters(layer, bench.MODES, CEILINGS, repeats=1, seconds=0))
     assert [(row.mode, row.failure) for row in rows] == [("plain", None), ("backward", None)]
     n, c, (h, w) = layer.batch, layer.channels, layer.size
     operands = n * c * layer.height * layer.width + (3 if layer.offsets else 1) * n * layer.groups * layer.taps * h * w
     operands += n * c * layer.taps * layer.channel_filters
-    assert [row.floor_bytes for row in rows] == [4 * (operands + n * c * h * w), 4 * (3 * operands + 2 * n * c * h * w)]
+    assert [row.estimate.bytes for row in rows] == [
+        4 * (operands + n * c * h * w),
+        4 * (3 * operands + 2 * n * c * h * w),
+    ]
     for row in rows:
         assert row.ratio == pytest.approx(row.idiom.median / row.dynconv.median)
-        assert row.bandwidth_share == pytest.approx(row.floor_bytes / 1e6 / row.dynconv.median)
+        assert row.estimate.limit == "bytes"
+        assert row.of_floor == pytest.approx(row.estimate.bytes / 1e6 / row.dynconv.median)
         assert (row.tapped_ratio is None) == layer.offsets
     # What is returned, and the columns of the idiom on top: taps times the input.
     assert rows[0].memory >= 4 * n * c * h * w
@@ -588,7 +602,7 @@ def test_the_idioms_beside_filters_are_right(layer, mode):
 def test_bench_sees_wrong_filters(monkeypatch, mode, op, layer):
     right = getattr(dynconv, op)
     monkeypatch.setattr(dynconv, op, lambda *operands, **options: right(*operands, **options) * 1.001)
-    (row,) = filters.measure_filters(PIXELS[layer], [mode], 1e6, repeats=1)
+    (row,) = filters.measure_filters(PIXELS[layer], [mode], CEILINGS, repeats=1)
     assert row.failure.startswith("wrong result")
     assert row.ratio is None
 
@@ -598,15 +612,14 @@ def test_bench_leaves_out_an_idiom_that_pytorch_does_not_have(monkeypatch):
         raise NotImplementedError("no kernel for that type")
 
     monkeypatch.setattr(filters, "sampled", refuse)
-    (row,) = filters.measure_filters(PIXELS["offsets"], ["plain"], 1e6, repeats=1)
+    (row,) = filters.measure_filters(PIXELS["offsets"], ["plain"], CEILINGS, repeats=1)
     assert (row.failure, row.idiom, row.ratio, row.idiom_memory) == (None, None, None, None)
     assert row.dynconv.median > 0
-    filters.print_filters([row], filters.summarise_filters([row]), 1e6)
+    filters.print_filters([row], filters.summarise_filters([row]), CEILINGS)
 
 
 def test_bench_writes_filters(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(FILTERS, "involution", (PIXELS["groups"], PIXELS["upsampling"]))
-    monkeypatch.setattr(bench, "copy_speed", lambda device: 1e6)
     results, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     command = ["bench", "--quick", "--repeats", "3", "--shapes", "involution", "--json", str(results)]
     assert main([*command, "--plot", str(plot)]) == 0

@@ -1,4 +1,4 @@
-"""What `python -m dynconv` runs: verify, bench and demo.
+"""What `python -m dynconv` runs: verify, bench, roofline and demo.
 
 Nothing of the package imports this. Tables, plots and the photo need the extra `bench`; each command loads what
 it uses when it runs.

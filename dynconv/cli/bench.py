@@ -18,11 +18,14 @@ from torch import Tensor
 import dynconv
 
 from .._timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
+from ..roofline import Device
+from ..roofline import measure as measure_ceilings
 from . import console, extra, table
 from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge, worst_of
 from .environment import environment, write_json
-from .filters import FilterRow, copy_speed, measure_filters, print_filters, summarise_filters
+from .filters import FilterRow, measure_filters, print_filters, summarise_filters
+from .floors import Estimate, estimate, together
 from .gathered import WidthBench, WidthCheck
 from .layers import FILTERS, LAYERS, MASKS, POSE_DENSITIES, Block, Filter, Layer, Width, modes_of
 
@@ -55,6 +58,7 @@ class Row:
     masked_dense: Timing | None = None
     compiled: Timing | None = None
     sliced: Timing | None = None  # of a layer of dynamic width: a sample after the other
+    estimate: Estimate | None = None
     kind: str = "layer"  # or "block" or "width"
 
     @property
@@ -75,9 +79,15 @@ class Row:
         """The part of the ideal that is reached."""
         return None if self.ratio is None else self.ratio / self.ideal
 
+    @property
+    def of_floor(self) -> float | None:
+        """The least time that the device allows, over the time taken; above 1 where data stay in a cache."""
+        return None if self.sparse is None or self.estimate is None else self.estimate.floor_ms / self.sparse.median
+
     def record(self) -> dict:
         """For JSON."""
-        return asdict(self) | {"ratio": self.ratio, "ideal": self.ideal, "share": self.share}
+        derived = ("ratio", "ideal", "share", "of_floor")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 class Bench:
@@ -211,8 +221,11 @@ def measure(
     seconds: float = 1.0,
     baselines: bool = False,
     automatic: bool = False,
+    ceilings: Device | None = None,
 ) -> Iterator[Row]:
     """Check and time one layer: a row for each density and mode. A row whose check fails carries no time.
+
+    With the device's `ceilings` a row has its floor.
 
     `automatic` lets each call choose between dense and sparse, by a calibration made first and not stored.
     """
@@ -232,6 +245,7 @@ def measure(
             rows[mode] = Row(
                 layer.family, layer.name, layer.kernel, mode, batch, asked, density, verdict, bench.work(mask), failure,
                 kind=_KINDS[type(layer)][0],
+                estimate=ceilings and estimate(layer, mask, mode, batch, dtype, ceilings),
             )  # fmt: skip
         sound = [mode for mode, row in rows.items() if row.failure is None]
         timings = _timed(bench, mask, sound, repeats, seconds, compiled)
@@ -256,7 +270,14 @@ def _each_once(bench: Bench, mask: Tensor, modes: Sequence[str]) -> None:
 
 
 def measure_pose(
-    batch: int, dtype: torch.dtype, device: str, masks: str, repeats: int, seconds: float, automatic: bool = False
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    masks: str,
+    repeats: int,
+    seconds: float,
+    automatic: bool = False,
+    ceilings: Device | None = None,
 ) -> Row:
     """Check and time DynConv's pose network, all its blocks in one call."""
     bench = PoseBench(batch, dtype, device, masks)
@@ -269,6 +290,9 @@ def measure_pose(
     row = Row(
         "dynconv-pose", bench.name, 0, "plain", batch, asked, bench.density, verdict, bench.work, failure, kind="block"
     )  # fmt: skip
+    if ceilings is not None:
+        each = [estimate(block.layer, mask, "plain", batch, dtype, ceilings) for block, mask in bench.blocks]
+        row.estimate = together(each)
     if failure is None:
         calls = {"dense": bench.dense, "plain": bench.sparse, "compaction": bench.compaction}
         with torch.no_grad():
@@ -401,7 +425,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", metavar="TEXT", help="only the layers whose name contains this, e.g. 3x3")
     parser.add_argument(
-        "--density", nargs="+", type=_density, default=DENSITIES, metavar="D", help="of layers without published ones"
+        "--density",
+        nargs="+",
+        type=density_argument,
+        default=DENSITIES,
+        metavar="D",
+        help="of layers without published ones",
     )
     parser.add_argument("--masks", choices=tuple(MASKS), default="blob")
     parser.add_argument(
@@ -422,7 +451,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling", metavar="FILE", help="also time and memory against the active sites, as a picture")
 
 
-def _density(text: str) -> float:
+def density_argument(text: str) -> float:
+    """A density from the command line."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a density above 0 and at most 1, got {text}")
@@ -466,6 +496,7 @@ def main(arguments: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     record = {"environment": environment(arguments.device) | {"malloc_keeps_freed_memory": keeps_memory}}
     begin = time.perf_counter()
+    ceilings = measure_ceilings(arguments.device, [getattr(torch, arguments.dtype)], min(1.0, 2 * seconds))
     rows: list[Row] = []
     progress = extra("rich.progress")
     with (
@@ -487,6 +518,7 @@ def main(arguments: argparse.Namespace) -> int:
                 layer, layer.densities or densities, arguments.modes, batch=batch,
                 dtype=getattr(torch, arguments.dtype), device=arguments.device, masks=arguments.masks,
                 repeats=repeats, seconds=seconds, baselines=arguments.baselines, automatic=arguments.automatic,
+                ceilings=ceilings,
             ):  # fmt: skip
                 rows.append(row)
                 bar.advance(task, _cost(layer) / len(arguments.modes))
@@ -495,14 +527,15 @@ def main(arguments: argparse.Namespace) -> int:
             bar.update(task, description=f"dynconv-pose {PoseBench.name}")
             dtype = getattr(torch, arguments.dtype)
             rows.append(
-                measure_pose(32, dtype, arguments.device, arguments.masks, repeats, seconds, arguments.automatic)
+                measure_pose(
+                    32, dtype, arguments.device, arguments.masks, repeats, seconds, arguments.automatic, ceilings
+                )
             )
-        speed = copy_speed(arguments.device) if filters else None
         filter_rows: list[FilterRow] = []
         for layer in filters:
             bar.update(task, description=f"{layer.family} {layer.name}")
             filter_rows += measure_filters(
-                layer, arguments.modes, speed, dtype=getattr(torch, arguments.dtype), device=arguments.device,
+                layer, arguments.modes, ceilings, dtype=getattr(torch, arguments.dtype), device=arguments.device,
                 repeats=repeats, seconds=seconds,
             )  # fmt: skip
             bar.advance(task, _filter_cost(layer))
@@ -510,8 +543,8 @@ def main(arguments: argparse.Namespace) -> int:
     if rows:
         _print(rows, summary, arguments)
     if filter_rows:
-        print_filters(filter_rows, summary["means_filters"], speed)
-    _print_closing([*rows, *filter_rows], arguments, record["environment"])
+        print_filters(filter_rows, summary["means_filters"], ceilings)
+    _print_closing([*rows, *filter_rows], arguments, record["environment"], ceilings)
     options = {
         "automatic": arguments.automatic,
         "dtype": arguments.dtype,
@@ -521,7 +554,7 @@ def main(arguments: argparse.Namespace) -> int:
     }
     record |= options | {"elapsed_s": round(time.perf_counter() - begin, 1)}
     record |= {"rows": [row.record() for row in rows], "summary": summary}
-    record |= {"filters": [row.record() for row in filter_rows], "copy_bytes_per_ms": speed}
+    record |= {"filters": [row.record() for row in filter_rows], "ceilings": ceilings.record()}
     if arguments.plot:
         from .plots import plot_filters, plot_rows
 
@@ -555,8 +588,15 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
         baselines = "|conv2d·mask|compiled" if arguments.baselines and mode == "plain" else ""
         if any(row.sliced for row in rows if row.mode == mode):
             baselines += "|sample by sample"
-        columns = "<family|<layer|batch|density|dense ms [20-80 %]|dynconv ms [20-80 %]|ratio|ideal|share|compaction ms"
-        caption = "~: the 80 % quantile of a time is more than 1.3 times its 20 % quantile"
+        columns = (
+            "<family|<layer|batch|density|dense ms [20-80 %]|dynconv ms [20-80 %]|ratio|ideal|share|predicted|floor ms|"
+            "of floor|compaction ms"
+        )
+        caption = (
+            "ideal: what the FLOPs allow; share: reached of it, predicted: what bytes and tiles leave of it. floor: "
+            "the least time at this machine's ceilings, by bytes (b) or FLOPs (f). ~: the 80 % quantile of a time is "
+            "more than 1.3 times its 20 % quantile"
+        )
         shown = table(f"\n{mode}: {CAPTIONS[mode]}", columns + baselines, caption)
         previous = None
         for row in (row for row in rows if row.mode == mode):
@@ -570,7 +610,10 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
             style = "green" if row.ratio > 1 else "yellow"
             noisy = "~" if row.dense.is_noisy or row.sparse.is_noisy else ""
             cells += [str(row.dense), str(row.sparse), f"[{style}]{noisy}{row.ratio:.2f}x", f"{row.ideal:.2f}x"]
-            cells += [f"{row.share:.0%}", f"{row.compaction.median:.3f}"]
+            floor = row.estimate
+            cells += [f"{row.share:.0%}", "" if floor.predicted is None else f"{floor.predicted:.0%}"]
+            cells += [str(floor), f"{row.of_floor:.0%}"]
+            cells += [f"{row.compaction.median:.3f}"]
             cells += [f"{timing.median:.2f}" for timing in (row.masked_dense, row.compiled) if timing]
             if row.sliced:
                 missing = len(shown.columns) - len(cells) - 1
@@ -606,12 +649,16 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
             out.print(f"automatic: calls choose dense or sparse by a calibration; the slowest is {text}")
 
 
-def _print_closing(rows: Sequence[Row | FilterRow], arguments: argparse.Namespace, machine: dict) -> None:
+def _print_closing(
+    rows: Sequence[Row | FilterRow], arguments: argparse.Namespace, machine: dict, ceilings: Device
+) -> None:
     """Where and how it was measured, and what went wrong."""
     out = console()
     where = machine["device"] if arguments.device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     software = f"torch {machine['torch']}, dynconv {machine['dynconv']} ({machine['commit'] or 'no commit'})"
     out.print(f"{where}; {arguments.dtype}; {software}")
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in ceilings.products.items())
+    out.print(f"ceilings, measured: {ceilings.copy / 1e9:,.1f} GB/s read and written by a copy; products {rates}")
     if arguments.device == "cuda":
         out.print("GPU time of calls queued ahead of the GPU, as in a CUDA graph; Python's own time is not in it")
     if arguments.device == "cpu":

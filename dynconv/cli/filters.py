@@ -17,9 +17,11 @@ from .._geometry import Geometry
 from .._masks import blob_mask
 from .._timing import Timing, input_sets, take_turns
 from ..reference import NORMALIZATIONS
+from ..roofline import Device
 from . import console, table
 from .bounds import Arithmetic, Bounded, Verdict, arithmetic, judge, worst_of
 from .deform import bounded_aggregate, random_offsets, sampled
+from .floors import Estimate, estimate
 from .layers import Filter
 
 MODES = ("plain", "backward")
@@ -30,8 +32,7 @@ LEAST = 3  # samples of each call, at least: some idioms take seconds
 class FilterRow:
     """One layer in one mode. Times are in milliseconds; None where the result was wrong.
 
-    `floor_ms` is what reading every operand and writing every result once takes at the speed of a copy. The memory is
-    the most that PyTorch's allocator holds in a call beyond its operands: what a call returns is in it.
+    The memory is the most that PyTorch's allocator holds in a call beyond its operands: what a call returns is in it.
     """
 
     family: str
@@ -39,12 +40,11 @@ class FilterRow:
     mode: str
     batch: int
     check: Verdict
+    estimate: Estimate
     failure: str | None = None
     idiom: Timing | None = None
     tapped: Timing | None = None
     dynconv: Timing | None = None
-    floor_bytes: int = 0
-    floor_ms: float = 0.0
     idiom_memory: int | None = None
     memory: int | None = None
 
@@ -59,13 +59,13 @@ class FilterRow:
         return self.tapped.median / self.dynconv.median if self.tapped and self.dynconv else None
 
     @property
-    def bandwidth_share(self) -> float | None:
-        """Of the speed of a copy, over the bytes that have to be moved. Above 1 where they stay in a cache."""
-        return self.floor_ms / self.dynconv.median if self.dynconv else None
+    def of_floor(self) -> float | None:
+        """The least time that the device allows, over the time taken; above 1 where data stay in a cache."""
+        return self.estimate.floor_ms / self.dynconv.median if self.dynconv else None
 
     def record(self) -> dict:
         """For JSON."""
-        derived = ("ratio", "tapped_ratio", "bandwidth_share")
+        derived = ("ratio", "tapped_ratio", "of_floor")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -110,10 +110,7 @@ class FilterBench:
         if layer.channel_filters:
             shapes.append((batch, c, layer.kernel, layer.kernel))
         out = (batch, c, height, width)
-        self.operand_bytes, self.out_bytes = (
-            torch.finfo(dtype).bits // 8 * sum(map(math.prod, some)) for some in (shapes, [out])
-        )
-        self.sets = input_sets(device, self.operand_bytes + self.out_bytes)
+        self.sets = input_sets(device, dtype.itemsize * sum(map(math.prod, [*shapes, out])))
         self.operands = [[self._tensor(*shape) for shape in shapes] for _ in range(self.sets)]
         if layer.offsets:
             for some in self.operands:
@@ -165,11 +162,6 @@ class FilterBench:
         """Forward, and the gradients of all operands."""
         leaves = [operand.detach().requires_grad_() for operand in operands]
         return torch.autograd.grad(operation(*leaves), leaves, grad)
-
-    def floor_bytes(self, mode: str) -> int:
-        """Every operand read and every result written once; the backward reads the operands again, and a gradient."""
-        forward = self.operand_bytes + self.out_bytes
-        return forward if mode == "plain" else 2 * forward + self.operand_bytes
 
 
 class FilterCheck:
@@ -274,18 +266,10 @@ def filter_sums(
     return None, of_input, of_weights.view(g, k * k, h * s, w * s), of_channel
 
 
-def copy_speed(device: str) -> float:
-    """Bytes a millisecond, read and written, of a copy too large for a cache."""
-    source = torch.ones(2**25 if device == "cpu" else 2**28, device=device)
-    target = torch.empty_like(source)
-    taken = take_turns({"copy": lambda number: target.copy_(source)}, device, 10, 1.0)["copy"]
-    return 2 * source.numel() * source.element_size() / taken.median
-
-
 def measure_filters(
     layer: Filter,
     modes: Sequence[str],
-    speed: float,
+    ceilings: Device,
     *,
     batch: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -293,7 +277,7 @@ def measure_filters(
     repeats: int = 25,
     seconds: float = 1.0,
 ) -> Iterator[FilterRow]:
-    """Check and time one layer: a row for each of the modes "plain" and "backward". `speed`: of a copy."""
+    """Check and time one layer: a row for each of the modes "plain" and "backward"."""
     from .scaling import peak_extra_bytes  # which imports bench
 
     batch = batch or layer.batch_on(device)
@@ -307,8 +291,8 @@ def measure_filters(
             failure = None if verdict.passed else f"wrong result: {verdict}"
         except Exception as error:
             verdict, failure = Verdict(math.inf, 0.0, math.inf, False), f"{type(error).__name__}: {error}"
-        row = FilterRow(layer.family, layer.name, mode, batch, verdict, failure, floor_bytes=bench.floor_bytes(mode))
-        row.floor_ms = row.floor_bytes / speed
+        floor = estimate(layer, None, mode, batch, dtype, ceilings)
+        row = FilterRow(layer.family, layer.name, mode, batch, verdict, floor, failure)
         if failure is None:
             calls = {name: call for name, call in bench.calls(mode).items() if name == "dynconv" or _runs(call)}
             taken = take_turns(calls, device, repeats, seconds, bench.sets, LEAST)
@@ -336,7 +320,7 @@ def summarise_filters(rows: Sequence[FilterRow]) -> list[dict]:
         group = [row for row in rows if (row.family, row.mode) == (family, mode) and row.ratio is not None]
         if group:
             mean = {"family": family, "mode": mode, "layers": len(group)}
-            for name in ("ratio", "tapped_ratio", "bandwidth_share"):
+            for name in ("ratio", "tapped_ratio", "of_floor"):
                 values = [getattr(row, name) for row in group if getattr(row, name) is not None]
                 mean[name] = geometric_mean(values) if values else None
             means.append(mean)
@@ -346,18 +330,18 @@ def summarise_filters(rows: Sequence[FilterRow]) -> list[dict]:
 CAPTIONS = {"plain": "the call", "backward": "forward, and the gradients of all operands"}
 
 
-def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], speed: float) -> None:
+def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], ceilings: Device) -> None:
     """A table for each mode, and the means."""
     out = console()
     for mode in dict.fromkeys(row.mode for row in rows):
         shown = table(
             f"\nfilters of pixels, {mode}: {CAPTIONS[mode]}",
-            "<family|<layer|batch|idiom ms|taps ms|dynconv ms [20-80 %]|ratio|to taps|floor ms|of a copy|"
+            "<family|<layer|batch|idiom ms|taps ms|dynconv ms [20-80 %]|ratio|to taps|floor ms|of floor|"
             "idiom MiB|dynconv MiB",
             "idiom: F.unfold, or F.grid_sample for offsets, times the filters, summed. taps: a loop of addcmul_. "
-            "floor: operands and results once at the speed of a copy, here "
-            f"{speed / 1e6:.1f} GB/s read and written; of a copy: the share of that speed. MiB: the most that "
-            "PyTorch's allocator holds in a call beyond the operands, its results included. ~: the 80 % quantile of a "
+            "floor: the least time at this machine's ceilings, by bytes (b) or FLOPs (f): operands and results once at "
+            f"the speed of a copy, {ceilings.copy / 1e9:.1f} GB/s read and written. MiB: the most that PyTorch's "
+            "allocator holds in a call beyond the operands, its results included. ~: the 80 % quantile of a "
             "time is more than 1.3 times its 20 % quantile",
         )
         for row in (row for row in rows if row.mode == mode):
@@ -373,18 +357,19 @@ def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], speed: float
             shown.add_row(
                 *cells, number(row.idiom and row.idiom.median, ".2f"), number(row.tapped and row.tapped.median, ".2f"),
                 str(row.dynconv), f"[{style}]{noisy}{number(row.ratio, '.2f')}x" if row.ratio else "",
-                f"{row.tapped_ratio:.2f}x" if row.tapped else "", f"{row.floor_ms:.3f}", f"{row.bandwidth_share:.0%}",
+                f"{row.tapped_ratio:.2f}x" if row.tapped else "", str(row.estimate),
+                f"{row.of_floor:.0%}",
                 mib(row.idiom_memory), mib(row.memory),
             )  # fmt: skip
         out.print(shown)
     if not means:
         return
-    shown = table("\ngeometric means over the layers of a family", "<family|<mode|layers|ratio|to taps|of a copy")
+    shown = table("\ngeometric means over the layers of a family", "<family|<mode|layers|ratio|to taps|of floor")
     for mean in means:
         to_taps = "" if mean["tapped_ratio"] is None else f"{mean['tapped_ratio']:.2f}x"
         shown.add_row(
             mean["family"], mean["mode"], str(mean["layers"]), f"{mean['ratio']:.2f}x", to_taps,
-            f"{mean['bandwidth_share']:.0%}",
+            f"{mean['of_floor']:.0%}",
         )  # fmt: skip
     out.print(shown)
 

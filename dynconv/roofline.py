@@ -1,0 +1,430 @@
+"""What a call cannot be faster than: its FLOPs and its fewest bytes, over the ceilings of a device.
+
+The roofline model (Williams, Waterman and Patterson, CACM 2009): a call takes at least the time of its multiplications
+and additions at the device's rate, and at least that of moving every operand and every result once. `Work` is what a
+call has to do, a function for each op; a `Device` has the ceilings, measured here or from a data sheet; `floor` is the
+quotient. `Tiles` says how much of what a kernel computes is asked for: a tile is computed as a whole, and a wave of
+them lasts as long as its last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import module
+from ._geometry import Geometry, IntPair, Padding
+from ._timing import cpu_model, take_turns
+from .channels import ActiveChannels
+from .sites import ActiveSites
+
+MODES = ("plain", "in-place", "backward")
+
+
+class Work(NamedTuple):
+    """What a call has to do at least.
+
+    flops: a multiplication and an addition are two. bytes: every operand read and every result written once.
+    is_product: whether they are matrix products, which have units of their own on a GPU.
+    """
+
+    flops: int
+    bytes: int
+    is_product: bool = True
+
+    def plus(self, other: Work) -> Work:
+        """The work of two calls."""
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.is_product and other.is_product)
+
+
+class Floor(NamedTuple):
+    """The least time of a call, in seconds, and what sets it: "bytes" or "FLOPs"."""
+
+    seconds: float
+    limit: str
+
+
+class Tiles(NamedTuple):
+    """How much of what the tiles of a call compute is asked for, each in 0..1.
+
+    filled: the elements asked for, of those in tiles. waves: the tiles, of those in whole waves over the device.
+    """
+
+    filled: float = 1.0
+    waves: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """Of both."""
+        return self.filled * self.waves
+
+
+FULL = Tiles()
+
+
+@dataclass(frozen=True)
+class Device:
+    """The ceilings of a device.
+
+    Attributes:
+        name: as a person knows it.
+        copy: bytes a second, read and written, of a copy larger than any cache.
+        products: FLOP/s of a matrix product for each precision: "float64", "float32", "tf32", "float16", "bfloat16".
+        arithmetic: the same of multiply-adds elsewhere; missing where nobody knows.
+        multiprocessors: that take tiles; 0 for a CPU, whose threads take them one by one.
+        architecture: the row of the kernels' tables of tiles; "cpu" for a CPU.
+        measured: which of "copy", "products" and "arithmetic" were measured; the others are a data sheet's.
+    """
+
+    name: str
+    copy: float
+    products: Mapping[str, float]
+    arithmetic: Mapping[str, float]
+    multiprocessors: int
+    architecture: str
+    measured: tuple[str, ...] = ()
+
+    def record(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def floor(self, work: Work, dtype: torch.dtype, tiles: Tiles = FULL) -> Floor:
+        """The least time of a call in that type; with `tiles`, what these add to its FLOPs included."""
+        precision = precision_of(dtype, self)
+        rate = (self.products if work.is_product else self.arithmetic).get(precision)
+        computed = work.flops / tiles.share / rate if rate else 0.0
+        moved = work.bytes / self.copy
+        return Floor(max(moved, computed), "FLOPs" if computed > moved else "bytes")
+
+    def predicted_share(self, dense: Work, sparse: Work, dtype: torch.dtype, tiles: Tiles = FULL) -> float:
+        """Of what the FLOPs allow, the part that the bytes and the tiles leave: both calls at the ceilings."""
+        ratio = self.floor(dense, dtype).seconds / self.floor(sparse, dtype, tiles).seconds
+        return ratio * sparse.flops / dense.flops if sparse.flops else 1.0
+
+
+_HALF = ("float16", "bfloat16")
+
+
+def _data_sheet(name, copy, half, tf32, double, single, plain_double, multiprocessors, architecture) -> Device:
+    products = dict.fromkeys(_HALF, half) | {"tf32": tf32, "float32": single, "float64": double}
+    arithmetic = dict.fromkeys((*_HALF, "tf32", "float32"), single) | {"float64": plain_double}
+    return Device(name, copy, products, arithmetic, multiprocessors, architecture)
+
+
+# Dense rates, without the data sheets' factor of two for structured sparsity.
+DATA_SHEETS = {
+    "H200": _data_sheet("NVIDIA H200 SXM", 4.8e12, 989.5e12, 494.7e12, 66.9e12, 66.9e12, 33.5e12, 132, "sm_90"),
+    "H100": _data_sheet("NVIDIA H100 SXM", 3.35e12, 989.5e12, 494.7e12, 66.9e12, 66.9e12, 33.5e12, 132, "sm_90"),
+    "A100": _data_sheet("NVIDIA A100 SXM 80 GB", 2.039e12, 312e12, 156e12, 19.5e12, 19.5e12, 9.7e12, 108, "sm_80"),
+}
+
+
+def precision_of(dtype: torch.dtype, device: Device) -> str:
+    """The precision that products of a type have on a device: float32 on a GPU obeys the TF32 switch of F.conv2d."""
+    if dtype == torch.float32 and device.multiprocessors and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), seconds: float = 1.0) -> Device:
+    """The ceilings of this machine: the speed of a copy, and the best of a matrix product and a convolution.
+
+    On a GPU the rate outside of the matrix units is the data sheet's, where its name has one here.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtypes: whose products to measure.
+        seconds: for each of the measurements.
+
+    Raises ValueError for another device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    is_gpu = device == "cuda"
+    copy = _copy_rate(device, seconds)
+    name, multiprocessors, architecture, sheet = cpu_model(), 0, "cpu", None
+    if is_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        name, multiprocessors = properties.name, properties.multi_processor_count
+        architecture = module(".kernels._common").architecture()
+        sheet = next((d for key, d in DATA_SHEETS.items() if key in name), None)
+    found = Device(name, copy, {}, {}, multiprocessors, architecture)
+    products = {precision_of(dtype, found): _product_rate(device, dtype, seconds) for dtype in dtypes}
+    if is_gpu:
+        return dataclasses.replace(
+            found, products=products, arithmetic=sheet.arithmetic if sheet else {}, measured=("copy", "products")
+        )
+    # A CPU multiplies and adds in the same units everywhere.
+    return dataclasses.replace(
+        found, products=products, arithmetic=products, measured=("copy", "products", "arithmetic")
+    )
+
+
+def _copy_rate(device: str, seconds: float) -> float:
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    taken = take_turns({"copy": lambda number: target.copy_(source)}, device, 10, seconds)["copy"]
+    return 2 * source.numel() * source.element_size() / taken.median * 1e3
+
+
+def _product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
+    size = 8192 if device == "cuda" else 1024
+    made = lambda *shape: torch.randn(shape, device=device).to(dtype)
+    a, b = made(size, size), made(size, size)
+    side, channels = (56, 256) if device == "cuda" else (28, 256)
+    batch = 64 if device == "cuda" else 2
+    layout = {"memory_format": torch.channels_last}
+    input, weight = made(batch, channels, side, side).contiguous(**layout), made(channels, channels, 3, 3)
+    weight = weight.contiguous(**layout)
+    flops = {"product": 2 * size**3, "convolution": 2 * batch * side**2 * 9 * channels**2}
+    calls = {"product": lambda number: a @ b, "convolution": lambda number: F.conv2d(input, weight, padding=1)}
+    with torch.no_grad():
+        taken = take_turns(calls, device, 10, seconds)
+    return max(flops[name] / timing.median * 1e3 for name, timing in taken.items())
+
+
+def masked_conv2d(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    mask: Tensor | ActiveSites | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "plain",
+) -> Work:
+    """Of `dynconv.masked_conv2d`, or without a mask of the dense convolution.
+
+    Args:
+        input_shape: [N, Cin, H, W].
+        weight_shape: [Cout, Cin / groups, kH, kW].
+        mask: bool or floating [N, 1, Ho, Wo], or ActiveSites: the sites to compute. Counting them waits for a GPU.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        dtype: of the tensors.
+        mode: "plain", the call; "in-place", into a cached output by shared sites; or "backward", forward and the
+            gradients of input and weight.
+
+    Raises ValueError for another mode, and for shapes that do not fit.
+    """
+    _check_mode(mode)
+    geometry = Geometry.of(tuple(weight_shape[2:]), stride, padding, dilation)
+    samples, channels, *area = input_shape
+    size, element = geometry.output_size(*area), dtype.itemsize
+    pixels, sites, filters = samples * area[0] * area[1], samples * size[0] * size[1], weight_shape[0]
+    active, read = sites, pixels
+    if mask is not None:
+        found = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, *size))
+        active, read = len(found), len(found._touched_by(tuple(area), geometry))
+    flops, weights = 2 * active * math.prod(weight_shape), math.prod(weight_shape) * element
+    listed = 0 if mask is None else 4 * active if mode == "in-place" else sites
+    written = active if mode == "in-place" else sites
+    moved = read * channels * element + weights + listed + written * filters * element
+    if mode == "backward":
+        flops *= 3
+        # The gradient at the active sites, the input again, the weight; the gradients of both.
+        moved += active * filters * element + read * channels * element + weights
+        moved += pixels * channels * element + weights
+    is_product = groups == 1 or channels // groups > 1
+    return Work(flops, moved, is_product)
+
+
+def gathered_conv2d(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    in_mask: Tensor | ActiveChannels | None = None,
+    out_mask: Tensor | ActiveChannels | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "plain",
+) -> Work:
+    """Of `dynconv.gathered_conv2d` without groups; see `masked_conv2d`.
+
+    in_mask [N, Cin] and out_mask [N, Cout]: bool or floating, or ActiveChannels: what each sample keeps.
+    """
+    _check_mode(mode)
+    geometry = Geometry.of(tuple(weight_shape[2:]), stride, padding, dilation)
+    samples, channels, *area = input_shape
+    size, element, filters = geometry.output_size(*area), dtype.itemsize, weight_shape[0]
+    ins, outs = _kept(in_mask, samples, channels), _kept(out_mask, samples, filters)
+    taps, pixels, sites = math.prod(geometry.kernel), area[0] * area[1], size[0] * size[1]
+    flops = 2 * int((ins * outs).sum()) * taps * sites
+    # The weight's rows and columns that any sample keeps.
+    weights = _any_kept(in_mask, channels) * _any_kept(out_mask, filters) * taps * element
+    masks = sum(samples * c for m, c in ((in_mask, channels), (out_mask, filters)) if m is not None)
+    read, kept = int(ins.sum()) * pixels * element, int(outs.sum()) * sites * element
+    moved = read + weights + masks + samples * filters * sites * element
+    if mode == "backward":
+        flops *= 3
+        moved += kept + read + weights + samples * channels * pixels * element + math.prod(weight_shape) * element
+    return Work(flops, moved)
+
+
+def gathered_linear(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    in_mask: Tensor | ActiveChannels | None = None,
+    out_mask: Tensor | ActiveChannels | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "plain",
+) -> Work:
+    """Of `dynconv.gathered_linear`: input [N, ..., Fin], weight [Fout, Fin]; see `gathered_conv2d`."""
+    positions = math.prod(input_shape[1:-1])
+    return gathered_conv2d(
+        (input_shape[0], input_shape[-1], positions, 1), (*weight_shape, 1, 1), in_mask, out_mask, dtype=dtype,
+        mode=mode,
+    )  # fmt: skip
+
+
+def dynamic_filter2d(
+    input_shape: Sequence[int],
+    filters_shape: Sequence[int],
+    *,
+    kernel_size: IntPair,
+    channel_filters: bool = False,
+    mask: Tensor | ActiveSites | None = None,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "plain",
+) -> Work:
+    """Of `dynconv.dynamic_filter2d`, its normalisation not counted.
+
+    Args:
+        input_shape: [N, C, H, W]; read as a whole where there is any site.
+        filters_shape: [N, G * kH * kW, Ho, Wo].
+        kernel_size: kH and kW.
+        channel_filters: whether there are such: a product more for each tap.
+        mask, dtype, mode: as for `masked_conv2d`; the gradients are those of all operands.
+    """
+    _check_mode(mode)
+    kernel = Geometry.of(kernel_size, 1, 0, 1).kernel
+    samples, channels = input_shape[:2]
+    taps, sites, element = math.prod(kernel), samples * filters_shape[2] * filters_shape[3], dtype.itemsize
+    active = sites
+    if mask is not None:
+        active = len(mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, *filters_shape[2:])))
+    products = active * channels * taps
+    listed = 0 if mask is None else sites
+    operands = math.prod(input_shape) * (active > 0) + active * filters_shape[1]
+    operands += channel_filters * samples * channels * taps
+    flops, moved = (3 if channel_filters else 2) * products, (operands + sites * channels) * element + listed
+    if mode == "backward":
+        flops *= 4 if channel_filters else 3
+        results = math.prod(input_shape) + math.prod(filters_shape) + channel_filters * samples * channels * taps
+        moved += (operands + active * channels + results) * element
+    return Work(flops, moved, False)
+
+
+def deform_conv2d(
+    input_shape: Sequence[int],
+    offset_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    masked: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "plain",
+) -> Work:
+    """Of `dynconv.deform_conv2d`: the product alone, sampling is another 8 FLOPs of Cout of them.
+
+    Args:
+        input_shape: [N, C, H, W].
+        offset_shape: [N, 2 * OG * kH * kW, Ho, Wo].
+        weight_shape: [Cout, C / groups, kH, kW].
+        masked: whether there is a factor for each sample.
+        dtype, mode: as for `masked_conv2d`; the gradients are those of all operands.
+    """
+    _check_mode(mode)
+    sites, element = offset_shape[0] * offset_shape[2] * offset_shape[3], dtype.itemsize
+    flops, out = 2 * sites * math.prod(weight_shape), sites * weight_shape[0]
+    operands = math.prod(input_shape) + math.prod(offset_shape) + math.prod(weight_shape)
+    operands += masked * math.prod(offset_shape) // 2
+    moved = operands + out
+    if mode == "backward":
+        flops, moved = 3 * flops, moved + 2 * operands + out
+    return Work(flops, moved * element)
+
+
+def deform_aggregate2d(
+    input_shape: Sequence[int],
+    offset_shape: Sequence[int],
+    *,
+    kernel_size: IntPair,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "plain",
+) -> Work:
+    """Of `dynconv.deform_aggregate2d`: four pixels a tap and channel; see `deform_conv2d`."""
+    _check_mode(mode)
+    taps, element = math.prod(Geometry.of(kernel_size, 1, 0, 1).kernel), dtype.itemsize
+    sites, channels = offset_shape[0] * offset_shape[2] * offset_shape[3], input_shape[1]
+    flops, out = 8 * sites * channels * taps, sites * channels
+    operands = math.prod(input_shape) + math.prod(offset_shape) * 3 // 2
+    moved = operands + out
+    if mode == "backward":
+        flops, moved = 3 * flops, moved + 2 * operands + out
+    return Work(flops, moved * element, False)
+
+
+def compaction(mask_shape: Sequence[int], active: int) -> Work:
+    """Of making the ActiveSites of a bool mask [N, 1, H, W]: it is read, and an int32 written for each active site."""
+    return Work(0, math.prod(mask_shape) + 4 * active, False)
+
+
+def fill(
+    rows: int | Tensor, columns: int | Tensor, tile: tuple[int, int], multiprocessors: int = 0, groups: int = 1
+) -> Tiles:
+    """What tiles of `tile` rows and columns leave unused of a result, or of one for each sample.
+
+    Args:
+        rows, columns: of the result; or int64 tensors with an entry for each sample, which tiles do not cross.
+        tile: rows and columns of one.
+        multiprocessors: that take one tile at a time; 0: no waves.
+        groups: how many such results there are.
+    """
+    rows, columns = torch.as_tensor(rows), torch.as_tensor(columns)
+    up = lambda value, unit: (value + unit - 1) // unit
+    count = groups * int((up(rows, tile[0]) * up(columns, tile[1])).sum())
+    if count == 0:
+        return FULL
+    waves = count / (math.ceil(count / multiprocessors) * multiprocessors) if multiprocessors else 1.0
+    return Tiles(groups * int((rows * columns).sum()) / (count * tile[0] * tile[1]), waves)
+
+
+def conv_tile(channels: int, filters: int, dtype: torch.dtype, device: Device) -> tuple[int, int]:
+    """(sites, output channels) of a tile of `masked_conv2d`, of `channels` and `filters` of a group, on a device."""
+    if device.architecture == "cpu":
+        llvm = module(".cpu._llvm")
+        return llvm.ROWS, llvm.VECTOR_BYTES // (8 if dtype == torch.float64 else 4)
+    kinds = {"tf32": "tf32", "float32": "ieee", "float64": "double"}
+    tile = module(".kernels.masked_conv").config(
+        kinds.get(precision_of(dtype, device), "half"), channels, filters, device.architecture
+    )
+    return tile["BLOCK_M"], tile["BLOCK_N"]
+
+
+def _kept(mask: Tensor | ActiveChannels | None, samples: int, channels: int) -> Tensor:
+    """int64 [N]: channels that each sample keeps."""
+    if mask is None:
+        return torch.full((samples,), channels)
+    return (mask.mask if isinstance(mask, ActiveChannels) else mask != 0).sum(1).cpu()
+
+
+def _any_kept(mask: Tensor | ActiveChannels | None, channels: int) -> int:
+    if mask is None:
+        return channels
+    return int((mask.mask if isinstance(mask, ActiveChannels) else mask != 0).any(0).sum())
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
