@@ -3,19 +3,21 @@
     python benchmarks/gpu.py [--out DIR] [--dry-run]
 
 Needs PyTorch with CUDA, Triton, NumPy, pytest, matplotlib and rich; downloads nothing. Each part runs in a process
-of its own with a time limit, and a failing part does not stop the others; the last lines say which failed.
-Results go to --out, by default $OUT or build/gpu: at most eight files, so that they all travel back from a lent
-machine. --dry-run walks through the parts on the CPU with tiny shapes.
+of its own with a time limit, and a failing part does not stop the others; the last lines say which failed. --out, by
+default $OUT or build/gpu, gets results.json, with the machine and what each part has written, two plots and log.txt.
+--dry-run walks through the same parts without a GPU, interpreted, with tiny shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 9 * 60.0  # seconds for everything
+DRY_TYPE = "float32"  # Triton's interpreter has no products of bfloat16
 
 # Forward and backward with a gate, a stride, and channels that fill no tile; small, the sanitizers are slow.
 PROBE = """
@@ -42,6 +45,16 @@ for dtype, channels, stride in ((torch.float16, 64, 1), (torch.float32, 17, 2)):
     ins, outs = (torch.rand(2, c, device="cuda", generator=generator) < 0.5 for c in (channels, 40))
     sites = gate.detach() != 0
     output = dynconv.gathered_conv2d(input, weight, bias, stride, 1, in_mask=ins, out_mask=outs, mask=sites)
+    output.backward(torch.ones_like(output))
+    normal = lambda *shape: torch.randn(*shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+    filters, offset, weights = (normal(2, count, *size) for count in (9, 18, 9))
+    output = dynconv.dynamic_filter2d(
+        input, filters, kernel_size=3, stride=stride, padding=1, normalization="softmax", mask=sites
+    )
+    output.backward(torch.ones_like(output))
+    output = dynconv.deform_conv2d(input, offset, weight, bias, stride, 1, mask=weights)
+    output.backward(torch.ones_like(output))
+    output = dynconv.deform_aggregate2d(input, offset, weights, kernel_size=3, stride=stride, padding=1)
     output.backward(torch.ones_like(output))
 torch.cuda.synchronize()
 print("probe done")
@@ -64,56 +77,69 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
-def parts(out: Path, dry_run: bool) -> Iterator[Part]:
-    """What runs, in this order: first what says whether results are right."""
+def parts(out: Path, made: Path, dry_run: bool) -> Iterator[Part]:
+    """What runs, in this order: first what says whether results are right. JSON goes to `made`, plots to `out`."""
     python, package = sys.executable, [sys.executable, "-m", "dynconv"]
     if not is_importable():
         install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
         yield Part("install", install, 60)
     smi = shutil.which("nvidia-smi")
     yield Part("device", [smi or "nvidia-smi"], 20, None if smi else "nvidia-smi is not here")
-    backend, dtypes = (
-        ("cpu", ["float32"]) if dry_run else ("triton", ["float64", "float32", "tf32", "float16", "bfloat16"])
-    )
+    interpreted = (("TRITON_INTERPRET", "1"), ("DYNCONV_BACKEND", "triton")) if dry_run else ()
+    device = "cpu" if dry_run else "cuda"
+
+    def writes(name: str, command: list[str], limit: float) -> Part:
+        file = name.replace(" ", "-") + ".json"
+        return Part(name, [*command, "--json", str(made / file)], limit, None, interpreted)
+
+    yield writes("ceilings", [*package, "roofline", "--device", device, "--shapes"], 30)
     # A few cases: every geometry compiles its own kernels, and the tests have them all.
-    verify = [
-        *package,
-        "verify",
-        "--quick",
-        "--backends",
-        backend,
-        "--dtypes",
-        *dtypes,
-        "--json",
-        str(out / "verify.json"),
-    ]
-    yield Part("verify", verify, 180)
+    dtypes = ["float32"] if dry_run else ["float64", "float32", "tf32", "float16", "bfloat16"]
+    yield writes("verify", [*package, "verify", "--quick", "--backends", "triton", "--dtypes", *dtypes], 110)
     pytest = [python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    if dry_run:
-        yield Part("tests", [*pytest, "tests/test_masked_conv.py", "-k", "cpu and empty"], 60)
-    else:
-        yield Part("tests", [*pytest, "tests", "-m", "gpu"], 200)
+    chosen = ["tests/test_masked_conv.py", "-k", "triton and empty"] if dry_run else ["tests", "-m", "gpu"]
+    yield Part("tests", [*pytest, *chosen], 150)
     tool = sanitizer()
     for check in ("memcheck", "racecheck"):
         command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9", python, "-c", PROBE]
         missing = "a dry run has no GPU" if dry_run else None if tool else "compute-sanitizer is not here"
         # Without PyTorch's cache every tensor is an allocation of its own, with its own bounds.
-        yield Part(check, command, 90, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
-    sizes = ["--device", "cuda", "--repeats", "15", "--seconds", "0.3"]
+        yield Part(check, command, 60, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    bench = [*package, "bench", "--device", device]
     if dry_run:
-        sizes = ["--batch", "1", "--quick", "--repeats", "2", "--shapes", "resnet50", "--layers", "7x7"]
-    for dtype in ("bfloat16", "float16"):
-        results = ["--json", str(out / f"bench-{dtype}.json")]
-        if dtype == "bfloat16":
-            results += ["--plot", str(out / "bench-bfloat16.png")]
-            results += [] if dry_run else ["--scaling", str(out / "scaling.png")]
-        shapes = [] if dry_run or dtype == "bfloat16" else ["--shapes", "resnet50"]
-        limit = 270 if dtype == "bfloat16" else 60
-        yield Part(f"bench {dtype}", [*package, "bench", *sizes, *shapes, "--dtype", dtype, *results], limit)
-    automatic = ["--automatic", "--shapes", "resnet50", "--modes", "plain", "--json", str(out / "automatic.json")]
+        few = ["--shapes", "tiny", "--density", "0.5", "--repeats", "1", "--seconds", "0"]
+        published = resnet = few
+    else:
+        # The families of every op first: what the limit leaves out is the most alike.
+        order = [
+            "resnet50",
+            "dcn",
+            "involution",
+            "laudnet",
+            "ddf",
+            "mobilenetv2",
+            "carafe",
+            "linear",
+            "lasnet",
+            "sbnet",
+        ]
+        few = ["--density", "0.75", "0.5", "0.25", "--repeats", "15", "--seconds", "0.2"]
+        published, resnet = ["--shapes", *order, *few], ["--shapes", "resnet50", *few]
+    plots = ["--baselines", "--plot", str(out / "bench.png")]
+    plots += [] if dry_run else ["--scaling", str(out / "scaling.png")]
+    yield writes(
+        "bench bfloat16",
+        [*bench, *published, "--dtype", DRY_TYPE if dry_run else "bfloat16", *plots, "--limit", "120"],
+        170,
+    )
+    yield writes("bench float16", [*bench, *resnet, "--dtype", DRY_TYPE if dry_run else "float16", "--limit", "25"], 45)
+    automatic = ["--automatic", "--modes", "plain", "--dtype", DRY_TYPE if dry_run else "bfloat16", "--limit", "15"]
+    yield writes("bench automatic", [*bench, *resnet, *automatic], 40)
+    sweep = [python, str(ROOT / "benchmarks" / "sweep.py"), "--device", device]
+    swept = ["--shapes", "resnet50", "dcn", "involution", "laudnet", "--layers", "x", "--limit", "60"]
     if dry_run:
-        automatic = [*automatic[-2:], "--automatic"]
-    yield Part("bench automatic", [*package, "bench", *sizes, "--dtype", "bfloat16", *automatic], 60)
+        swept = ["--shapes", "tiny", "--dtype", DRY_TYPE, "--repeats", "1", "--most", "1"]
+    yield writes("sweep", [*sweep, *swept], 90)
 
 
 def is_importable() -> bool:
@@ -151,6 +177,15 @@ def run(part: Part, limit: float, log: Path) -> str:
     return outcome
 
 
+def collect(folder: Path) -> dict:
+    """What parts have written, by name; of one that was stopped while it wrote, nothing."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(json.JSONDecodeError):
+            found[path.stem] = json.loads(path.read_text())
+    return found
+
+
 def main() -> int:
     """Run the parts; 1 if one failed or there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,13 +206,17 @@ def main() -> int:
     log = out / "log.txt"
     log.write_text("")
     start = time.monotonic()
-    summary = []
-    for part in parts(out, arguments.dry_run):
-        begin = time.monotonic()
-        outcome = run(part, min(part.limit, BUDGET - (begin - start)), log)
-        summary.append({"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - begin, 1)})
-        # After each part: what is known survives a machine that is taken back.
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary: list[dict] = []
+    results: dict = {"dry_run": arguments.dry_run, "parts": summary}
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder)
+        for part in parts(out, made, arguments.dry_run):
+            begin = time.monotonic()
+            outcome = run(part, min(part.limit, BUDGET - (begin - start)), log)
+            summary.append({"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - begin, 1)})
+            # After each part: what is known survives a machine that is taken back.
+            results |= collect(made)
+            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     lines = [f"{done['part']:<16}{done['seconds']:>7.1f} s  {done['outcome']}" for done in summary]
     text = "\n".join(["", "=== summary ===", *lines, f"results in {arguments.out}"])
     print(text)

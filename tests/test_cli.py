@@ -1,8 +1,10 @@
 """`python -m dynconv`: what is right passes, what is wrong fails, and the numbers are what they say."""
 
+import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -818,6 +820,124 @@ def test_bad_options_are_refused(options, capsys):
 def test_a_missing_extra_is_one_line():
     with pytest.raises(SystemExit, match=r"^dynconv: no_such_module is missing; .*pip install dynconv\[bench\]$"):
         extra("no_such_module")
+
+
+def script(name):
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gpu_script_survives_failing_parts(monkeypatch, tmp_path, capsys):
+    gpu = script("gpu")
+
+    def parts(out, made, dry_run):
+        assert dry_run
+        python = [sys.executable, "-c"]
+        text = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+        yield gpu.Part("good", [*python, text, str(made / "good.json"), '{"figure": 7}'], 30)
+        yield gpu.Part("half written", [*python, text, str(made / "half.json"), '{"figure":'], 30)
+        yield gpu.Part("bad", [*python, "raise SystemExit(3)"], 30)
+        yield gpu.Part("slow", [*python, "import time; print('begun', flush=True); time.sleep(60)"], 5)
+        yield gpu.Part("not there", [str(tmp_path / "nothing")], 30)
+        yield gpu.Part("later", [*python, "print('still here')"], 30, "because")
+
+    monkeypatch.setattr(gpu, "parts", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path / "out")])
+    assert gpu.main() == 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    outcomes = {part["part"]: part["outcome"] for part in results["parts"]}
+    assert outcomes == {
+        "good": "passed", "half written": "passed", "bad": "FAILED: exit status 3",
+        "slow": "FAILED: not done after 5 s", "not there": outcomes["not there"], "later": "skipped: because",
+    }  # fmt: skip
+    assert outcomes["not there"].startswith("FAILED: ")
+    assert results["good"] == {"figure": 7}
+    assert "half" not in results
+    assert "begun" in (tmp_path / "out" / "log.txt").read_text()
+    assert "bad" in capsys.readouterr().out
+
+
+def test_gpu_script_leaves_time_for_every_part(tmp_path):
+    """Each part has a limit; those that measure stop by themselves before it, with what they have."""
+    gpu = script("gpu")
+    for dry_run in (True, False):
+        found = list(gpu.parts(tmp_path, tmp_path, dry_run))
+        for part in found:
+            command = list(part.command)
+            if "--limit" in command and not dry_run:
+                assert float(command[command.index("--limit") + 1]) < part.limit
+        names = [part.name for part in found]
+        for name in ("ceilings", "verify", "tests", "memcheck", "racecheck", "bench bfloat16", "sweep"):
+            assert name in names
+    assert gpu.BUDGET <= 540
+
+
+def test_sweep_of_tiles(tmp_path):
+    """Interpreted, in a process of its own: whoever runs these tests may have a GPU."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), "--device", "cpu", "--dtype", "float32"]
+    options = ["--shapes", "tiny", "--layers", "depthwise", "--repeats", "1", "--most", "2", "--density", "0.5"]
+    results = tmp_path / "sweep.json"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, *options, "--json", str(results)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(results.read_text())
+    assert [(row["mode"], row["kernel"]) for row in record["rows"]] == [
+        ("plain", "depthwise.config"), ("backward", "depthwise.weight_grad_config")
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert row["ratios"]["table"] == 1
+        assert len(row["ratios"]) + len(row["refused"]) >= 3
+        assert row["best"] == row["tile"] | row["change"]
+    assert record["environment"]["device"] == "cpu"
+
+
+def test_sweep_leaves_out_wrong_and_refused_tiles(monkeypatch):
+    """Tiles are asked of a kernel's table; one that changes the result, or that raises, is named with its reason."""
+    sweep = script("sweep")
+    table = SimpleNamespace(config=lambda: {"BLOCK_M": 16, "num_stages": 2, "num_warps": 4})
+    monkeypatch.setattr(sweep, "module", lambda name: table)
+
+    def call(number):
+        tile = table.config()
+        if tile["num_stages"] == 3:
+            raise ValueError("out of resource: shared memory")
+        if tile["BLOCK_M"] == 32:
+            time.sleep(0.002)
+        elif tile["num_warps"] != 8:
+            time.sleep(0.02)
+        return torch.full((2, 2), 1.0 if tile["num_warps"] != 2 else 1.1)
+
+    arguments = SimpleNamespace(most=None, repeats=3, device="cpu", dtype_=torch.float32)
+    found = sweep.sweep(call, ("nothing", "config"), 1, arguments)
+    assert found["refused"]["num_stages=3"] == "ValueError: out of resource: shared memory"
+    assert found["refused"]["num_warps=2"].startswith("wrong result: 0.1")
+    assert found["change"] in ({"BLOCK_M": 32, "num_warps": 8}, {"num_warps": 8})
+    assert found["ratio"] > 2
+
+
+def test_grouped_slices_are_the_kept_outputs():
+    layer = Width("tiny", 5, 4, 16, 24, 3, 8, 2, (0.5,))
+    for each in (layer, Width("tiny", 1, 1, 16, 24, 1, 8, 2, (0.5,), linear=True)):
+        maker, _ = prepare(each, 2, torch.float32, "cpu")
+        mask = each.active(0.5, "blob", 2, maker.generator)
+        outs = maker.split(mask)[1]
+        full, kept = maker.sparse(0, mask), maker.grouped(0, mask)
+        torch.testing.assert_close(kept, full[outs].view(kept.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_bench_stops_at_its_limit(tmp_path, capsys):
+    results = tmp_path / "bench.json"
+    assert main(["bench", "--shapes", "tiny", "--limit", "0", "--json", str(results)]) == 0
+    record = json.loads(results.read_text())
+    assert record["rows"] == record["filters"] == []
+    assert len(record["left_out"]) == 5
+    assert "no time for 5 layers" in capsys.readouterr().out
 
 
 def test_gpu_script_says_what_is_missing_and_runs_dry():

@@ -165,7 +165,7 @@ def test_random_cases_on_the_cpu(geometry, density, layout, seed):
 
 
 @pytest.mark.gpu
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(geometries(), densities, st.sampled_from(list(LAYOUTS)), st.integers(0, 99))
 def test_random_cases_in_triton(geometry, density, layout, seed):
     check_random_case("triton", geometry, density, layout, seed)

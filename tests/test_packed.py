@@ -116,7 +116,7 @@ def test_random_chains_on_the_cpu(layers, density, seed):
 
 
 @pytest.mark.gpu
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(chains(), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_random_chains_in_triton(layers, density, seed):
     from conftest import Target

@@ -58,6 +58,7 @@ class Row:
     masked_dense: Timing | None = None
     compiled: Timing | None = None
     sliced: Timing | None = None  # of a layer of dynamic width: a sample after the other
+    grouped: Timing | None = None  # the same: all samples' slices as the groups of one convolution
     estimate: Estimate | None = None
     kind: str = "layer"  # or "block" or "width"
 
@@ -255,7 +256,7 @@ def measure(
             row.sparse, row.compaction = timings[mode], timings.get("compaction")
             if mode == "plain":
                 row.masked_dense, row.compiled = timings.get("masked dense"), timings.get("compiled")
-                row.sliced = timings.get("sliced")
+                row.sliced, row.grouped = timings.get("sliced"), timings.get("grouped")
         yield from rows.values()
 
 
@@ -345,6 +346,8 @@ def _timed(bench: Bench, mask: Tensor, modes: Sequence[str], repeats, seconds, c
         if compiled is not None:
             forward["masked dense"] = lambda number: bench.masked_dense(number, mask)
             forward["compiled"] = lambda number: compiled(number, mask)
+            if isinstance(bench, WidthBench):
+                forward["grouped"] = lambda number: bench.grouped(number, mask)
         with torch.no_grad():
             timings |= take_turns(forward, bench.device, repeats, seconds, bench.sets)
     if "backward" in modes:
@@ -421,7 +424,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
-        "--shapes", nargs="+", choices=(*LAYERS, *FILTERS, "all"), default=("all",), help="published layers"
+        "--shapes",
+        nargs="+",
+        choices=sorted({*LAYERS, *FILTERS, "all"}),
+        default=("all",),
+        help="published layers; tiny: a few of no network, not in all",
     )
     parser.add_argument("--layers", metavar="TEXT", help="only the layers whose name contains this, e.g. 3x3")
     parser.add_argument(
@@ -437,13 +444,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=_positive, help="of layers without a published one; cpu 4, cuda 128; of dynamic width 8, 64"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--baselines", action="store_true", help="also conv2d(x) * mask, as it is and torch.compile'd")
+    parser.add_argument(
+        "--baselines", action="store_true", help="also the compiled idioms, and peers where there are some"
+    )
     parser.add_argument(
         "--automatic", action="store_true", help="calibrate each layer first, then let calls choose dense or sparse"
     )
     parser.add_argument("--repeats", type=_positive, default=25, help="samples of each call at most")
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="after which a row stops sampling; 5 samples at least"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="after which no layer begins; the rest is named",
     )
     parser.add_argument("--quick", action="store_true", help="about a minute: fewer shapes, densities and samples")
     parser.add_argument("--json", metavar="FILE")
@@ -481,7 +497,7 @@ def main(arguments: argparse.Namespace) -> int:
         shapes, densities = arguments.shapes, arguments.density
         repeats, seconds = arguments.repeats, arguments.seconds
     keeps_memory = keep_freed_memory()
-    families = (*LAYERS, *FILTERS) if "all" in shapes else tuple(shapes)
+    families = [name for name in (*LAYERS, *FILTERS) if name != "tiny"] if "all" in shapes else shapes
     layers, filters = (
         [
             layer
@@ -510,7 +526,16 @@ def main(arguments: argparse.Namespace) -> int:
     ):
         total = sum(_cost(layer) * len(layer.densities or densities) for layer in layers)
         task = bar.add_task("bench", total=total + sum(map(_filter_cost, filters)))
+        left_out = []
+
+        def is_late(layer) -> bool:
+            if time.perf_counter() - begin > arguments.limit:
+                left_out.append(f"{layer.family} {layer.name}")
+            return bool(left_out)
+
         for layer in layers:
+            if is_late(layer):
+                continue
             bar.update(task, description=f"{layer.family} {layer.name}")
             usual = WIDTH_BATCH if isinstance(layer, Width) else BATCH
             batch = layer.batch or arguments.batch or usual[arguments.device]
@@ -522,7 +547,7 @@ def main(arguments: argparse.Namespace) -> int:
             ):  # fmt: skip
                 rows.append(row)
                 bar.advance(task, _cost(layer) / len(arguments.modes))
-        whole_network = "dynconv-pose" in families and "plain" in arguments.modes and not arguments.quick
+        whole_network = "dynconv-pose" in families and "plain" in arguments.modes and not (arguments.quick or left_out)
         if whole_network and (not arguments.layers or arguments.layers in PoseBench.name):
             bar.update(task, description=f"dynconv-pose {PoseBench.name}")
             dtype = getattr(torch, arguments.dtype)
@@ -533,10 +558,12 @@ def main(arguments: argparse.Namespace) -> int:
             )
         filter_rows: list[FilterRow] = []
         for layer in filters:
+            if is_late(layer):
+                continue
             bar.update(task, description=f"{layer.family} {layer.name}")
             filter_rows += measure_filters(
                 layer, arguments.modes, ceilings, dtype=getattr(torch, arguments.dtype), device=arguments.device,
-                repeats=repeats, seconds=seconds,
+                repeats=repeats, seconds=seconds, baselines=arguments.baselines,
             )  # fmt: skip
             bar.advance(task, _filter_cost(layer))
     summary = summarise(rows) | {"means_filters": summarise_filters(filter_rows)}
@@ -545,6 +572,8 @@ def main(arguments: argparse.Namespace) -> int:
     if filter_rows:
         print_filters(filter_rows, summary["means_filters"], ceilings)
     _print_closing([*rows, *filter_rows], arguments, record["environment"], ceilings)
+    if left_out:
+        console().print(f"no time for {len(left_out)} layers: {', '.join(left_out)}", style="yellow")
     options = {
         "automatic": arguments.automatic,
         "dtype": arguments.dtype,
@@ -555,6 +584,7 @@ def main(arguments: argparse.Namespace) -> int:
     record |= options | {"elapsed_s": round(time.perf_counter() - begin, 1)}
     record |= {"rows": [row.record() for row in rows], "summary": summary}
     record |= {"filters": [row.record() for row in filter_rows], "ceilings": ceilings.record()}
+    record["left_out"] = left_out
     if arguments.plot:
         from .plots import plot_filters, plot_rows
 
@@ -588,6 +618,8 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
         baselines = "|conv2d·mask|compiled" if arguments.baselines and mode == "plain" else ""
         if any(row.sliced for row in rows if row.mode == mode):
             baselines += "|sample by sample"
+        if any(row.grouped for row in rows if row.mode == mode):
+            baselines += "|grouped"
         columns = (
             "<family|<layer|batch|density|dense ms [20-80 %]|dynconv ms [20-80 %]|ratio|ideal|share|predicted|floor ms|"
             "of floor|compaction ms"
@@ -615,9 +647,11 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
             cells += [str(floor), f"{row.of_floor:.0%}"]
             cells += [f"{row.compaction.median:.3f}"]
             cells += [f"{timing.median:.2f}" for timing in (row.masked_dense, row.compiled) if timing]
-            if row.sliced:
-                missing = len(shown.columns) - len(cells) - 1
-                cells += [""] * missing + [f"{row.sliced.median:.2f} ({row.dense.median / row.sliced.median:.2f}x)"]
+            headers = [column.header for column in shown.columns]
+            for header, timing in (("sample by sample", row.sliced), ("grouped", row.grouped)):
+                if timing:
+                    cells += [""] * (headers.index(header) - len(cells))
+                    cells.append(f"{timing.median:.2f} ({row.dense.median / timing.median:.2f}x)")
             shown.add_row(*cells)
         out.print(shown)
     named = (("means_3x3", "3x3 layers"), ("means_blocks", "blocks"), ("means_width", "layers of dynamic width"))

@@ -21,6 +21,7 @@ from ..roofline import Device
 from . import console, table
 from .bounds import Arithmetic, Bounded, Verdict, arithmetic, judge, worst_of
 from .deform import bounded_aggregate, random_offsets, sampled
+from .environment import is_installed
 from .floors import Estimate, estimate
 from .layers import Filter
 
@@ -44,6 +45,8 @@ class FilterRow:
     failure: str | None = None
     idiom: Timing | None = None
     tapped: Timing | None = None
+    compiled: Timing | None = None  # the loop over taps, by torch.compile
+    torchvision: Timing | None = None  # its deform_conv2d with ones for weights
     dynconv: Timing | None = None
     idiom_memory: int | None = None
     memory: int | None = None
@@ -137,19 +140,34 @@ class FilterBench:
             normalization=layer.normalization, channel_filters=channel_filters,
         )  # fmt: skip
 
-    def calls(self, mode: str) -> dict[str, Callable[[int], object]]:
-        """What is timed: "dynconv", the "idiom", and a second one, "tapped"; each of the number of an input set."""
+    def calls(self, mode: str, baselines: bool = False) -> dict[str, Callable[[int], object]]:
+        """What is timed: "dynconv", the "idiom", and a second one, "tapped"; each of the number of an input set.
+
+        With `baselines` also "compiled", the second or else the first one by torch.compile, and "torchvision".
+        """
         layer = self.layer
         made = {"dynconv": (self.apply, self.operands, self.grads)}
         idioms = {"idiom": sampled} if layer.offsets else {"idiom": unfolded, "tapped": tapped}
         for name, idiom in idioms.items():
             run = lambda *operands, idiom=idiom: idiom(layer, *operands)
             made[name] = run, self.contiguous, self.contiguous_grads
+        if baselines:
+            plain = made.get("tapped", made["idiom"])[0]
+            made["compiled"] = torch.compile(plain, dynamic=False), self.contiguous, self.contiguous_grads
+            if layer.offsets and is_installed("torchvision"):
+                made["torchvision"] = self.torchvision, self.contiguous, self.contiguous_grads
         run = self.gradients if mode == "backward" else self.forward
         return {
             name: lambda number, call=call, some=some, grads=grads: run(call, some[number], grads[number])
             for name, (call, some, grads) in made.items()
         }
+
+    def torchvision(self, input: Tensor, offset: Tensor, weights: Tensor) -> Tensor:
+        """Its operator, with the weights as its mask: one filter of ones for each channel."""
+        ones = input.new_ones(input.shape[1], 1, self.layer.kernel, self.layer.kernel)
+        from torchvision.ops import deform_conv2d
+
+        return deform_conv2d(input, offset, ones, padding=self.layer.padding, mask=weights)
 
     @staticmethod
     def forward(operation: Callable[..., Tensor], operands: Sequence[Tensor], grad: Tensor) -> Tensor:
@@ -276,6 +294,7 @@ def measure_filters(
     device: str = "cpu",
     repeats: int = 25,
     seconds: float = 1.0,
+    baselines: bool = False,
 ) -> Iterator[FilterRow]:
     """Check and time one layer: a row for each of the modes "plain" and "backward"."""
     from .scaling import peak_extra_bytes  # which imports bench
@@ -294,9 +313,11 @@ def measure_filters(
         floor = estimate(layer, None, mode, batch, dtype, ceilings)
         row = FilterRow(layer.family, layer.name, mode, batch, verdict, floor, failure)
         if failure is None:
-            calls = {name: call for name, call in bench.calls(mode).items() if name == "dynconv" or _runs(call)}
+            calls = bench.calls(mode, baselines)
+            calls = {name: call for name, call in calls.items() if name == "dynconv" or _runs(call)}
             taken = take_turns(calls, device, repeats, seconds, bench.sets, LEAST)
-            row.idiom, row.tapped, row.dynconv = (taken.get(name) for name in ("idiom", "tapped", "dynconv"))
+            for name in ("idiom", "tapped", "compiled", "torchvision", "dynconv"):
+                setattr(row, name, taken.get(name))
             row.idiom_memory, row.memory = (
                 peak_extra_bytes(lambda call=calls[name]: call(0), device) if name in calls else None
                 for name in ("idiom", "dynconv")
@@ -305,10 +326,10 @@ def measure_filters(
 
 
 def _runs(call: Callable[[int], object]) -> bool:
-    """Whether PyTorch has an idiom's operations for this type on this device."""
+    """Whether PyTorch has an idiom's operations for this type on this device, and a compiler where it needs one."""
     try:
         call(0)
-    except RuntimeError:  # NotImplementedError is one
+    except (RuntimeError, ImportError):  # NotImplementedError and torch.compile's own errors are of the first
         return False
     return True
 
@@ -333,11 +354,12 @@ CAPTIONS = {"plain": "the call", "backward": "forward, and the gradients of all 
 def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], ceilings: Device) -> None:
     """A table for each mode, and the means."""
     out = console()
+    peers = [name for name in ("compiled", "torchvision") if any(getattr(row, name) for row in rows)]
     for mode in dict.fromkeys(row.mode for row in rows):
         shown = table(
             f"\nfilters of pixels, {mode}: {CAPTIONS[mode]}",
             "<family|<layer|batch|idiom ms|taps ms|dynconv ms [20-80 %]|ratio|to taps|floor ms|of floor|"
-            "idiom MiB|dynconv MiB",
+            "idiom MiB|dynconv MiB" + "".join(f"|{peer} ms" for peer in peers),
             "idiom: F.unfold, or F.grid_sample for offsets, times the filters, summed. taps: a loop of addcmul_. "
             "floor: the least time at this machine's ceilings, by bytes (b) or FLOPs (f): operands and results once at "
             f"the speed of a copy, {ceilings.copy / 1e9:.1f} GB/s read and written. MiB: the most that PyTorch's "
@@ -360,6 +382,7 @@ def print_filters(rows: Sequence[FilterRow], means: Sequence[dict], ceilings: De
                 f"{row.tapped_ratio:.2f}x" if row.tapped else "", str(row.estimate),
                 f"{row.of_floor:.0%}",
                 mib(row.idiom_memory), mib(row.memory),
+                *(number(timing and timing.median, ".2f") for timing in (getattr(row, peer) for peer in peers)),
             )  # fmt: skip
         out.print(shown)
     if not means:

@@ -335,6 +335,12 @@ LAYERS: dict[str, tuple[Layer | Block | Width, ...]] = {
     "sbnet": _sbnet(),
     "laudnet": _laudnet(),
     "linear": _linear(),
+    # Of no network: a layer of each kind, to see in seconds, or interpreted, that everything runs. Not in "all".
+    "tiny": (
+        Layer("tiny", 6, 5, 16, 16, 3, batch=1),
+        Layer("tiny", 6, 5, 8, 8, 3, batch=1, groups=8),
+        Width("tiny", 5, 4, 16, 32, 1, 8, 2, (0.5,)),
+    ),
 }
 
 # RedNet-50's stages; DDF's two settings; CARAFE in a feature pyramid; DCNv4's table, 4 groups of 16 channels.
@@ -354,6 +360,7 @@ FILTERS: dict[str, tuple[Filter, ...]] = {
         Filter("carafe", height, width, 256, 5, 2, scale_factor=2, normalization="softmax", cpu_batch=1)
         for height, width in ((25, 38), (50, 76), (100, 152))
     ),
+    "tiny": (Filter("tiny", 5, 4, 8, 3, 1, groups=2), Filter("tiny", 5, 4, 8, 3, 1, groups=2, offsets=True)),
     "dcn": tuple(Filter("dcn", size, size, 64, 3, 64, groups=4, offsets=True, cpu_batch=8) for size in (56, 28, 14, 7)),
 }
 
