@@ -260,8 +260,7 @@ def gathered_conv2d(
     ins, outs = _kept(in_mask, samples, channels), _kept(out_mask, samples, filters)
     taps, pixels, sites = math.prod(geometry.kernel), area[0] * area[1], size[0] * size[1]
     flops = 2 * int((ins * outs).sum()) * taps * sites
-    # The weight's rows and columns that any sample keeps.
-    weights = _any_kept(in_mask, channels) * _any_kept(out_mask, filters) * taps * element
+    weights = _met_weights(in_mask, out_mask, channels, filters) * taps * element
     masks = sum(samples * c for m, c in ((in_mask, channels), (out_mask, filters)) if m is not None)
     read, kept = int(ins.sum()) * pixels * element, int(outs.sum()) * sites * element
     moved = read + weights + masks + samples * filters * sites * element
@@ -403,26 +402,52 @@ def fill(
 def conv_tile(channels: int, filters: int, dtype: torch.dtype, device: Device) -> tuple[int, int]:
     """(sites, output channels) of a tile of `masked_conv2d`, of `channels` and `filters` of a group, on a device."""
     if device.architecture == "cpu":
-        llvm = module(".cpu._llvm")
-        return llvm.ROWS, llvm.VECTOR_BYTES // (8 if dtype == torch.float64 else 4)
-    kinds = {"tf32": "tf32", "float32": "ieee", "float64": "double"}
-    tile = module(".kernels.masked_conv").config(
-        kinds.get(precision_of(dtype, device), "half"), channels, filters, device.architecture
+        return _cpu_tile(dtype)
+    tile = module(".kernels.masked_conv").config(_kind(dtype, device), channels, filters, device.architecture)
+    return tile["BLOCK_M"], tile["BLOCK_N"]
+
+
+def gathered_tile(
+    sites: int, channels: int, filters: int, granularity: int, dtype: torch.dtype, device: Device
+) -> tuple[int, int]:
+    """(sites, output channels) of a tile of `gathered_conv2d` of `sites` a sample, channels kept by `granularity`."""
+    if device.architecture == "cpu":
+        return _cpu_tile(dtype)
+    tile = module(".kernels.gathered_conv").config(
+        _kind(dtype, device), sites, channels, filters, device.architecture, piece=granularity
     )
     return tile["BLOCK_M"], tile["BLOCK_N"]
+
+
+def _cpu_tile(dtype: torch.dtype) -> tuple[int, int]:
+    llvm = module(".cpu._llvm")
+    return llvm.ROWS, llvm.VECTOR_BYTES // (8 if dtype == torch.float64 else 4)
+
+
+def _kind(dtype: torch.dtype, device: Device) -> str:
+    """The key of the kernels' tables of tiles."""
+    kinds = {"tf32": "tf32", "float32": "ieee", "float64": "double"}
+    return kinds.get(precision_of(dtype, device), "half")
 
 
 def _kept(mask: Tensor | ActiveChannels | None, samples: int, channels: int) -> Tensor:
     """int64 [N]: channels that each sample keeps."""
     if mask is None:
         return torch.full((samples,), channels)
-    return (mask.mask if isinstance(mask, ActiveChannels) else mask != 0).sum(1).cpu()
+    return _mask_of(mask).sum(1).cpu()
 
 
-def _any_kept(mask: Tensor | ActiveChannels | None, channels: int) -> int:
-    if mask is None:
-        return channels
-    return int((mask.mask if isinstance(mask, ActiveChannels) else mask != 0).any(0).sum())
+def _met_weights(in_mask, out_mask, channels: int, filters: int) -> int:
+    """How many pairs of an input and an output any sample keeps both of."""
+    kept = lambda mask, count: torch.ones(1, count) if mask is None else _mask_of(mask).float().cpu()
+    ins, outs = kept(in_mask, channels), kept(out_mask, filters)
+    if len(ins) != len(outs):  # one side has no mask: every sample keeps all of it
+        return int(ins.amax(0).sum() * outs.amax(0).sum()) if len(ins) and len(outs) else 0
+    return int((ins.T @ outs > 0).sum())
+
+
+def _mask_of(mask: Tensor | ActiveChannels) -> Tensor:
+    return mask.mask if isinstance(mask, ActiveChannels) else mask != 0
 
 
 def _check_mode(mode: str) -> None:

@@ -399,18 +399,17 @@ class TestRegistration:
         for wanted in ([True] * 3, [False, True, False]):
             torch.library.opcheck(backward, (grad, *plain, (3, 3), *self.WHERE, wanted))
 
-    @pytest.mark.parametrize("op", OPS)
-    def test_second_derivative_is_refused(self, op):
-        call, operands, _ = case(op)
-        leaves = [t.requires_grad_() for t in operands]
-        (grad,) = torch.autograd.grad(call(dynconv, *leaves).square().sum(), leaves[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiable once"):
-            grad.sum().backward()
+    def test_opcheck_normalize_taps(self):
+        weights = torch.randn(1, 18, 4, 5, dtype=torch.float64).requires_grad_()
+        torch.library.opcheck(torch.ops.dynconv.normalize_taps.default, (weights, 9, "softmax"))
+        grad = torch.randn(1, 18, 4, 5, dtype=torch.float64)
+        backward = torch.ops.dynconv.normalize_taps_backward.default
+        torch.library.opcheck(backward, (grad, weights.detach(), 9, "l2"))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compile_forward_and_backward(op):
-    call, operands, grad = case(op, dtype=torch.float32)
+@pytest.mark.parametrize("op, normalization", [("conv", None), ("aggregate", "softmax")])
+def test_compile_forward_and_backward(op, normalization):
+    call, operands, grad = case(op, dtype=torch.float32, normalization=normalization)
     compiled = torch.compile(lambda module, *t: call(module, *t) * 2, fullgraph=True, dynamic=True, backend="aot_eager")
     doubled = lambda module, *t: call(module, *t) * 2
     expected, actual = run(doubled, dynconv, operands, grad), run(compiled, dynconv, operands, grad)

@@ -104,7 +104,8 @@ def _width(layer: Width, mask, mode, batch, dtype, on) -> tuple[Work, Work, Tile
     dense = roofline.gathered_conv2d(*shapes, **options)
     sparse = roofline.gathered_conv2d(*shapes, ins, outs, **options)
     sites, kept = torch.full((batch,), layer.height * layer.width), outs.sum(1).cpu()
-    tile = roofline.conv_tile(-(-layer.in_channels // 2), -(-layer.out_channels // 2), dtype, on)
+    shape = layer.height * layer.width, layer.in_channels, layer.out_channels, layer.granularity
+    tile = roofline.gathered_tile(*shape, dtype, on)
     return dense, sparse, roofline.fill(sites, kept, tile, on.multiprocessors)
 
 
