@@ -67,8 +67,8 @@ def test_gathered():
     # Of the weight the pairs that some sample keeps both of.
     weights = 9 * int(torch.stack([i[:, None] & o for i, o in zip(ins, outs)]).any(0).sum())
     assert plain.bytes == 4 * (int(ins.sum()) * 30 + weights + 3 * 12 * 30) + 3 * 20
-    assert roofline.gathered_conv2d(*shapes, ins).bytes == 4 * (
-        int(ins.sum()) * 30 + int(ins.any(0).sum()) * 12 * 9 + 3 * 12 * 20
+    assert roofline.gathered_conv2d(*shapes, ins, padding=1).bytes == 4 * (
+        int(ins.sum()) * 30 + int(ins.any(0).sum()) * 12 * 9 + 3 * 12 * 30
     ) + 3 * 8  # fmt: skip
     # A linear layer is a convolution of positions.
     linear = roofline.gathered_linear((3, 7, 8), (12, 8), ins, outs)
