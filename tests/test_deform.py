@@ -304,14 +304,19 @@ def test_a_batch_equals_its_samples(op):
         torch.testing.assert_close(output[n : n + 1], call(dynconv, *alone), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op, normalization", [("conv", None), ("aggregate", "softmax"), ("aggregate", "sigmoid")])
-def test_the_same_bits_on_any_number_of_threads(op, normalization):
+@pytest.mark.parametrize(
+    "op, normalization, offset_groups",
+    [("conv", None, 1), ("conv", None, 2), ("aggregate", "softmax", 1), ("aggregate", "sigmoid", 2)],
+)
+def test_the_same_bits_on_any_number_of_threads(op, normalization, offset_groups):
+    """One sample with one group of offsets: threads share its channels; otherwise its groups, or samples."""
     call, operands, grad = case(
-        op, channels=40, filters=24, size=(40, 41), offset_groups=2, dtype=torch.float32, normalization=normalization
-    )
+        op, n=offset_groups, channels=40, filters=24, size=(40, 41), offset_groups=offset_groups, dtype=torch.float32,
+        normalization=normalization,
+    )  # fmt: skip
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             results.append(run(call, dynconv, operands, grad))
     finally:
