@@ -25,7 +25,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 9 * 60.0  # seconds for everything
-DRY_TYPE = "float32"  # Triton's interpreter has no products of bfloat16
 
 # Forward and backward with a gate, a stride, and channels that fill no tile; small, the sanitizers are slow.
 PROBE = """
@@ -63,13 +62,18 @@ print("probe done")
 
 @dataclass(frozen=True)
 class Part:
-    """A command and its time limit in seconds; `missing` says why it cannot run, where it cannot."""
+    """A command and its time limit in seconds; `missing` says why it cannot run, where it cannot.
+
+    `stops`: the seconds after which the command begins nothing new, and writes what it has; handed to it as --limit,
+    less where less time is left.
+    """
 
     name: str
     command: Sequence[str]
     limit: float
     missing: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    stops: float | None = None
 
 
 def sanitizer() -> str | None:
@@ -88,58 +92,46 @@ def parts(out: Path, made: Path, dry_run: bool) -> Iterator[Part]:
     interpreted = (("TRITON_INTERPRET", "1"), ("DYNCONV_BACKEND", "triton")) if dry_run else ()
     device = "cpu" if dry_run else "cuda"
 
-    def writes(name: str, command: list[str], limit: float) -> Part:
+    def writes(name: str, command: list[str], limit: float, stops: float | None = None) -> Part:
         file = name.replace(" ", "-") + ".json"
-        return Part(name, [*command, "--json", str(made / file)], limit, None, interpreted)
+        return Part(name, [*command, "--json", str(made / file)], limit, None, interpreted, stops)
 
     yield writes("ceilings", [*package, "roofline", "--device", device, "--shapes"], 30)
     # A few cases: every geometry compiles its own kernels, and the tests have them all.
-    dtypes = ["float32"] if dry_run else ["float64", "float32", "tf32", "float16", "bfloat16"]
-    yield writes("verify", [*package, "verify", "--quick", "--backends", "triton", "--dtypes", *dtypes], 110)
+    dtypes = ["float32"] if dry_run else ["bfloat16", "tf32"]
+    yield writes(
+        "verify", [*package, "verify", "--quick", "--backends", "triton", "--dtypes", *dtypes], 300 if dry_run else 100
+    )
     pytest = [python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     chosen = ["tests/test_masked_conv.py", "-k", "triton and empty"] if dry_run else ["tests", "-m", "gpu"]
-    yield Part("tests", [*pytest, *chosen], 150)
+    yield Part("tests", [*pytest, *chosen], 140)
     tool = sanitizer()
     for check in ("memcheck", "racecheck"):
         command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9", python, "-c", PROBE]
         missing = "a dry run has no GPU" if dry_run else None if tool else "compute-sanitizer is not here"
         # Without PyTorch's cache every tensor is an allocation of its own, with its own bounds.
-        yield Part(check, command, 60, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
-    bench = [*package, "bench", "--device", device]
-    if dry_run:
-        few = ["--shapes", "tiny", "--density", "0.5", "--repeats", "1", "--seconds", "0"]
-        published = resnet = few
-    else:
-        # The families of every op first: what the limit leaves out is the most alike.
-        order = [
-            "resnet50",
-            "dcn",
-            "involution",
-            "laudnet",
-            "ddf",
-            "mobilenetv2",
-            "carafe",
-            "linear",
-            "lasnet",
-            "sbnet",
-        ]
-        few = ["--density", "0.75", "0.5", "0.25", "--repeats", "15", "--seconds", "0.2"]
-        published, resnet = ["--shapes", *order, *few], ["--shapes", "resnet50", *few]
-    plots = ["--baselines", "--plot", str(out / "bench.png")]
-    plots += [] if dry_run else ["--scaling", str(out / "scaling.png")]
-    yield writes(
-        "bench bfloat16",
-        [*bench, *published, "--dtype", DRY_TYPE if dry_run else "bfloat16", *plots, "--limit", "120"],
-        170,
-    )
-    yield writes("bench float16", [*bench, *resnet, "--dtype", DRY_TYPE if dry_run else "float16", "--limit", "25"], 45)
-    automatic = ["--automatic", "--modes", "plain", "--dtype", DRY_TYPE if dry_run else "bfloat16", "--limit", "15"]
-    yield writes("bench automatic", [*bench, *resnet, *automatic], 40)
+        yield Part(check, command, 45, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    plots = ["--plot", str(out / "bench.png")] + ([] if dry_run else ["--scaling", str(out / "scaling.png")])
+    for name, families, options, limit, stops in (
+        ("bfloat16", "resnet50 laudnet mobilenetv2 linear lasnet sbnet", plots, 115, 80),
+        ("filters", "dcn involution ddf carafe", [], 60, 40),
+        # What torch.compile makes takes seconds to compile: one size of each.
+        ("peers", "resnet50 laudnet dcn involution", ["--baselines", "--modes", "plain", "--layers", "56x56"], 70, 40),
+        ("float16", "resnet50", [], 35, 20),
+        ("automatic", "resnet50", ["--automatic", "--modes", "plain"], 30, 12),
+    ):
+        measured = [*package, "bench", "--device", device, "--shapes", *families.split()]
+        measured += ["--density", "0.75", "0.5", "0.25", "--repeats", "15", "--seconds", "0.2", "--dtype"]
+        measured.append("float16" if name == "float16" else "bfloat16")
+        if dry_run:
+            options = [option for option in options if option not in ("--layers", "56x56")]
+            measured = [*package, "bench", "--shapes", "tiny", "--density", "0.5", "--repeats", "1", "--seconds", "0"]
+        yield writes(f"bench {name}", [*measured, *options], limit, stops)
     sweep = [python, str(ROOT / "benchmarks" / "sweep.py"), "--device", device]
-    swept = ["--shapes", "resnet50", "dcn", "involution", "laudnet", "--layers", "x", "--limit", "60"]
-    if dry_run:
-        swept = ["--shapes", "tiny", "--dtype", DRY_TYPE, "--repeats", "1", "--most", "1"]
-    yield writes("sweep", [*sweep, *swept], 90)
+    swept = ["--shapes", "resnet50", "dcn", "involution", "laudnet"]
+    if dry_run:  # Triton's interpreter has no products of bfloat16
+        swept = ["--shapes", "tiny", "--dtype", "float32", "--repeats", "1", "--most", "1"]
+    yield writes("sweep", [*sweep, *swept], 60, 35)
 
 
 def is_importable() -> bool:
@@ -161,9 +153,11 @@ def run(part: Part, limit: float, log: Path) -> str:
         begin = file.tell()
         file.flush()
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
+        stops = [] if part.stops is None else ["--limit", f"{min(part.stops, 0.6 * limit):.0f}"]
+        command = [*part.command, *stops]
         try:
             status = subprocess.run(
-                part.command, cwd=ROOT, env=environment, timeout=limit, stdin=subprocess.DEVNULL, stdout=file,
+                command, cwd=ROOT, env=environment, timeout=limit, stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT,
             ).returncode  # fmt: skip
             outcome = "passed" if status == 0 else f"FAILED: exit status {status}"

@@ -1,5 +1,6 @@
 """`python -m dynconv`: what is right passes, what is wrong fails, and the numbers are what they say."""
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 import dynconv
 from dynconv import _timing as timing
-from dynconv.__main__ import main
+from dynconv.__main__ import COMMANDS, main
 from dynconv.cli import bench, bounds, chains, deform, demo, digits, extra, filters, gathered, photos, scaling, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
 from dynconv.cli.layers import FILTERS, LAYERS, Block, Filter, Layer, Width, blob_mask, patch, random_mask, reached
@@ -861,19 +862,23 @@ def test_gpu_script_survives_failing_parts(monkeypatch, tmp_path, capsys):
     assert "bad" in capsys.readouterr().out
 
 
-def test_gpu_script_leaves_time_for_every_part(tmp_path):
-    """Each part has a limit; those that measure stop by themselves before it, with what they have."""
+def test_gpu_script_asks_for_what_there_is(tmp_path):
+    """A part that measures stops by itself before its time is over; the commands know all of their options."""
     gpu = script("gpu")
     for dry_run in (True, False):
         found = list(gpu.parts(tmp_path, tmp_path, dry_run))
+        assert {"ceilings", "verify", "tests", "memcheck", "bench peers", "sweep"} <= {part.name for part in found}
         for part in found:
-            command = list(part.command)
-            if "--limit" in command and not dry_run:
-                assert float(command[command.index("--limit") + 1]) < part.limit
-        names = [part.name for part in found]
-        for name in ("ceilings", "verify", "tests", "memcheck", "racecheck", "bench bfloat16", "sweep"):
-            assert name in names
+            assert part.stops is None or part.stops < part.limit
+            if "dynconv" in part.command:
+                command, options = COMMANDS[part.command[3]][0], list(part.command[4:])
+                parser = argparse.ArgumentParser()
+                command.add_arguments(parser)
+                parser.parse_args(options + ([] if part.stops is None else ["--limit", "7"]))
     assert gpu.BUDGET <= 540
+    stopping = gpu.Part("p", [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 30, stops=20.0)
+    assert gpu.run(stopping, 10.0, tmp_path / "log.txt") == "passed"
+    assert "['--limit', '6']" in (tmp_path / "log.txt").read_text()
 
 
 def test_sweep_of_tiles(tmp_path):
