@@ -13,8 +13,8 @@ come from the rows r[s, tap], the gradients of the columns (of an aggregation th
     input           dx[p] += scale * share(p) * r[s, tap]
     scale, offset   from the four dots of x[p] with r[s, tap]
 
-The first is a scatter: a thread adds up one slice of the channels of one sample, site by site, so that no two threads
-write the same element and the order is always the same.
+The first is a scatter: a thread adds up some groups of one sample, or a slice of a group's channels, site by site, so
+that no two threads write the same element and the order is always the same.
 """
 
 from __future__ import annotations
