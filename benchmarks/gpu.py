@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py [--out DIR] [--dry-run]
 
-Needs PyTorch with CUDA, Triton, NumPy, pytest, matplotlib and rich; downloads nothing. Each part runs in a process
-of its own with a time limit, and a failing part does not stop the others; the last lines say which failed. --out, by
-default $OUT or build/gpu, gets results.json, with the machine and what each part has written, two plots and log.txt.
+Needs PyTorch with CUDA, Triton, NumPy, pytest, matplotlib and rich; downloads nothing, and takes pytest-xdist where it
+is. Each part runs in a process of its own with a time limit, and a failing part does not stop the others; the last
+lines say which failed. --out, by default $OUT or build/gpu, gets results.json, with the machine and what each part has
+written, two plots and log.txt.
 --dry-run walks through the same parts without a GPU, interpreted, with tiny shapes.
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,7 +105,10 @@ def parts(out: Path, made: Path, dry_run: bool) -> Iterator[Part]:
     yield writes(
         "verify", [*package, "verify", "--quick", "--backends", "triton", "--dtypes", *dtypes], 300 if dry_run else 100
     )
-    pytest = [python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    # Failures are told as they come: a part that is stopped has said what it saw.
+    pytest = [python, "-m", "pytest", "-v", "-rf", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "2" if dry_run else "8"]  # most of it is compiling
     chosen = ["tests/test_masked_conv.py", "-k", "triton and empty"] if dry_run else ["tests", "-m", "gpu"]
     yield Part("tests", [*pytest, *chosen], 140)
     tool = sanitizer()
@@ -112,23 +118,24 @@ def parts(out: Path, made: Path, dry_run: bool) -> Iterator[Part]:
         # Without PyTorch's cache every tensor is an allocation of its own, with its own bounds.
         yield Part(check, command, 45, missing, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
     plots = ["--plot", str(out / "bench.png")] + ([] if dry_run else ["--scaling", str(out / "scaling.png")])
-    for name, families, options, limit, stops in (
-        ("bfloat16", "resnet50 laudnet mobilenetv2 linear lasnet sbnet", plots, 115, 80),
-        ("filters", "dcn involution ddf carafe", [], 60, 40),
-        # What torch.compile makes takes seconds to compile: one size of each.
-        ("peers", "resnet50 laudnet dcn involution", ["--baselines", "--modes", "plain", "--layers", "56x56"], 70, 40),
-        ("float16", "resnet50", [], 35, 20),
-        ("automatic", "resnet50", ["--automatic", "--modes", "plain"], 30, 12),
+    # What torch.compile makes takes seconds to compile: one size of each. torchvision has no bfloat16.
+    peers = ["--baselines", "--modes", "plain", "--layers", "56x56"]
+    for name, families, dtype, options, limit, stops in (
+        ("layers", "resnet50 laudnet mobilenetv2 linear lasnet sbnet", "bfloat16", plots, 100, 60),
+        ("filters", "dcn involution ddf carafe", "bfloat16", [], 55, 35),
+        ("peers", "resnet50 laudnet", "bfloat16", peers, 50, 30),
+        ("filter peers", "dcn involution", "float16", peers, 40, 25),
+        ("float16", "resnet50", "float16", [], 30, 18),
+        ("automatic", "resnet50", "bfloat16", ["--automatic", "--modes", "plain"], 25, 12),
     ):
         measured = [*package, "bench", "--device", device, "--shapes", *families.split()]
-        measured += ["--density", "0.75", "0.5", "0.25", "--repeats", "15", "--seconds", "0.2", "--dtype"]
-        measured.append("float16" if name == "float16" else "bfloat16")
+        measured += ["--density", "0.75", "0.5", "0.25", "--repeats", "15", "--seconds", "0.2", "--dtype", dtype]
         if dry_run:
             options = [option for option in options if option not in ("--layers", "56x56")]
             measured = [*package, "bench", "--shapes", "tiny", "--density", "0.5", "--repeats", "1", "--seconds", "0"]
         yield writes(f"bench {name}", [*measured, *options], limit, stops)
     sweep = [python, str(ROOT / "benchmarks" / "sweep.py"), "--device", device]
-    swept = ["--shapes", "resnet50", "dcn", "involution", "laudnet"]
+    swept = ["--shapes", "resnet50", "dcn", "involution", "laudnet", "mobilenetv2", "--one"]
     if dry_run:  # Triton's interpreter has no products of bfloat16
         swept = ["--shapes", "tiny", "--dtype", "float32", "--repeats", "1", "--most", "1"]
     yield writes("sweep", [*sweep, *swept], 60, 35)
@@ -156,13 +163,20 @@ def run(part: Part, limit: float, log: Path) -> str:
         stops = [] if part.stops is None else ["--limit", f"{min(part.stops, 0.6 * limit):.0f}"]
         command = [*part.command, *stops]
         try:
-            status = subprocess.run(
-                command, cwd=ROOT, env=environment, timeout=limit, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT,
-            ).returncode  # fmt: skip
-            outcome = "passed" if status == 0 else f"FAILED: exit status {status}"
-        except subprocess.TimeoutExpired:
-            outcome = f"FAILED: not done after {limit:.0f} s"
+            # A session of its own: what is stopped takes its compilers and sanitizers along.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = process.wait(limit)
+                outcome = "passed" if status == 0 else f"FAILED: exit status {status}"
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                outcome = f"FAILED: not done after {limit:.0f} s"
         except OSError as error:
             outcome = f"FAILED: {error}"
     with log.open(errors="replace") as file:

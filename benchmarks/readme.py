@@ -92,8 +92,9 @@ def filter_section(path: Path, folder: str) -> list[str]:
     return [
         "",
         "Filters of pixels, times faster than PyTorch's usual idiom on contiguous tensors; in brackets the share of",
-        f"the floor, operands and results moved once at {record['ceilings']['copy'] / 1e9:.0f} GB/s, which is what a",
-        f"copy reaches ([every layer]({folder}/filters.json)):",
+        "the floor: operands and results moved once a pass at the speed of a copy, "
+        f"{record['ceilings']['copy'] / 1e9:.0f} GB/s, or what",
+        f"is computed at the rate of a product ([every layer]({folder}/filters.json)):",
         "",
         *filters(record),
     ]

@@ -103,15 +103,19 @@ def _cpu_sample(call: Callable[[int], object], sets: int, rounds: int) -> float:
 def _cuda_sample(call: Callable[[int], object], sets: int, rounds: int) -> float:
     """The GPU's time for a call when its queue is full, as in a CUDA graph: Python's own time is not in it."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    # The GPU waits while the calls are queued behind it, for two milliseconds and one more for each call.
-    torch.cuda._sleep(int((2 + rounds) * 1e-3 * 2e9))
-    start.record()
-    for number in range(rounds):
-        call(number % sets)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / rounds
+    pause = 2.0 + rounds  # milliseconds that the GPU waits while the calls are queued behind it
+    while True:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(pause * 1e-3 * 2e9))
+        start.record()
+        for number in range(rounds):
+            call(number % sets)
+        end.record()
+        ran_dry = start.query()  # the GPU began before all was queued: what it waited for is in the time
+        end.synchronize()
+        if not ran_dry or pause > LONG:
+            return start.elapsed_time(end) / rounds
+        pause *= 4
 
 
 def keep_freed_memory() -> bool:

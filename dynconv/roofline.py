@@ -31,8 +31,9 @@ MODES = ("plain", "in-place", "backward")
 class Work(NamedTuple):
     """What a call has to do at least.
 
-    flops: a multiplication and an addition are two. bytes: every operand read and every result written once.
-    is_product: whether they are matrix products, which have units of their own on a GPU.
+    flops: a multiplication and an addition are two; taps in the padding count, as FLOP counters have it. bytes: every
+    operand read and every result written once a pass, of which forward and backward are two. is_product: whether they
+    are matrix products, which have units of their own on a GPU.
     """
 
     flops: int
@@ -103,9 +104,14 @@ class Device:
         moved = work.bytes / self.copy
         return Floor(max(moved, computed), "FLOPs" if computed > moved else "bytes")
 
-    def predicted_share(self, dense: Work, sparse: Work, dtype: torch.dtype, tiles: Tiles = FULL) -> float:
-        """Of what the FLOPs allow, the part that the bytes and the tiles leave: both calls at the ceilings."""
-        ratio = self.floor(dense, dtype).seconds / self.floor(sparse, dtype, tiles).seconds
+    def predicted_share(
+        self, dense: Work, sparse: Work, dtype: torch.dtype, dense_tiles: Tiles = FULL, tiles: Tiles = FULL
+    ) -> float:
+        """Of what the FLOPs allow, the part that the bytes and the tiles leave, with both calls at the ceilings.
+
+        Above it is what makes better use of the device than a dense call that does not reach them.
+        """
+        ratio = self.floor(dense, dtype, dense_tiles).seconds / self.floor(sparse, dtype, tiles).seconds
         return ratio * sparse.flops / dense.flops if sparse.flops else 1.0
 
 
@@ -157,6 +163,10 @@ def measure(device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,
         sheet = next((d for key, d in DATA_SHEETS.items() if key in name), None)
     found = Device(name, copy, {}, {}, multiprocessors, architecture)
     products = {precision_of(dtype, found): _product_rate(device, dtype, seconds) for dtype in dtypes}
+    if not is_gpu and any(name in products for name in _HALF):
+        # The ops compute half types in float32, PyTorch where it can in their own.
+        single = _product_rate(device, torch.float32, seconds)
+        products = {name: max(rate, single) for name, rate in products.items()}
     if is_gpu:
         return dataclasses.replace(
             found, products=products, arithmetic=sheet.arithmetic if sheet else {}, measured=("copy", "products")
@@ -171,11 +181,11 @@ def _copy_rate(device: str, seconds: float) -> float:
     source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     taken = take_turns({"copy": lambda number: target.copy_(source)}, device, 10, seconds)["copy"]
-    return 2 * source.numel() * source.element_size() / taken.median * 1e3
+    return 2 * source.numel() * source.element_size() / taken.low * 1e3  # a ceiling: of the best samples
 
 
 def _product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
-    size = 8192 if device == "cuda" else 1024
+    size = 8192 if device == "cuda" else 1024 if dtype != torch.float16 else 128  # which few CPUs multiply
     made = lambda *shape: torch.randn(shape, device=device).to(dtype)
     a, b = made(size, size), made(size, size)
     side, channels = (56, 256) if device == "cuda" else (28, 256)
@@ -185,9 +195,10 @@ def _product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
     weight = weight.contiguous(**layout)
     flops = {"product": 2 * size**3, "convolution": 2 * batch * side**2 * 9 * channels**2}
     calls = {"product": lambda number: a @ b, "convolution": lambda number: F.conv2d(input, weight, padding=1)}
+    torch.backends.cudnn.benchmark = True  # as `bench` has it: the fastest algorithm is the ceiling
     with torch.no_grad():
         taken = take_turns(calls, device, 10, seconds)
-    return max(flops[name] / timing.median * 1e3 for name, timing in taken.items())
+    return max(flops[name] / timing.low * 1e3 for name, timing in taken.items())
 
 
 def masked_conv2d(
@@ -220,10 +231,10 @@ def masked_conv2d(
     samples, channels, *area = input_shape
     size, element = geometry.output_size(*area), dtype.itemsize
     pixels, sites, filters = samples * area[0] * area[1], samples * size[0] * size[1], weight_shape[0]
-    active, read = sites, pixels
+    active, read = sites, samples * _read_of_all(area, geometry)
     if mask is not None:
-        found = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, *size))
-        active, read = len(found), len(found._touched_by(tuple(area), geometry))
+        found = _mask_of(mask).cpu().expand(samples, 1, *size)
+        active, read = int(found.sum()), _read(found, area, geometry)
     flops, weights = 2 * active * math.prod(weight_shape), math.prod(weight_shape) * element
     listed = 0 if mask is None else 4 * active if mode == "in-place" else sites
     written = active if mode == "in-place" else sites
@@ -258,7 +269,8 @@ def gathered_conv2d(
     samples, channels, *area = input_shape
     size, element, filters = geometry.output_size(*area), dtype.itemsize, weight_shape[0]
     ins, outs = _kept(in_mask, samples, channels), _kept(out_mask, samples, filters)
-    taps, pixels, sites = math.prod(geometry.kernel), area[0] * area[1], size[0] * size[1]
+    taps, sites = math.prod(geometry.kernel), size[0] * size[1]
+    pixels = _read_of_all(area, geometry)
     flops = 2 * int((ins * outs).sum()) * taps * sites
     weights = _met_weights(in_mask, out_mask, channels, filters) * taps * element
     masks = sum(samples * c for m, c in ((in_mask, channels), (out_mask, filters)) if m is not None)
@@ -266,7 +278,9 @@ def gathered_conv2d(
     moved = read + weights + masks + samples * filters * sites * element
     if mode == "backward":
         flops *= 3
-        moved += kept + read + weights + samples * channels * pixels * element + math.prod(weight_shape) * element
+        moved += (
+            kept + read + weights + samples * channels * math.prod(area) * element + math.prod(weight_shape) * element
+        )
     return Work(flops, moved)
 
 
@@ -300,7 +314,7 @@ def dynamic_filter2d(
     """Of `dynconv.dynamic_filter2d`, its normalisation not counted.
 
     Args:
-        input_shape: [N, C, H, W]; read as a whole where there is any site.
+        input_shape: [N, C, H, W]; counted as a whole where there is any site, so with few a floor that is too high.
         filters_shape: [N, G * kH * kW, Ho, Wo].
         kernel_size: kH and kW.
         channel_filters: whether there are such: a product more for each tap.
@@ -334,7 +348,7 @@ def deform_conv2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.deform_conv2d`: the product alone, sampling is another 8 FLOPs of Cout of them.
+    """Of `dynconv.deform_conv2d`: the product alone; sampling adds 8 FLOPs for each of its operands.
 
     Args:
         input_shape: [N, C, H, W].
@@ -430,6 +444,37 @@ def _kind(dtype: torch.dtype, device: Device) -> str:
     return kinds.get(precision_of(dtype, device), "half")
 
 
+def _read(sites: Tensor, area: Sequence[int], geometry: Geometry) -> int:
+    """How many pixels of an input of that size the active sites, bool [N, 1, Ho, Wo], read.
+
+    In plain PyTorch, so that the floor of a kernel does not need one.
+    """
+    reach = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(sites.shape[2:], *geometry[1::-1], geometry.dilation)]
+    spread = torch.zeros(
+        len(sites), *(max(r, a + p) for r, a, p in zip(reach, area, geometry.padding)), dtype=torch.bool
+    )
+    for ky in range(geometry.kernel[0]):
+        for kx in range(geometry.kernel[1]):
+            y, x = ky * geometry.dilation[0], kx * geometry.dilation[1]
+            lines = slice(y, y + (sites.shape[2] - 1) * geometry.stride[0] + 1, geometry.stride[0])
+            columns = slice(x, x + (sites.shape[3] - 1) * geometry.stride[1] + 1, geometry.stride[1])
+            spread[:, lines, columns] |= sites[:, 0]
+    top, left = geometry.padding
+    return int(spread[:, top : top + area[0], left : left + area[1]].sum())
+
+
+def _read_of_all(area: Sequence[int], geometry: Geometry) -> int:
+    """The same of one sample and all sites: not all pixels where strides skip some."""
+    lines = [_read(torch.ones(1, 1, n, 1, dtype=torch.bool), (a, 1), _axis(geometry, axis))
+             for axis, (n, a) in enumerate(zip(geometry.output_size(*area), area))]  # fmt: skip
+    return math.prod(lines)
+
+
+def _axis(geometry: Geometry, axis: int) -> Geometry:
+    """One axis of a geometry, as the vertical one."""
+    return Geometry(*((values[axis], neutral) for values, neutral in zip(geometry, (1, 1, 0, 0, 1))))
+
+
 def _kept(mask: Tensor | ActiveChannels | None, samples: int, channels: int) -> Tensor:
     """int64 [N]: channels that each sample keeps."""
     if mask is None:
@@ -446,8 +491,8 @@ def _met_weights(in_mask, out_mask, channels: int, filters: int) -> int:
     return int((ins.T @ outs > 0).sum())
 
 
-def _mask_of(mask: Tensor | ActiveChannels) -> Tensor:
-    return mask.mask if isinstance(mask, ActiveChannels) else mask != 0
+def _mask_of(mask: Tensor | ActiveSites | ActiveChannels) -> Tensor:
+    return mask != 0 if isinstance(mask, Tensor) else mask.mask
 
 
 def _check_mode(mode: str) -> None:

@@ -842,7 +842,9 @@ def test_gpu_script_survives_failing_parts(monkeypatch, tmp_path, capsys):
         yield gpu.Part("good", [*python, text, str(made / "good.json"), '{"figure": 7}'], 30)
         yield gpu.Part("half written", [*python, text, str(made / "half.json"), '{"figure":'], 30)
         yield gpu.Part("bad", [*python, "raise SystemExit(3)"], 30)
-        yield gpu.Part("slow", [*python, "import time; print('begun', flush=True); time.sleep(60)"], 5)
+        child = f"[{sys.executable!r}, '-c', 'import time; time.sleep(60)', {str(made)!r}]"
+        slow = f"import subprocess; print('begun', flush=True); subprocess.run({child})"
+        yield gpu.Part("slow", [*python, slow], 5)
         yield gpu.Part("not there", [str(tmp_path / "nothing")], 30)
         yield gpu.Part("later", [*python, "print('still here')"], 30, "because")
 
@@ -926,19 +928,39 @@ def test_sweep_leaves_out_wrong_and_refused_tiles(monkeypatch):
     assert found["ratio"] > 2
 
 
+def test_bench_keeps_what_it_has_when_it_is_stopped(monkeypatch, tmp_path):
+    results = tmp_path / "bench.json"
+    right = bench.measure
+
+    def stopped(layer, *arguments, **options):
+        if layer.groups > 1:
+            raise KeyboardInterrupt
+        return right(layer, *arguments, **options)
+
+    monkeypatch.setattr(bench, "measure", stopped)
+    command = ["bench", "--shapes", "tiny", "--density", "0.5", "--repeats", "1", "--seconds", "0"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, "--json", str(results)])
+    record = json.loads(results.read_text())
+    assert {row["layer"] for row in record["rows"]} == {"6x5 16->16 3x3"}
+    assert record["ceilings"]["name"] == "tiny"
+
+
 def test_grouped_slices_are_the_kept_outputs():
     layer = Width("tiny", 5, 4, 16, 24, 3, 8, 2, (0.5,))
     for each in (layer, Width("tiny", 1, 1, 16, 24, 1, 8, 2, (0.5,), linear=True)):
         maker, _ = prepare(each, 2, torch.float32, "cpu")
         mask = each.active(0.5, "blob", 2, maker.generator)
         outs = maker.split(mask)[1]
-        full, kept = maker.sparse(0, mask), maker.grouped(0, mask)
+        full, kept = maker.sparse(0, mask), maker.grouped(0, maker.lists(mask))
         torch.testing.assert_close(kept, full[outs].view(kept.shape), rtol=1e-4, atol=1e-5)
 
 
 def test_bench_stops_at_its_limit(tmp_path, capsys):
     results = tmp_path / "bench.json"
-    assert main(["bench", "--shapes", "tiny", "--limit", "0", "--json", str(results)]) == 0
+    plot = ["--plot", str(tmp_path / "nothing.png")]
+    assert main(["bench", "--shapes", "tiny", "--limit", "0", "--json", str(results), *plot]) == 0
+    assert not (tmp_path / "nothing.png").exists()
     record = json.loads(results.read_text())
     assert record["rows"] == record["filters"] == []
     assert len(record["left_out"]) == 5

@@ -71,7 +71,9 @@ def write_json(path: str, content: dict) -> None:
     """Write a record, with the folders above it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    partial = target.with_name(target.name + ".part")
+    partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    partial.replace(target)  # whoever is stopped while it writes leaves the file before
 
 
 def _finite(content):

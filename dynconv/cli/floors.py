@@ -15,7 +15,10 @@ from .layers import Block, Filter, Layer, Width
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one call. `predicted` is the share of the ideal that bytes and tiles leave; None where nothing is skipped."""
+    """Of one call. `predicted` is the share of the ideal that bytes and tiles leave; None where nothing is skipped.
+
+    In words: what a kernel at the ceilings gains over a dense one at the ceilings, over what the FLOPs allow.
+    """
 
     flops: int
     bytes: int
@@ -35,9 +38,13 @@ def estimate(
 
     mask: as the layer's `active` makes it; None for a `Filter`, which computes every site.
     """
-    dense, sparse, tiles = _WORK[type(layer)](layer, mask, mode, batch, dtype, on)
-    floor = on.floor(sparse, dtype)
-    predicted = None if dense is None else on.predicted_share(dense, sparse, dtype, tiles)
+    make = _WORK[type(layer)]
+    sparse, tiles = make(layer, mask, mode, batch, dtype, on)
+    floor, predicted = on.floor(sparse, dtype), None
+    if mask is not None:
+        usual = "plain" if mode == "in-place" else mode
+        dense = make(layer, None, usual, batch, dtype, on)
+        predicted = on.predicted_share(dense[0], sparse, dtype, dense[1], tiles)
     return Estimate(sparse.flops, sparse.bytes, floor.seconds * 1e3, floor.limit, tiles, predicted)
 
 
@@ -48,15 +55,17 @@ def together(estimates: list[Estimate]) -> Estimate:
     return Estimate(flops, moved, floor, longest.limit, roofline.FULL, None)
 
 
-def _layer(layer: Layer, mask, mode, batch, dtype, on) -> tuple[Work, Work, Tiles]:
+# Each gives the work and the tiles of a call; without a mask those of the dense one.
+
+
+def _layer(layer: Layer, mask, mode, batch, dtype, on) -> tuple[Work, Tiles]:
     shapes = (batch, layer.in_channels, layer.height, layer.width), (
         layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel
     )  # fmt: skip
-    options = dict(padding=layer.padding, groups=layer.groups, dtype=dtype)
-    dense = roofline.masked_conv2d(*shapes, **options, mode="backward" if mode == "backward" else "plain")
-    sparse = roofline.masked_conv2d(*shapes, mask, **options, mode=mode)
-    tiles = _conv_tiles(int(mask.sum()), layer.in_channels, layer.out_channels, layer.groups, dtype, on)
-    return dense, sparse, tiles
+    options = dict(padding=layer.padding, groups=layer.groups, dtype=dtype, mode=mode)
+    sites = batch * layer.height * layer.width if mask is None else int(mask.sum())
+    tiles = _conv_tiles(sites, layer.in_channels, layer.out_channels, layer.groups, dtype, on)
+    return roofline.masked_conv2d(*shapes, mask, **options), tiles
 
 
 def _conv_tiles(sites: int, channels: int, filters: int, groups: int, dtype: torch.dtype, on: Device) -> Tiles:
@@ -67,59 +76,55 @@ def _conv_tiles(sites: int, channels: int, filters: int, groups: int, dtype: tor
     return roofline.fill(sites, filters // groups, tile, on.multiprocessors, groups)
 
 
-def _block(layer: Block, mask, mode, batch, dtype, on) -> tuple[Work, Work, Tiles]:
+def _block(layer: Block, mask, mode, batch, dtype, on) -> tuple[Work, Tiles]:
     """Fewest bytes: the block's input and output and its weights, as if what lies between stayed in a cache."""
     channels, inner = layer.channels, layer.channels // 4 if layer.kind == "bottleneck" else 6 * layer.channels
     groups = 1 if layer.kind == "bottleneck" else inner
     convs = ((channels, inner, 1, 1), (inner, inner, 3, groups), (inner, channels, 1, 1))
     weights = [cin // g * cout * kernel**2 for cin, cout, kernel, g in convs]
-    active = int(mask.sum())
-    reached = int((F.max_pool2d(mask.float(), 3, 1, 1) > 0).sum())
-    sites, pixels, element = (reached, active, active), mask.numel(), dtype.itemsize
-    in_place, backward = mode == "in-place", mode == "backward"
-
-    def work(of_each, read, written, listed) -> Work:
-        flops = 2 * sum(n * w for n, w in zip(of_each, weights))
-        moved = (read + written) * channels * element + sum(weights) * element + listed
-        if backward:  # the gradient and the input again, the gradients of input and weights
-            flops, moved = 3 * flops, moved + ((written + read + pixels) * channels + 2 * sum(weights)) * element
-        return Work(flops, moved)
-
-    dense = work((pixels,) * 3, pixels, pixels, 0)
-    sparse = work(sites, reached if in_place else pixels, active if in_place else pixels, pixels)
-    tiles, computed = roofline.FULL, 0.0
-    for (cin, cout, _, g), n, weight in zip(convs, sites, weights):
-        computed += n * weight / _conv_tiles(n, cin, cout, g, dtype, on).share
-    if computed:
-        tiles = Tiles(filled=sum(n * w for n, w in zip(sites, weights)) / computed)
-    return dense, sparse, tiles
+    pixels, element = batch * layer.height * layer.width, dtype.itemsize
+    active = reached = pixels
+    if mask is not None:
+        active, reached = int(mask.sum()), int((F.max_pool2d(mask.float(), 3, 1, 1) > 0).sum())
+    sites = reached, active, active
+    read, written = (reached, active) if mode == "in-place" else (pixels, pixels)
+    flops = 2 * sum(n * w for n, w in zip(sites, weights))
+    moved = ((read + written) * channels + sum(weights)) * element + (0 if mask is None else pixels)
+    if mode == "backward":  # the gradient and the input again, the gradients of input and weights
+        flops, moved = 3 * flops, moved + ((written + read + pixels) * channels + 2 * sum(weights)) * element
+    each = [_conv_tiles(n, cin, cout, g, dtype, on) for (cin, cout, _, g), n in zip(convs, sites)]
+    asked, computed, waited = (
+        sum(n * w / part for n, w, part in zip(sites, weights, parts))
+        for parts in ([1.0] * 3, [tiles.filled for tiles in each], [tiles.share for tiles in each])
+    )
+    return Work(flops, moved), Tiles(asked / computed, computed / waited) if asked else roofline.FULL
 
 
-def _width(layer: Width, mask, mode, batch, dtype, on) -> tuple[Work, Work, Tiles]:
-    ins, outs = mask[:, : layer.in_channels], mask[:, layer.in_channels :]
+def _width(layer: Width, mask, mode, batch, dtype, on) -> tuple[Work, Tiles]:
+    ins, outs = (None, None) if mask is None else mask.split([layer.in_channels, layer.out_channels], 1)
     shapes = (batch, layer.in_channels, layer.height, layer.width), (
         layer.out_channels, layer.in_channels, layer.kernel, layer.kernel
     )  # fmt: skip
-    options = dict(padding=layer.padding, dtype=dtype, mode=mode)
-    dense = roofline.gathered_conv2d(*shapes, **options)
-    sparse = roofline.gathered_conv2d(*shapes, ins, outs, **options)
-    sites, kept = torch.full((batch,), layer.height * layer.width), outs.sum(1).cpu()
+    work = roofline.gathered_conv2d(*shapes, ins, outs, padding=layer.padding, dtype=dtype, mode=mode)
+    if layer.linear and on.architecture == "cpu":  # a kernel of its own, without tiles of rows
+        return work, roofline.FULL
     shape = layer.height * layer.width, layer.in_channels, layer.out_channels, layer.granularity
-    tile = roofline.gathered_tile(*shape, dtype, on)
-    return dense, sparse, roofline.fill(sites, kept, tile, on.multiprocessors)
+    kept = torch.full((batch,), layer.out_channels) if outs is None else outs.sum(1).cpu()
+    sites, tile = torch.full((batch,), shape[0]), roofline.gathered_tile(*shape, dtype, on)
+    return work, roofline.fill(sites, kept, tile, on.multiprocessors)
 
 
-def _filter(layer: Filter, mask, mode, batch, dtype, on) -> tuple[None, Work, Tiles]:
+def _filter(layer: Filter, mask, mode, batch, dtype, on) -> tuple[Work, Tiles]:
     input_shape, options = (batch, layer.channels, layer.height, layer.width), dict(dtype=dtype, mode=mode)
     weights = layer.groups * layer.taps
     if layer.offsets:
         shape = (batch, 2 * weights, *layer.size)
-        return None, roofline.deform_aggregate2d(input_shape, shape, kernel_size=layer.kernel, **options), roofline.FULL
+        return roofline.deform_aggregate2d(input_shape, shape, kernel_size=layer.kernel, **options), roofline.FULL
     work = roofline.dynamic_filter2d(
         input_shape, (batch, weights, *layer.size), kernel_size=layer.kernel, channel_filters=layer.channel_filters,
         **options,
     )  # fmt: skip
-    return None, work, roofline.FULL
+    return work, roofline.FULL
 
 
 _WORK = {Layer: _layer, Block: _block, Width: _width, Filter: _filter}

@@ -71,20 +71,26 @@ class WidthBench:
                 out[n].index_copy_(0, outs, self.apply(self.inputs[number][n : n + 1].index_select(1, ins), weight)[0])
         return out
 
-    def grouped(self, number: int, mask: Tensor) -> Tensor:
-        """The best of plain PyTorch: every sample's slice of the weight gathered, and one convolution in N groups.
+    def lists(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [N, kept]: the kept inputs, and outputs, of masks that keep the same number for each sample."""
+        return tuple(m.nonzero()[:, 1].view(len(m), -1) for m in self.split(mask))
 
-        Of masks that keep the same number of channels of each sample, as these do. Returns the kept outputs alone.
+    def grouped(self, number: int, kept: tuple[Tensor, Tensor]) -> Tensor:
+        """Another idiom: every sample's slice of the weight gathered, and one convolution in N groups.
+
+        It returns the kept outputs alone, without zeros between them.
         """
-        ins, outs = (m.nonzero()[:, 1].view(len(m), -1) for m in self.split(mask))
+        ins, outs = kept
         weight = self.weight.view(*self.weight.shape[:2], -1)
         weight = weight[outs[:, :, None], ins[:, None, :]]  # [N, kept outputs, kept inputs, taps]
         input = self.inputs[number]
         if self.layer.linear:
             return torch.bmm(weight[..., 0], input.gather(1, ins)[:, :, None])[:, :, 0]
-        kept = input.gather(1, ins[:, :, None, None].expand(-1, -1, *input.shape[2:]))
+        packed = input.gather(1, ins[:, :, None, None].expand(-1, -1, *input.shape[2:]))
         weight = weight.flatten(0, 1).unflatten(2, (self.layer.kernel, self.layer.kernel))
-        result = F.conv2d(kept.reshape(1, -1, *input.shape[2:]), weight, padding=self.layer.padding, groups=len(input))
+        result = F.conv2d(
+            packed.reshape(1, -1, *input.shape[2:]), weight, padding=self.layer.padding, groups=len(input)
+        )
         return result.view(len(input), -1, *input.shape[2:])
 
     def sparse(self, number: int, mask: Tensor | tuple, out: Tensor | None = None) -> Tensor:

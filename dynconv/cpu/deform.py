@@ -133,11 +133,9 @@ def _locate(has_targets: bool):
                     corner = builder.add(corner, _read_wide(builder, shifts, t, lanes))
                     scale = _read_some(builder, scales, t, lanes, storage, some)
                     scale = builder.select(has_scales, scale, one)
-                    is_read = _constant(ir.VectorType(ir.IntType(1), lanes), 0)
                     for k in range(_CORNERS):
                         down, right = divmod(k, 2)
                         valid = builder.and_(is_in[0][down], is_in[1][right])
-                        is_read = builder.or_(is_read, valid)
                         for start, nowhere, kind, addresses in ends:
                             bytes_ = kind.bitwidth // 8
                             shift = _constant(wide, bytes_.bit_length() - 1)
@@ -148,7 +146,7 @@ def _locate(has_targets: bool):
                             builder.store(address, target, align=8)
                         share = builder.fmul((behind if down else before)[0], (behind if right else before)[1])
                         _write(builder, builder.fmul(scale, share), shares, place(k), lanes, compute)
-                    kept = (*behind, builder.select(is_read, one, zero), scale)
+                    kept = (*behind, builder.select(inside, one, zero), scale)  # inside: one of the pixels at least
                     for which, value in enumerate(kept, _CORNERS):
                         _write(builder, value, shares, place(which), lanes, compute)
 
@@ -237,6 +235,12 @@ def _for_groups(builder: ir.IRBuilder, groups: ir.Value, taps: ir.Value, body) -
 
 
 def _sample(is_sum: bool):
+    """Makes an intrinsic that writes what the taps of a site sample, group by group of `inner` channels, to `target`.
+
+    Their sum over the taps [groups * inner], or (not `is_sum`) a row of all groups for each tap, `step` bytes apart.
+    `target` is an address, of elements of the type of `out`; the other operands are what `locate` has left.
+    """
+
     @intrinsic
     def sample(typingctx, groups, taps, room, pixels, shares, source, inner, target, step, out):
         storage, compute, result = source.dtype, shares.dtype, out.dtype
@@ -796,7 +800,7 @@ def bias_grad(rows: Tensor) -> Tensor:
 def _multiply(rows: Tensor, count: int, matrix: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """rows [count, depth] @ matrix [filters, depth].T + bias; into `out` [count, filters] where it is of the same type.
 
-    A copy of the rows is saved where they have room behind them, see `_with_room`.
+    Rows with room behind them, see `_with_room`, are read where they lie instead of being copied.
     """
     result = out
     if out is None or out.dtype != rows.dtype:
