@@ -419,6 +419,8 @@ def summarise(rows: Sequence[Row]) -> dict:
         mean = {"family": family, "mode": mode, "asked": asked, "layers": len(group)}
         mean["ratio"] = geometric_mean([row.ratio for row in group])
         mean["share"] = geometric_mean([row.share for row in group])
+        floors = [row.of_floor for row in group if row.of_floor]
+        mean["of_floor"] = geometric_mean(floors) if floors else None
         summary[name].append(mean)
     return summary
 
@@ -610,7 +612,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.scaling:
         from .scaling import run_scaling
 
-        record["scaling"] = run_scaling(arguments.device, getattr(torch, arguments.dtype), arguments.scaling)
+        record["scaling"] = run_scaling(arguments.device, getattr(torch, arguments.dtype), ceilings, arguments.scaling)
     if arguments.json:
         write_json(arguments.json, record)
     return 1 if any(row.failure for row in [*rows, *filter_rows]) else 0
@@ -674,12 +676,12 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
         if not summary[name]:
             continue
         means = table(
-            f"\ngeometric means over the {what}", "<family|<mode|density asked|layers|ratio|share of the ideal"
+            f"\ngeometric means over the {what}", "<family|<mode|density asked|layers|ratio|share of the ideal|of floor"
         )
         for mean in summary[name]:
             means.add_row(
                 mean["family"], mean["mode"], f"{mean['asked']:g}", str(mean["layers"]), f"{mean['ratio']:.2f}x",
-                f"{mean['share']:.0%}",
+                f"{mean['share']:.0%}", "" if mean["of_floor"] is None else f"{mean['of_floor']:.0%}",
             )  # fmt: skip
         out.print(means)
     crossings = table(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .._timing import take_turns
+from ..roofline import Device
 from . import console, table
 from .bench import Bench, Check
+from .floors import estimate
 from .layers import LAYERS, Layer, blob_mask
 from .plots import pyplot, save
 
@@ -56,7 +58,9 @@ def least_squares(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return slope.item(), (y.mean() - slope * x.mean()).item()
 
 
-def measure_scaling(layer: Layer, device: str, dtype: torch.dtype, batch: int = 1, repeats: int = 30) -> dict:
+def measure_scaling(
+    layer: Layer, device: str, dtype: torch.dtype, ceilings: Device, batch: int = 1, repeats: int = 30
+) -> dict:
     """Time and memory of one layer from no active site to all of them, every result checked first.
 
     Raises RuntimeError for a wrong result: there is no speed of a wrong result to report.
@@ -84,9 +88,11 @@ def measure_scaling(layer: Layer, device: str, dtype: torch.dtype, batch: int = 
     counts = [len(active) for active in sites]
     medians = [timings[str(i)].median for i in range(len(sites))]
     slope, intercept = least_squares(list(zip(counts, medians)))
+    floor = estimate(layer, torch.ones_like(masks[0]), "in-place", batch, dtype, ceilings)
     return {
         "layer": layer.name, "batch": batch, "sites": masks[0].numel(), "dense_ms": timings["dense"].median,
         "dense_extra_bytes": dense_memory, "slope_ns_per_site": slope * 1e6, "intercept_us": intercept * 1e3,
+        "floor_ns_per_site": floor.floor_ms * 1e6 / masks[0].numel(),
         "empty_us": medians[0] * 1e3, "noisy": sum(timings[str(i)].is_noisy for i in range(len(sites))),
         "points": [
             {"count": count, "median": t.median, "low": t.low, "high": t.high, "extra_bytes": extra_bytes}
@@ -95,22 +101,25 @@ def measure_scaling(layer: Layer, device: str, dtype: torch.dtype, batch: int = 
     }  # fmt: skip
 
 
-def run_scaling(device: str, dtype: torch.dtype, path: str) -> list[dict]:
+def run_scaling(device: str, dtype: torch.dtype, ceilings: Device, path: str) -> list[dict]:
     """Measure two layers, print their lines and draw them; the record for JSON."""
     batch = 128 if device == "cuda" else 4
     chosen = ((LAYERS["sige-ddpm"][0], 1), (LAYERS["resnet50"][0], batch))
-    records = [measure_scaling(layer, device, dtype, size) for layer, size in chosen]
+    records = [measure_scaling(layer, device, dtype, ceilings, size) for layer, size in chosen]
     shown = table(
         "\nin-place calls: time against the active sites, a least-squares line",
-        "<layer|batch|no site us|intercept us|ns a site|dense ms|all / dense|noisy points|extra MiB at 10 %, 100 %",
-        "Extra memory: the most that PyTorch's allocator holds during a call beyond its operands.",
+        "<layer|batch|no site us|intercept us|ns a site|floor|of floor|dense ms|all / dense|noisy points|"
+        "extra MiB at 10 %, 100 %",
+        "floor: of a site, at this machine's ceilings. Extra memory: the most that PyTorch's allocator holds during a "
+        "call beyond its operands.",
     )
     for record in records:
         points = record["points"]
         tenth = next(point for point in points if point["count"] >= 0.099 * record["sites"])
         shown.add_row(
             record["layer"], str(record["batch"]), f"{record['empty_us']:.0f}", f"{record['intercept_us']:.0f}",
-            f"{record['slope_ns_per_site']:.0f}", f"{record['dense_ms']:.2f}",
+            f"{record['slope_ns_per_site']:.0f}", f"{record['floor_ns_per_site']:.0f}",
+            f"{record['floor_ns_per_site'] / record['slope_ns_per_site']:.0%}", f"{record['dense_ms']:.2f}",
             f"{points[-1]['median'] / record['dense_ms']:.2f}", f"{record['noisy']} of {len(points)}",
             f"{tenth['extra_bytes'] / 2**20:.2f}, {points[-1]['extra_bytes'] / 2**20:.2f}",
         )  # fmt: skip
