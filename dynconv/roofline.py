@@ -195,9 +195,13 @@ def _product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
     weight = weight.contiguous(**layout)
     flops = {"product": 2 * size**3, "convolution": 2 * batch * side**2 * 9 * channels**2}
     calls = {"product": lambda number: a @ b, "convolution": lambda number: F.conv2d(input, weight, padding=1)}
-    torch.backends.cudnn.benchmark = True  # as `bench` has it: the fastest algorithm is the ceiling
-    with torch.no_grad():
-        taken = take_turns(calls, device, 10, seconds)
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True  # the fastest algorithm is the ceiling
+        with torch.no_grad():
+            taken = take_turns(calls, device, 10, seconds)
+    finally:
+        torch.backends.cudnn.benchmark = before
     return max(flops[name] / timing.low * 1e3 for name, timing in taken.items())
 
 
@@ -233,7 +237,7 @@ def masked_conv2d(
     pixels, sites, filters = samples * area[0] * area[1], samples * size[0] * size[1], weight_shape[0]
     active, read = sites, samples * _read_of_all(area, geometry)
     if mask is not None:
-        found = _mask_of(mask).cpu().expand(samples, 1, *size)
+        found = _sites(mask, (samples, *size))
         active, read = int(found.sum()), _read(found, area, geometry)
     flops, weights = 2 * active * math.prod(weight_shape), math.prod(weight_shape) * element
     listed = 0 if mask is None else 4 * active if mode == "in-place" else sites
@@ -326,7 +330,7 @@ def dynamic_filter2d(
     taps, sites, element = math.prod(kernel), samples * filters_shape[2] * filters_shape[3], dtype.itemsize
     active = sites
     if mask is not None:
-        active = len(mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (samples, *filters_shape[2:])))
+        active = int(_sites(mask, (samples, *filters_shape[2:])).sum())
     products = active * channels * taps
     listed = 0 if mask is None else sites
     operands = math.prod(input_shape) * (active > 0) + active * filters_shape[1]
@@ -444,11 +448,13 @@ def _kind(dtype: torch.dtype, device: Device) -> str:
     return kinds.get(precision_of(dtype, device), "half")
 
 
-def _read(sites: Tensor, area: Sequence[int], geometry: Geometry) -> int:
-    """How many pixels of an input of that size the active sites, bool [N, 1, Ho, Wo], read.
+def _sites(mask: Tensor | ActiveSites, size: tuple[int, int, int]) -> Tensor:
+    """bool [N, 1, Ho, Wo] on the CPU: the active sites. Nothing of them is compacted, which would take a kernel."""
+    return (mask if isinstance(mask, ActiveSites) else ActiveSites(mask, size)).mask.cpu()
 
-    In plain PyTorch, so that the floor of a kernel does not need one.
-    """
+
+def _read(sites: Tensor, area: Sequence[int], geometry: Geometry) -> int:
+    """How many pixels of an input of that size the active sites, bool [N, 1, Ho, Wo], read; in plain PyTorch."""
     reach = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(sites.shape[2:], *geometry[1::-1], geometry.dilation)]
     spread = torch.zeros(
         len(sites), *(max(r, a + p) for r, a, p in zip(reach, area, geometry.padding)), dtype=torch.bool
@@ -491,8 +497,8 @@ def _met_weights(in_mask, out_mask, channels: int, filters: int) -> int:
     return int((ins.T @ outs > 0).sum())
 
 
-def _mask_of(mask: Tensor | ActiveSites | ActiveChannels) -> Tensor:
-    return mask != 0 if isinstance(mask, Tensor) else mask.mask
+def _mask_of(mask: Tensor | ActiveChannels) -> Tensor:
+    return mask.mask if isinstance(mask, ActiveChannels) else mask != 0
 
 
 def _check_mode(mode: str) -> None:

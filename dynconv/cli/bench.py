@@ -516,10 +516,32 @@ def main(arguments: argparse.Namespace) -> int:
     filters = [layer for layer in filters if layer.on_cpu or arguments.device == "cuda"]
     # Dense gets cuDNN's fastest algorithm.
     torch.backends.cudnn.benchmark = True
-    record = {"environment": environment(arguments.device) | {"malloc_keeps_freed_memory": keeps_memory}}
     begin = time.perf_counter()
     ceilings = measure_ceilings(arguments.device, [getattr(torch, arguments.dtype)], min(1.0, 2 * seconds))
+    record = {
+        "environment": environment(arguments.device) | {"malloc_keeps_freed_memory": keeps_memory},
+        "automatic": arguments.automatic,
+        "dtype": arguments.dtype,
+        "masks": arguments.masks,
+        "repeats": repeats,
+        "seconds": seconds,
+        "ceilings": ceilings.record(),
+    }
     rows: list[Row] = []
+    filter_rows: list[FilterRow] = []
+    left_out: list[str] = []
+
+    def is_late(layer) -> bool:
+        if time.perf_counter() - begin > arguments.limit:
+            left_out.append(f"{layer.family} {layer.name}")
+        return bool(left_out)
+
+    def save(**more) -> None:
+        """After each layer as well: what is known survives a run that is stopped."""
+        found = {"rows": [row.record() for row in rows], "filters": [row.record() for row in filter_rows]}
+        if arguments.json:
+            write_json(arguments.json, record | found | {"left_out": left_out} | more)
+
     progress = extra("rich.progress")
     with (
         dynconv.execution("automatic" if arguments.automatic else "sparse"),
@@ -532,20 +554,6 @@ def main(arguments: argparse.Namespace) -> int:
     ):
         total = sum(_cost(layer) * len(layer.densities or densities) for layer in layers)
         task = bar.add_task("bench", total=total + sum(map(_filter_cost, filters)))
-        left_out = []
-
-        def is_late(layer) -> bool:
-            if time.perf_counter() - begin > arguments.limit:
-                left_out.append(f"{layer.family} {layer.name}")
-            return bool(left_out)
-
-        def save_so_far() -> None:
-            """After each layer: what is known survives a run that is stopped."""
-            if arguments.json:
-                rest = {"rows": [row.record() for row in rows], "filters": [row.record() for row in filter_rows]}
-                write_json(arguments.json, record | rest | {"ceilings": ceilings.record(), "left_out": left_out})
-
-        filter_rows: list[FilterRow] = []
         for layer in layers:
             if is_late(layer):
                 continue
@@ -560,7 +568,7 @@ def main(arguments: argparse.Namespace) -> int:
             ):  # fmt: skip
                 rows.append(row)
                 bar.advance(task, _cost(layer) / len(arguments.modes))
-            save_so_far()
+            save()
         whole_network = "dynconv-pose" in families and "plain" in arguments.modes and not (arguments.quick or left_out)
         if whole_network and (not arguments.layers or arguments.layers in PoseBench.name):
             bar.update(task, description=f"dynconv-pose {PoseBench.name}")
@@ -579,7 +587,7 @@ def main(arguments: argparse.Namespace) -> int:
                 repeats=repeats, seconds=seconds, baselines=arguments.baselines,
             )  # fmt: skip
             bar.advance(task, _filter_cost(layer))
-            save_so_far()
+            save()
     summary = summarise(rows) | {"means_filters": summarise_filters(filter_rows)}
     if rows:
         _print(rows, summary, arguments)
@@ -588,19 +596,8 @@ def main(arguments: argparse.Namespace) -> int:
     _print_closing([*rows, *filter_rows], arguments, record["environment"], ceilings)
     if left_out:
         console().print(f"no time for {len(left_out)} layers: {', '.join(left_out)}", style="yellow")
-    options = {
-        "automatic": arguments.automatic,
-        "dtype": arguments.dtype,
-        "masks": arguments.masks,
-        "repeats": repeats,
-        "seconds": seconds,
-    }
-    record |= options | {"elapsed_s": round(time.perf_counter() - begin, 1)}
-    record |= {"rows": [row.record() for row in rows], "summary": summary}
-    record |= {"filters": [row.record() for row in filter_rows], "ceilings": ceilings.record()}
-    record["left_out"] = left_out
-    if arguments.json:
-        write_json(arguments.json, record)
+    closing = {"elapsed_s": round(time.perf_counter() - begin, 1), "summary": summary}
+    save(**closing)  # before the plots, whatever becomes of them
     if arguments.plot and (rows or filter_rows):
         from .plots import plot_filters, plot_rows
 
@@ -612,9 +609,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.scaling:
         from .scaling import run_scaling
 
-        record["scaling"] = run_scaling(arguments.device, getattr(torch, arguments.dtype), ceilings, arguments.scaling)
-    if arguments.json:
-        write_json(arguments.json, record)
+        dtype = getattr(torch, arguments.dtype)
+        save(**closing, scaling=run_scaling(arguments.device, dtype, ceilings, arguments.scaling))
     return 1 if any(row.failure for row in [*rows, *filter_rows]) else 0
 
 

@@ -76,7 +76,6 @@ def _locate(has_targets: bool):
             stored = _data(context, builder, signature, args, 9).type.pointee
             lanes, i32 = _lanes(element), ir.IntType(32)
             vector, rows, wide = (ir.VectorType(kind, lanes) for kind in (element, i32, _i64))
-            numbers = ir.Constant(rows, list(range(lanes)))
 
             def build(builder, arguments):
                 (tables, shifts, room, count, y, x, height, width, channels, offsets, scales, has_scales, base, outside,
@@ -94,15 +93,9 @@ def _locate(has_targets: bool):
 
                 def tap_offsets(builder, t, some):
                     """The dy and the dx of a vector of taps, which lie in pairs."""
-                    first, masks = builder.mul(t, _i64(2)), (None, None)
-                    if some is not None:
-                        left = builder.mul(builder.trunc(builder.sub(count, t), i32), i32(2))
-                        left = _splat(builder, left, rows)
-                        later = builder.add(numbers, _constant(rows, lanes))
-                        masks = [builder.icmp_signed("<", which, left) for which in (numbers, later)]
                     halves = [
-                        _read_some(builder, offsets, builder.add(first, _i64(half * lanes)), lanes, storage, mask)
-                        for half, mask in enumerate(masks)
+                        _read_some(builder, offsets, at, lanes, storage, mask)
+                        for at, mask in _halves(builder, count, t, some, lanes)
                     ]
                     return _apart(builder, *halves)
 
@@ -173,6 +166,19 @@ def _locate(has_targets: bool):
         ), codegen
 
     return locate
+
+
+def _halves(builder: ir.IRBuilder, count: ir.Value, t: ir.Value, some: ir.Value | None, lanes: int) -> list[tuple]:
+    """(place, mask or None) of the two vectors in which the pairs of a vector of taps lie; see `_for_vectors`."""
+    i32, found = ir.IntType(32), []
+    for begin in (0, lanes):
+        mask = None
+        if some is not None:
+            kind = ir.VectorType(i32, lanes)
+            left = _splat(builder, builder.mul(builder.trunc(builder.sub(count, t), i32), i32(2)), kind)
+            mask = builder.icmp_signed("<", ir.Constant(kind, list(range(begin, begin + lanes))), left)
+        found.append((builder.add(builder.mul(t, _i64(2)), _i64(begin)), mask))
+    return found
 
 
 def _apart(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> list[ir.Value]:
@@ -450,10 +456,9 @@ def _position_grads(typingctx, count, room, shares, dots, at, grad_offsets, has_
     def codegen(context, builder, signature, args):
         element = context.get_value_type(compute)
         stored = _data(context, builder, signature, args, 5).type.pointee
-        lanes, i32 = _lanes(element), ir.IntType(32)
-        vector, rows = ir.VectorType(element, lanes), ir.VectorType(i32, lanes)
+        lanes = _lanes(element)
+        vector = ir.VectorType(element, lanes)
         zero, one = _constant(vector, 0.0), _constant(vector, 1.0)
-        numbers = ir.Constant(rows, list(range(lanes)))
 
         def build(builder, arguments):
             count, room, shares, dots, offsets, has_offsets, scales, has_scales = arguments
@@ -466,8 +471,8 @@ def _position_grads(typingctx, count, room, shares, dots, at, grad_offsets, has_
                 quarters = [
                     _read(builder, dots, builder.add(first, _i64(q * lanes)), lanes, compute) for q in range(_CORNERS)
                 ]
-                halves = [_apart(builder, *quarters[q : q + 2]) for q in (0, 2)]
-                (d0, d2), (d1, d3) = (_apart(builder, halves[0][odd], halves[1][odd]) for odd in range(2))
+                evens, odds = zip(*(_apart(builder, *quarters[q : q + 2]) for q in (0, 2)))
+                (d0, d2), (d1, d3) = _apart(builder, *evens), _apart(builder, *odds)
                 above, before = builder.fsub(one, below), builder.fsub(one, right)
                 mix = lambda p, x, q, y: _call(builder, "fma", p, x, builder.fmul(q, y))
                 upper, lower = mix(before, d0, right, d1), mix(before, d2, right, d3)
@@ -479,13 +484,8 @@ def _position_grads(typingctx, count, room, shares, dots, at, grad_offsets, has_
                         builder.select(reads, builder.fmul(scale, slope), zero)
                         for slope in (builder.fsub(lower, upper), across)
                     ]
-                    for half, value in enumerate(_together(builder, *pair)):
-                        mask = None
-                        if some is not None:
-                            left = builder.mul(builder.trunc(builder.sub(count, t), i32), i32(2))
-                            at = builder.add(numbers, _constant(rows, half * lanes))
-                            mask = builder.icmp_signed("<", at, _splat(builder, left, rows))
-                        at = builder.add(builder.mul(t, _i64(2)), _i64(half * lanes))
+                    halves = zip(_together(builder, *pair), _halves(builder, count, t, some, lanes))
+                    for value, (at, mask) in halves:
                         _write_some(builder, value, offsets, at, lanes, storage, mask)
                 with builder.if_then(builder.icmp_signed("!=", has_scales, _i64(0))):
                     _write_some(builder, mix(above, upper, below, lower), scales, t, lanes, storage, some)
