@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from .._backend import backend_for, module, unwatched
+from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding
 from ._common import (
     allow_tf32,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from .._backend import backend_for, module, unwatched
+from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import check_int
 from ..sites import ActiveSites

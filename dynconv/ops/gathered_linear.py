@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from .._backend import backend_for, module, unwatched
+from .._flops import register_flop_formula
 from ..channels import ActiveChannels
 from . import gathered_conv
 from ._common import FLOATING, autocast, check_types, once_differentiable

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .._backend import module, unwatched
+from .._flops import register_flop_formula
 from .._geometry import Geometry
 from ..sites import ActiveSites
 from ._common import channels_last, gate_of, in_rows

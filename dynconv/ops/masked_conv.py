@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import calibration, reference
 from .._backend import backend_for, forced_backend, module, unwatched
+from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding, is_stencil
 from ..packed import PackedFeatures
 from ..sites import ActiveSites

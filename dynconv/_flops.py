@@ -1,0 +1,47 @@
+"""FLOP formulas of the ops, handed to PyTorch's counter when somebody imports that.
+
+`torch.utils.flop_counter` imports Triton, which takes longer than the rest of `import dynconv`. The counter copies its
+table of formulas when it is made, so the formulas have to be in it by then: they go in as soon as its module has run.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+
+_COUNTER = "torch.utils.flop_counter"
+_formulas: list[tuple[object, bool, Callable]] = []
+
+
+class _CounterFinder(MetaPathFinder):
+    """Finds PyTorch's counter where the other finders do, and hands it the formulas once its module has run."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _COUNTER:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module):
+                run(module)
+                for op, get_raw, formula in _formulas:
+                    module.register_flop_formula(op, get_raw)(formula)
+
+            spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register_flop_formula(op, get_raw: bool = False) -> Callable[[Callable], Callable]:
+    """Decorate an op's FLOP formula, as PyTorch's function of this name does, without importing its module."""
+
+    def register(formula: Callable) -> Callable:
+        _formulas.append((op, get_raw, formula))
+        if _COUNTER in sys.modules:
+            sys.modules[_COUNTER].register_flop_formula(op, get_raw)(formula)
+        return formula
+
+    return register
+
+
+sys.meta_path.insert(0, _CounterFinder())
