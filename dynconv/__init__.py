@@ -1,7 +1,10 @@
 """dynconv: sparse-compute ops that make the sparsity of dynamic networks real wall-clock speedup."""
 
 from . import _source_tree as _source_tree  # first: makes dynconv.kernels importable from a source tree
-from . import gating, nn, reference, roofline
+from . import gating as gating
+from . import nn as nn
+from . import reference as reference
+from . import roofline as roofline
 from ._backend import backend
 from ._version import __version__
 from .calibration import calibrate, calibration_file, execution, explain
@@ -15,6 +18,7 @@ from .ops.masked_conv import masked_conv2d
 from .packed import PackedChannels, PackedFeatures, pack
 from .sites import ActiveSites
 
+# Not the modules `nn`, `gating`, `reference` and `roofline`: a star import must not hide the caller's `torch.nn`.
 __all__ = [
     "ActiveChannels",
     "ActiveSites",
@@ -31,11 +35,7 @@ __all__ = [
     "explain",
     "gathered_conv2d",
     "gathered_linear",
-    "gating",
     "masked_conv2d",
-    "nn",
     "pack",
     "ponder_map",
-    "reference",
-    "roofline",
 ]
