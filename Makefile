@@ -1,8 +1,10 @@
 # `make help` lists the targets. Everything runs in .venv, which the first target creates; `make gpu` alone uses
 # the Python it is given, creates no .venv and downloads nothing.
 
-# The Python that creates .venv.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The Python that creates .venv: the first of these that starts and is new enough for the pins in requirements.txt.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 # The Python of `make gpu`: one that already has a torch built for the GPU.
 GPU_PYTHON ?= python3
 # What pip installs as PyTorch: a matched pair. For another build or release run `make clean` and override it,
@@ -61,6 +63,8 @@ clean: ## remove .venv, build products and caches
 # The stamp makes the second call fast, and a changed requirement install again. --no-build-isolation: the pinned
 # setuptools builds, nothing else is fetched. `pip check` proves that the pins meet what pyproject.toml asks for.
 $(STAMP): requirements.txt pyproject.toml setup.py Makefile
+	@$(or $(wildcard $(RUN)),$(PYTHON),false) -c '$(NEW_ENOUGH)' || { echo "make: requirements.txt needs Python 3.11 or \
+	newer, found $(or $(wildcard $(RUN)),$(PYTHON),none); name one, e.g. make test PYTHON=/usr/bin/python3.12" >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -15,6 +15,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 import dynconv
 
@@ -175,7 +176,7 @@ def test_kernels_are_ours_inside_dynconv_and_only_there(layout, environment, tre
     installed = not layout.startswith("source tree")
     assert found["version"] == dynconv.__version__
     assert found["metadata_version"] == (dynconv.__version__ if installed else None)
-    assert "numba" not in found["loaded"], "import dynconv loads Numba"
+    assert not {"numba", "triton"} & set(found["loaded"]), "import dynconv loads a compiler"
     assert found["cached"] == [], "import dynconv compiles"
 
 
@@ -192,17 +193,46 @@ def test_wheel_holds_every_module_and_nothing_else(built):
     assert {name.partition("/")[0] for name in names} == {"dynconv", info}
     expected = modules(ROOT / "dynconv", "dynconv") | modules(ROOT / "kernels", "dynconv/kernels")
     assert {name for name in names if name.endswith(".py")} == expected
-    assert f"{info}/licenses/LICENSE" in names
+    assert {f"{info}/licenses/LICENSE", "dynconv/py.typed"} <= names
     assert metadata["Version"] == dynconv.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     required = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {line.split(">")[0].split(";")[0] for line in required} == {"torch", "triton", "numpy", "numba"}
 
 
+def test_the_classifiers_are_the_pythons_that_are_asked_for(built):
+    with zipfile.ZipFile(built["wheel"]) as wheel:
+        info = f"dynconv-{dynconv.__version__}.dist-info"
+        metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+    named = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier") if "Python :: 3." in line]
+    assert metadata["Requires-Python"] == f">={named[0]}"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in named
+
+
+@pytest.mark.parametrize("order", ["dynconv, torch.utils.flop_counter", "torch.utils.flop_counter, dynconv"])
+def test_the_flop_counter_knows_the_ops_whoever_is_imported_first(order):
+    """Its module imports Triton, so `import dynconv` does not import it to hand over the formulas."""
+    count = "sum('dynconv.' in str(op) for op in torch.utils.flop_counter.flop_registry)"
+    ops = "sum(name.startswith('dynconv::') for name in torch._C._dispatch_get_all_op_names())"
+    found = run(sys.executable, "-c", f"import {order}, torch; print({count}, {ops})", cwd=ROOT)
+    formulas, schemas = map(int, found.split())
+    assert 15 <= formulas <= schemas
+
+
+def test_a_star_import_hides_nothing_of_the_callers():
+    names = {}
+    exec("from torch import nn\nfrom dynconv import *", names)
+    assert names["nn"] is torch.nn
+    assert not any(isinstance(getattr(dynconv, name), type(dynconv)) for name in dynconv.__all__)
+    for module in ("nn", "gating", "reference", "roofline"):  # which stay where they were
+        assert isinstance(getattr(dynconv, module), type(dynconv))
+
+
 def test_sdist_holds_the_whole_source_tree(built):
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    expected = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", ".ci/run"}
+    expected = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", ".ci/run", "dynconv/py.typed"}
     for folder in ("dynconv", "kernels", "tests", "benchmarks"):
         expected |= modules(ROOT / folder, folder)
     assert expected <= names, f"missing: {sorted(expected - names)}"
