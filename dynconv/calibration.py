@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._folders import user_cache
 from ._masks import blob_mask
 from ._timing import cpu_model, take_turns
 from ._version import __version__
@@ -288,7 +289,7 @@ def calibration_file() -> Path:
     given = os.environ.get("DYNCONV_CALIBRATION")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynconv" / "calibration.json"
+    return (user_cache() or Path()) / "calibration.json"
 
 
 def _read() -> dict[str, dict[tuple, Times]]:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import zlib
+import re
 from array import array
 from collections.abc import Callable
-from pathlib import Path
 from types import FunctionType
 
 import torch
-from numba import cfunc, types
+from numba import types
+from numba.core.ccallback import CFunc
 
-from . import _llvm
+from . import _cache, _llvm
 
 # Storage type of the elements -> (how Numba sees them, what it computes in).
 STORAGE = {
@@ -43,25 +43,15 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# By name, what has been compiled for which element type; this also keeps it alive.
+KERNELS: dict[str, dict[torch.dtype, CFunc]] = {}
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def _entry(key: str) -> Callable:
-    """What Numba compiles for a kernel. Its disk cache is keyed on closure variables, so the only one is `key`; a
-    compiled function among them would differ in every process. The rest comes in as globals."""
-
-    def entry(address):
-        key  # noqa: B018
-        body(address, storage, compute)  # noqa: F821
-
-    return entry
-
-
-@functools.cache
-def _source_stamp() -> int:
-    """Changes with the source of any kernel, which call each other: Numba itself watches this file only."""
-    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+def _entry(address):
+    """What Numba compiles for a kernel, whose body and types come in as globals."""
+    body(address, storage, compute)  # noqa: F821
 
 
 def kernel(body: Callable) -> Callable[..., None]:
@@ -69,23 +59,23 @@ def kernel(body: Callable) -> Callable[..., None]:
 
     The body sees an int64 array: elements 0 and 1 are shared counters that start at zero (the next chunk of work
     and the next worker's number), the caller's sizes and addresses follow from element 2. Compiled at the first
-    call for each element type, then cached on disk.
+    call for each element type, then kept on disk.
     """
+    full_name = f"{body.__module__}.{body.__qualname__}".removeprefix("dynconv.cpu.")
+    KERNELS[full_name] = {}
 
     @functools.cache
     def compiled(dtype: torch.dtype) -> int:
         if dtype == torch.float16 and not _llvm.CONVERTS_FLOAT16:
             raise TypeError("input: expected another type than torch.float16, which this CPU cannot convert (no F16C)")
         storage, compute = STORAGE[dtype]
-        entry = _entry(f"{body.__module__} {body.__qualname__} {storage} {compute} {_source_stamp()}")
-        names = {**entry.__globals__, "body": body, "storage": storage, "compute": compute}
-        entry = FunctionType(entry.__code__, names, entry.__name__, None, entry.__closure__)
-        try:
-            compiled_entry = cfunc(_SIGNATURE, cache=True)(entry)
-        except (RuntimeError, OSError):  # no folder to keep the cache in (a read-only installation), or no space
-            compiled_entry = cfunc(_SIGNATURE)(entry)
-        _keep_alive.append(compiled_entry)
-        return compiled_entry.address
+        name = f"{full_name}-{dtype}".replace("torch.", "")
+        names = {"body": body, "storage": storage, "compute": compute, "__name__": __name__}
+        entry = FunctionType(_entry.__code__, names)
+        # Numba names the symbol after it, and every process numbers its symbols anew.
+        entry.__qualname__ = re.sub(r"\W", "_", name)
+        KERNELS[full_name][dtype] = _cache.compiled(name, entry, _SIGNATURE)
+        return KERNELS[full_name][dtype].address
 
     def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:
         numbers = array("q", (0, 0, *arguments))
@@ -96,9 +86,6 @@ def kernel(body: Callable) -> Callable[..., None]:
             _FUNCTION(address)(packed)
 
     return run
-
-
-_keep_alive: list = []
 
 
 def workers(items: int) -> int:
