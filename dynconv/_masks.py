@@ -18,6 +18,14 @@ def blob_mask(batch: int, height: int, width: int, density: float, generator: to
     return _largest(F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False), density)
 
 
+def channel_mask(samples: int, channels: int, granularity: int, share: float, generator: torch.Generator) -> Tensor:
+    """[samples, channels] that keeps round(share * all groups of `granularity` channels), spread over the samples."""
+    groups = -(-channels // granularity)
+    ends = torch.arange(samples + 1) * round(share * samples * groups) // max(1, samples)
+    order = torch.rand(samples, groups, generator=generator).argsort(1)
+    return (order < ends.diff()[:, None]).repeat_interleave(granularity, 1)[:, :channels]
+
+
 def _largest(field: Tensor, density: float) -> Tensor:
     """The share `density` of all sites where the field is largest."""
     mask = torch.zeros(field.numel(), dtype=torch.bool)

@@ -2,8 +2,9 @@
 
 Above some density, the crossover, a dense convolution that computes everything is faster than one that picks its
 sites. Where it lies depends on the machine and on the layer, so it is measured: `calibrate` times both ways of every
-masked layer and block that a model runs, and keeps the times in a file. From then on each call looks at its mask's
-density and takes the faster way. Both give the same values and gradients, up to rounding.
+masked or gathered layer and block that a model runs, and keeps the times in a file. From then on each call looks at its
+masks' density, the share of the dense products that they keep, and takes the faster way. Both give the same values and
+gradients, up to rounding.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def execution(mode: str) -> Iterator[None]:
     be faster at the mask's density, and the sparse way where nothing was measured. "sparse" and "dense" force one:
     the same kernels whatever the mask, for graphs and for the same bits on every machine. A backward pass goes by the
     mode of its forward pass. What has no dense way stays sparse: packed outputs and inputs, blocks in training, the
-    gradient of a gate, float16 gradients on the CPU, and half types with a gate, a residual or a smooth activation,
-    which it would round twice.
+    gradient of a site's gate, float16 gradients on the CPU, half types with a gate, a residual or a smooth activation,
+    which it would round twice, and gathered linear layers and blocks in half types.
 
     On the GPU the mask's count is not waited for: a call goes by the last count that has arrived from earlier calls of
     its shape, and is sparse where there is none, and in the capture of a graph. Raises ValueError for another mode.
@@ -75,10 +76,17 @@ def version() -> tuple | None:
 
 
 class Call(Protocol):
-    """A masked layer or block with its operands, and the two ways to run it."""
+    """A masked or gathered layer or block with its operands, and the two ways to run it."""
 
-    active: ActiveSites  # or what has its mask, index, count and length
+    device: torch.device
+    work: int  # what there is to compute without masks, in any unit
     has_choice: bool  # whether there is a dense way for these operands
+
+    def kept(self) -> int:
+        """What the masks leave of `work`; waits for the device."""
+
+    def kept_on_device(self) -> Tensor:
+        """The same as an integer tensor of one element on the device."""
 
     def key(self) -> tuple:
         """What the times depend on beside the density, in numbers, bools and strings."""
@@ -96,6 +104,29 @@ class Call(Protocol):
         """The same call with a mask of that density and operands that nobody else sees change."""
 
 
+class SiteCall:
+    """The work of a call whose cost is linear in its active sites."""
+
+    active: ActiveSites  # or what has its mask, index, count and length
+
+    @property
+    def device(self) -> torch.device:
+        return self.active.mask.device
+
+    @property
+    def work(self) -> int:
+        """All sites."""
+        return self.active.mask.numel()
+
+    def kept(self) -> int:
+        """The active sites."""
+        return len(self.active)
+
+    def kept_on_device(self) -> Tensor:
+        """The same, where the mask is."""
+        return self.active.count
+
+
 @dataclass(frozen=True)
 class Times:
     """Milliseconds of the two ways of a call at some densities, ascending."""
@@ -106,7 +137,7 @@ class Times:
     dense: Sequence[float]
 
     def predict(self, density: float) -> tuple[float, float]:
-        """(sparse, dense) at a density, linear between what was measured: the cost is linear in the sites."""
+        """(sparse, dense) at a density, linear between what was measured, as the cost is."""
         points = self.densities
         last = len(points) - 1
         right = next((i for i, point in enumerate(points) if point >= density), last)
@@ -169,7 +200,7 @@ _version = 0
 
 @contextmanager
 def explain() -> Iterator[Explanation]:
-    """Collect how every masked call inside the `with` block is run: which way, why, predicted and measured cost.
+    """Collect how every masked or gathered call inside the `with` block is run, why, its predicted and measured cost.
 
     Measured on the CPU, around the call; on the GPU not, as that would wait for it. What has no dense way (packed
     features, blocks in training) is not listed.
@@ -189,15 +220,15 @@ def run(execution: str, call: Call):
     least = least_dense(execution, call)
     if least == math.inf:
         return call.sparse()
-    count = _count(call) if execution == "automatic" else call.active.mask.numel()
-    return call.dense() if count is not None and count >= least else call.sparse()
+    kept = _kept(call) if execution == "automatic" else call.work
+    return call.dense() if kept is not None and kept >= least else call.sparse()
 
 
 def least_dense(execution: str, call: Call) -> float:
-    """The active sites from which on a call goes the dense way; infinity where it never does."""
+    """The kept work from which on a call goes the dense way; infinity where it never does."""
     times = _times(call) if execution == "automatic" else None
     crossover = 0 if execution == "dense" else None if times is None else times.crossover
-    return math.inf if crossover is None or not _has_choice(call) else crossover * call.active.mask.numel()
+    return math.inf if crossover is None or not _has_choice(call) else crossover * call.work
 
 
 def _watched(execution: str, call: Call):
@@ -210,21 +241,21 @@ def _watched(execution: str, call: Call):
 
 
 def _has_choice(call: Call) -> bool:
-    return call.active.mask.numel() > 0 and call.has_choice
+    return call.work > 0 and call.has_choice
 
 
 def _times(call: Call) -> Times | None:
     global _tables
     if _tables is None:
         _tables = _read()
-    return _tables.get(machine(call.active.mask.device), {}).get(call.key()) if _tables else None
+    return _tables.get(machine(call.device), {}).get(call.key()) if _tables else None
 
 
 def _explained(call: Call, decision: Decision, way: Callable):
     decision.call = call.name()
     begin = time.perf_counter()
     result = way()
-    if call.active.mask.device.type == "cpu":
+    if call.device.type == "cpu":
         decision.measured = (time.perf_counter() - begin) * 1e3
     for explanation in _explanations:
         explanation.decisions.append(decision)
@@ -238,21 +269,21 @@ def _decide(call: Call) -> Decision:
     times = _times(call)
     if times is None:
         return Decision("sparse", "not calibrated")
-    count = _count(call)
-    if count is None:
+    kept = _kept(call)
+    if kept is None:
         return Decision("sparse", "no count has arrived yet")
-    path = "dense" if count >= least_dense("automatic", call) else "sparse"
-    density = count / call.active.mask.numel()
+    path = "dense" if kept >= least_dense("automatic", call) else "sparse"
+    density = kept / call.work
     return Decision(path, "faster at this density", density, *times.predict(density))
 
 
-def _count(call: Call) -> int | None:
-    """The active sites; of an earlier call of this key where the count is not on the CPU, None where none is known."""
-    if call.active.mask.device.type == "cpu":
-        return len(call.active)
+def _kept(call: Call) -> int | None:
+    """The kept work; of an earlier call of this key where the masks are not on the CPU, None where none is known."""
+    if call.device.type == "cpu":
+        return call.kept()
     if torch.cuda.is_current_stream_capturing():
         return None
-    return _latest(call.key(), call.active.count, torch.cuda.Event)
+    return _latest(call.key(), call.kept_on_device(), torch.cuda.Event)
 
 
 def _latest(key: tuple, count: Tensor, event_type: Callable) -> int | None:
@@ -336,7 +367,7 @@ def calibrate(
     store: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, float | None]:
-    """Measure where dense becomes faster than sparse, for every masked layer and block that `run` runs.
+    """Measure where dense becomes faster than sparse, for every masked or gathered layer and block that `run` runs.
 
     `run` is called once, for example `lambda: model(image)`, with a training step in it where that is to be
     calibrated; each of its calls that has a dense way is then timed both ways, on its own operands with masks of blobs.
@@ -352,7 +383,7 @@ def calibrate(
     Returns:
         The crossover density of each call: the one from which on the dense way is faster, None where it never is.
 
-    Raises ValueError where a density is not in (0, 1] or `run` has no masked call with a dense way.
+    Raises ValueError where a density is not in (0, 1] or `run` has no call with a dense way.
     """
     global _recorded, _tables, _version
     densities = sorted(set(densities))
@@ -366,7 +397,7 @@ def calibrate(
     finally:
         _recorded = before
     if not recorded:
-        raise ValueError("run: expected at least one masked layer or block with a dense way, got none")
+        raise ValueError("run: expected at least one masked or gathered layer or block with a dense way, got none")
     if _tables is None or store:
         _tables = _merged(_read(), _tables or {})
     crossovers = {}
@@ -374,7 +405,7 @@ def calibrate(
         if progress is not None:
             progress(number, len(recorded), call.name())
         times = _measured(call, densities, seconds)
-        _tables.setdefault(machine(call.active.mask.device), {})[key] = times
+        _tables.setdefault(machine(call.device), {})[key] = times
         crossovers[times.name] = times.crossover
     _version += 1
     if store:
@@ -401,7 +432,7 @@ def forget() -> None:
 
 def _measured(call: Call, densities: Sequence[float], seconds: float) -> Times:
     sparse, dense = [], []
-    device = call.active.mask.device.type
+    device = call.device.type
     with torch.no_grad():
         for density in densities:
             at = call.at(density)

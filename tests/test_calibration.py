@@ -324,7 +324,7 @@ def test_errors():
     expected = "execution: expected one of automatic, sparse, dense, got 'fast'"
     with pytest.raises(ValueError, match=expected), dynconv.execution("fast"):
         pass
-    with pytest.raises(ValueError, match="run: expected at least one masked layer"):
+    with pytest.raises(ValueError, match="run: expected at least one masked or gathered layer"):
         dynconv.calibrate(lambda: None)
     for densities in ((), (0.0, 0.5), (0.5, 1.5)):
         with pytest.raises(ValueError, match="densities: expected numbers above 0 and at most 1"):

@@ -492,7 +492,7 @@ def test_packed_features_cross_the_border_of_a_compiled_graph():
 def test_packed_features_without_room_are_refused():
     channels = ActiveChannels(torch.ones(2, 5, dtype=torch.bool), capacity=5)
     sets = (channels.index, channels.count, channels.index, channels.count)
-    where = ((3, 3), (1, 1), (0, 0), (1, 1), 1, 1, "cpu")
+    where = ((3, 3), (1, 1), (0, 0), (1, 1), 1, 1, "cpu", "sparse", [False, False])
     arguments = (torch.ones(2, 4, 3, 3), torch.ones(5, 5, 1, 1), None, *sets, [], None, None, None, "none", True, -1)
     with pytest.raises(ValueError, match="input: expected room for 5 packed channels, got 4"):
         torch.ops.dynconv.gathered_conv2d(*arguments, *where)
@@ -550,7 +550,7 @@ class TestRegistration:
         ins, outs = (ActiveChannels(m) for m in masks)
         sites = ActiveSites(torch.arange(120).view(4, 1, 6, 5) % 3 > 0)
         sets = (ins.index, ins.count, outs.index, outs.count, [sites.mask, sites.index, sites.count] if listed else [])
-        return operands, grad, sets, ((6, 5), (1, 1), (1, 1), (1, 1), 2, 1, "cpu")
+        return operands, grad, sets, ((6, 5), (1, 1), (1, 1), (1, 1), 2, 1, "cpu", "sparse", [True, True])
 
     @pytest.mark.parametrize("listed", [False, True], ids=["all sites", "listed sites"])
     def test_opcheck_forward(self, listed):

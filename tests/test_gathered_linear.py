@@ -268,7 +268,7 @@ class TestRegistration:
     def arguments(self, positions):
         operands, grad, masks = case(cin=4, cout=6, positions=(positions,))
         ins, outs = (ActiveChannels(m) for m in masks)
-        return operands, grad, (ins.index, ins.count, outs.index, outs.count)
+        return operands, grad, (ins.index, ins.count, outs.index, outs.count, 1, "sparse", [True, True])
 
     def test_opcheck_forward(self, positions):
         operands, _, sets = self.arguments(positions)

@@ -232,7 +232,7 @@ def measure(
     """
     modes = modes_of(layer, modes)
     bench, check = prepare(layer, batch, dtype, device)
-    has_choice = not isinstance(layer, Width) and not (isinstance(layer, Block) and tuple(modes) == ("backward",))
+    has_choice = not (isinstance(layer, Block) and tuple(modes) == ("backward",))
     if automatic and has_choice:
         mask = layer.active(0.5, masks, batch, torch.Generator().manual_seed(1)).to(device)
         dynconv.calibrate(lambda: _each_once(bench, mask, modes), store=False)

@@ -149,7 +149,7 @@ class MaskedBlock(ResidualBlock):
         return Layer(weight, made, geometry_of(conv), conv.groups, activation)
 
 
-class _BlockCall:
+class _BlockCall(calibration.SiteCall):
     """A block in inference, as `dynconv.calibration.Call`."""
 
     def __init__(self, block, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace, used, shapes) -> None:

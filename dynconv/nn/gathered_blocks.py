@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import calibration
 from .._backend import backend_for
 from ..channels import ActiveChannels
+from ..ops._channel_calls import Kept, channels_at, share_at
+from ..ops._common import activate_, gate_of, settle
 from ..ops.gathered_conv import check_channels, finish, gathered_conv2d
 from ..packed import PackedChannels
 from ..reference import ACTIVATIONS
@@ -57,7 +62,7 @@ class GatheredBlock(ResidualBlock):
             )
         if mask is None and all(c is None for c in chosen):
             return self._dense(input)
-        samples = input.shape[0]
+        samples, is_chosen = input.shape[0], [c is not None for c in chosen]
         chosen = [
             check_channels("channels", c, (samples, width), input)
             for c, width in zip(chosen, [self._submodule(stage.conv).out_channels for stage in self.stages])
@@ -73,6 +78,17 @@ class GatheredBlock(ResidualBlock):
         used = backend_for(input.device)
         tracked = needs_grad(*(c.gate for c in chosen), None if sites is None else sites.gate)
         folded = None if tracked or used == "reference" else self._frozen(input, used)
+        if folded is None:
+            return self._packed(input, None, chosen, sites, sizes, geometries)
+        call = _BlockCall(self, input, folded, chosen, is_chosen, sites, used, sizes, geometries)
+        return calibration.run(calibration.mode(), call)
+
+    def _packed(
+        self, input: Tensor, folded: list | None, chosen: list[ActiveChannels], sites: ActiveSites | None, sizes: list,
+        geometries: list,
+    ) -> Tensor:  # fmt: skip
+        """Stage by stage: features are packed from the first convolution to the last."""
+        inner = len(self.stages) - 1
         computed = [None] * (inner + 1) if sites is None else self._computed(sites, sizes, geometries)
         shortcut = None if self.shortcut is None else self._dense_shortcut(input)
         features = input
@@ -136,6 +152,104 @@ class GatheredBlock(ResidualBlock):
         if shortcut is not None:
             result = ACTIVATIONS[self.activation](result + shortcut)
         return result if sites is None else torch.where(sites.mask, result, 0 if shortcut is None else shortcut)
+
+
+class _BlockCall:
+    """A block in inference, as `dynconv.calibration.Call`."""
+
+    def __init__(
+        self, block: GatheredBlock, input: Tensor, folded: list, channels: list[ActiveChannels], is_chosen: list[bool],
+        sites: ActiveSites | None, used: str, sizes: list, geometries: list,
+    ) -> None:  # fmt: skip
+        self.block, self.input, self.folded, self.channels, self.is_chosen = block, input, folded, channels, is_chosen
+        self.sites, self.used, self.sizes, self.geometries = sites, used, sizes, geometries
+        self.device = input.device
+
+    @property
+    def has_choice(self) -> bool:
+        """F.conv2d pads both sides alike. Half types it would round twice, before the shortcut."""
+        return self.input.element_size() > 2 and all(g.padding == g.padding_end for g in self.geometries)
+
+    @property
+    def _products(self) -> list[int]:
+        """Of each convolution without masks."""
+        samples = self.input.shape[0]
+        areas = [height * width for height, width in self.sizes[1:]]
+        return [samples * area * weight.numel() for area, (weight, _) in zip(areas, self.folded, strict=True)]
+
+    @property
+    def work(self) -> int:
+        """Products of all convolutions."""
+        return sum(self._products)
+
+    def kept(self) -> int:
+        """Those between kept channels, at the block's active share of each map."""
+        return int(self.kept_on_device())
+
+    def kept_on_device(self) -> Tensor:
+        """The same, where the masks are."""
+        shares = [1, *[c.count / c.shape[1] if chosen else 1 for c, chosen in self._chosen()], 1]
+        kept = sum(each * ins * outs for each, ins, outs in zip(self._products, shares[:-1], shares[1:], strict=True))
+        kept = torch.as_tensor(kept, dtype=torch.float64, device=self.device).mean()
+        return (kept if self.sites is None else kept * self.sites.mask.double().mean()).long().view(1)
+
+    def key(self) -> tuple:
+        layers = []
+        for (weight, _), stage, geometry in zip(self.folded, self.block.stages, self.geometries, strict=True):
+            where = [*geometry.stride, *geometry.padding, *geometry.dilation]
+            layers.append(f"{list(weight.shape)} {where} {stage.activation}")
+        chosen = [f"{c.granularity} {c.gate is not None}" if is_chosen else "" for c, is_chosen in self._chosen()]
+        shape = (self.used, str(self.input.dtype), *self.input.shape)
+        shortcut = (self.block.shortcut is None, self.block.shortcut == "identity", self.block.activation)
+        masked = (self.sites is not None, self.sites is not None and self.sites.gate is not None)
+        return "gathered block", *shape, "; ".join(layers), *shortcut, "; ".join(chosen), *masked
+
+    def _chosen(self):
+        return zip(self.channels, self.is_chosen, strict=True)
+
+    def name(self) -> str:
+        samples, channels, height, width = self.input.shape
+        what = [f"{type(self.block).__name__} {height}x{width} {channels}->{self.folded[-1][0].shape[0]}"]
+        what += [f"batch {samples}", str(self.input.dtype)[6:]]
+        what += [f"granularity {max((c.granularity for c, is_chosen in self._chosen() if is_chosen), default=1)}"]
+        return ", ".join(what + ["sites"] * (self.sites is not None))
+
+    def sparse(self) -> Tensor:
+        return self.block._packed(self.input, self.folded, self.channels, self.sites, self.sizes, self.geometries)
+
+    def dense(self) -> Tensor:
+        with torch.no_grad():
+            value, last = self.input.contiguous(memory_format=torch.channels_last), len(self.folded) - 1
+            for number, ((weight, bias), stage) in enumerate(zip(self.folded, self.block.stages, strict=True)):
+                geometry, groups = self.geometries[number], self.block._submodule(stage.conv).groups
+                value = F.conv2d(value, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
+                if number < last:
+                    channels = self.channels[number]
+                    if channels.gate is not None:
+                        value *= channels.gate[:, :, None, None]
+                    value = Kept.of(channels, self.is_chosen[number]).keep(value, 1)
+                    value = activate_(value, stage.activation)
+            block = self.block
+            shortcut = None if block.shortcut is None else block._dense_shortcut(self.input)
+            activation = stage.activation if shortcut is None else block.activation
+            if self.sites is not None:
+                gate = gate_of(self.sites, value.dtype)
+                return settle(value, self.sites, gate, shortcut, shortcut, activation, None)
+            if shortcut is not None:
+                value += shortcut
+            return activate_(value, activation).contiguous(memory_format=torch.channels_last)
+
+    def at(self, density: float) -> _BlockCall:
+        sides = [False, *self.is_chosen, False]
+        chosen = [ins + outs + (self.sites is not None) for ins, outs in itertools.pairwise(sides)]
+        share = share_at(density, list(zip(self._products, chosen, strict=True)))
+        channels = [channels_at(share, c) if is_chosen else c for c, is_chosen in self._chosen()]
+        sites = None
+        if self.sites is not None:
+            sites = calibration.sites_at(share, self.sites.mask)
+            sites.gate = None if self.sites.gate is None else sites.mask.to(self.sites.gate.dtype)
+        others = (self.used, self.sizes, self.geometries)
+        return _BlockCall(self.block, self.input, self.folded, channels, self.is_chosen, sites, *others)
 
 
 class GatheredBasicBlock(BasicBlock, GatheredBlock):

@@ -19,6 +19,16 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+class Compacted:
+    """What an op gets of an `ActiveSites`."""
+
+    def __init__(self, mask: Tensor, index: Tensor, count: Tensor) -> None:
+        self.mask, self.index, self.count = mask, index, count
+
+    def __len__(self) -> int:
+        return int(self.count)
+
+
 def channels_last(shape, like: Tensor) -> Tensor:
     """An uninitialised channels_last tensor of `like`'s type, on its device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .. import reference
+from .. import calibration, reference
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import ActiveChannels
 from ..packed import PackedChannels
 from ..sites import ActiveSites
+from ._channel_calls import ChannelCall, Kept, keep_where
 from ._common import (
     FLOATING,
+    Compacted,
+    activate_,
     allow_tf32,
     autocast,
     channels_last,
@@ -26,12 +30,17 @@ from ._common import (
     check_types,
     in_rows,
     once_differentiable,
+    settle,
     sites_of,
 )
 
 # `sites`: nothing, or the mask, index and count of an ActiveSites. `capacity`: the channels of a packed output, or -1.
+# `is_chosen`: whether a mask was given for the input's channels, and for the output's.
 _SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count, Tensor[] sites"
-_GEOMETRY = "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups, int granularity, str backend"
+_GEOMETRY = (
+    "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups, int granularity, str backend, "
+    "str execution, bool[2] is_chosen"
+)
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define(
     f"gathered_conv2d(Tensor input, Tensor weight, Tensor? bias, {_SETS}, Tensor? gate, Tensor? residual, "
@@ -50,8 +59,21 @@ def _place(size, input, weight, stride, padding, dilation) -> tuple[int, ...]:
 
 def _forward(
     input, weight, bias, in_index, in_count, out_index, out_count, sites, gate, residual, inactive, activation,
-    packed_input, capacity, size, stride, padding, dilation, groups, granularity, backend,
+    packed_input, capacity, *where,
 ) -> Tensor:  # fmt: skip
+    *geometry, execution, is_chosen = where
+    sets = (Kept(in_index, in_count, is_chosen[0]), Kept(out_index, out_count, is_chosen[1]), sites)
+    finish = (gate, residual, inactive, activation)
+    if packed_input or capacity >= 0:
+        return _sparse(input, weight, bias, *sets, *finish, packed_input, capacity, *geometry)
+    return calibration.run(execution, _Forward((input, weight, bias), sets, finish, geometry))
+
+
+def _sparse(
+    input, weight, bias, in_channels, out_channels, sites, gate, residual, inactive, activation, packed_input, capacity,
+    size, stride, padding, dilation, groups, granularity, backend,
+) -> Tensor:  # fmt: skip
+    (in_index, in_count, _), (out_index, out_count, _) = in_channels, out_channels
     out = channels_last((input.shape[0], weight.shape[0] if capacity < 0 else capacity, *size), input)
     if out.numel() == 0:
         return out
@@ -120,9 +142,19 @@ def _read_rows(mask, input, weight, stride, padding, dilation) -> tuple[Tensor, 
 
 
 def _backward(
-    grad, input, weight, in_index, in_count, out_index, out_count, sites, packed_input, packed, size, stride, padding,
-    dilation, groups, granularity, backend, wanted,
+    grad, input, weight, in_index, in_count, out_index, out_count, sites, packed_input, packed, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    *geometry, execution, is_chosen, wanted = rest
+    sets = (Kept(in_index, in_count, is_chosen[0]), Kept(out_index, out_count, is_chosen[1]), sites)
+    call = _Backward((grad, input, weight), sets, packed_input, packed, wanted, geometry)
+    return calibration.run(execution, call)
+
+
+def _sparse_backward(
+    grad, input, weight, in_channels, out_channels, sites, packed_input, packed, size, stride, padding, dilation,
+    groups, granularity, backend, wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (in_index, in_count, _), (out_index, out_count, _) = in_channels, out_channels
     grads = [grad.new_empty(0) for _ in wanted]  # not one three times: outputs must not alias
     ins, outs = (in_index, in_count), (out_index, out_count)
     if input.shape[0] == 0:
@@ -186,6 +218,157 @@ def _triton_backward(
     return grad_input, grad_weight, grad_bias
 
 
+class _Call(ChannelCall):
+    """What the two directions share as `dynconv.calibration.Call`."""
+
+    def __init__(self, input: Tensor, weight: Tensor, sets: tuple, geometry: list) -> None:
+        ins, outs, self.listed = sets
+        super().__init__(ins, outs, self.listed[0] if self.listed else None, math.prod(geometry[0]))
+        self.input, self.weight, self.sets, self.geometry = input, weight, sets, geometry
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether it is a call of F.conv2d, which pads both sides alike."""
+        size, stride, padding, dilation, *_ = self.geometry
+        return all(
+            size[i] == (self.input.shape[2 + i] + 2 * p - d * (self.weight.shape[2 + i] - 1) - 1) // s + 1
+            for i, s, p, d in zip((0, 1), stride, padding, dilation)
+        )
+
+    def _key(self) -> tuple:
+        size, stride, padding, dilation, groups, granularity, backend = self.geometry
+        return (
+            backend, str(self.input.dtype), *self.input.shape, *self.weight.shape, *size, *stride, *padding, *dilation,
+            groups, granularity, self.ins.is_chosen, self.outs.is_chosen, bool(self.listed),
+        )  # fmt: skip
+
+    def _name(self, *details: str) -> str:
+        _, stride, _, dilation, groups, granularity, _ = self.geometry
+        (samples, channels, height, width), weight = self.input.shape, self.weight.shape
+        what = [f"{height}x{width} {channels}->{weight[0]} {weight[2]}x{weight[3]}"]
+        what += [f"{n} {list(v)}" for n, v in (("stride", stride), ("dilation", dilation)) if tuple(v) != (1, 1)]
+        what += [f"groups {groups}"] * (groups > 1) + [f"batch {samples}", str(self.input.dtype)[6:]]
+        chosen = [n for n, c in (("in", self.ins.is_chosen), ("out", self.outs.is_chosen), ("sites", self.listed)) if c]
+        what += [f"chosen {' and '.join(chosen) or 'nothing'}", f"granularity {granularity}"]
+        return "gathered conv " + ", ".join([*what, *details])
+
+    def _sets_at(self, density: float) -> tuple:
+        share, granularity = self._share_at(density), self.geometry[5]
+        sites = self.listed
+        if sites:
+            active = calibration.sites_at(share, sites[0])
+            sites = [active.mask, active.index, active.count]
+        return self.ins.at(share, granularity), self.outs.at(share, granularity), sites
+
+
+class _Forward(_Call):
+    """A dense output from a dense input."""
+
+    def __init__(self, operands: tuple, sets: tuple, finish: tuple, geometry: list) -> None:
+        super().__init__(*operands[:2], sets, geometry)
+        self.operands, self.finish = operands, finish
+
+    @property
+    def has_choice(self) -> bool:
+        """Half types are rounded once, and a dense convolution rounds before a gate, a residual or a curve."""
+        gate, residual, _, activation = self.finish
+        is_plain = gate is residual is None and activation in ("none", "relu", "relu6")
+        return (is_plain or self.input.element_size() != 2) and super().has_choice
+
+    def key(self) -> tuple:
+        gate, residual, inactive, activation = self.finish
+        has = (gate is not None, residual is not None, inactive is not None)
+        return "gathered conv", *self._key(), *has, activation
+
+    def name(self) -> str:
+        *tensors, activation = self.finish
+        has = [n for n, t in zip(("gate", "residual", "inactive"), tensors, strict=True) if t is not None]
+        return self._name(*[activation] * (activation != "none"), *has)
+
+    def sparse(self) -> Tensor:
+        return _sparse(*self.operands, *self.sets, *self.finish, False, -1, *self.geometry)
+
+    def dense(self) -> Tensor:
+        gate, residual, inactive, activation = self.finish
+        result = self._convolved()
+        if gate is not None:
+            result *= gate[:, :, None, None]
+        result = self.outs.keep(result, 1)
+        if self.listed:
+            return settle(result, Compacted(*self.listed), None, residual, inactive, activation, None)
+        if residual is not None:
+            result += residual
+        return in_rows(activate_(result, activation))
+
+    def _convolved(self) -> Tensor:
+        """All output channels from the kept input channels."""
+        _, weight, bias = self.operands
+        size, stride, padding, dilation, groups, *_ = self.geometry
+        input = self.ins.keep(in_rows(self.input), 1)
+        is_pointwise = weight.shape[2:] == (1, 1) and input.shape[2:] == tuple(size) and groups == 1
+        if not is_pointwise or input.shape[3] > 1:
+            return in_rows(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+        # The positions of a linear layer, which is what its users compare with.
+        return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+    def at(self, density: float) -> _Forward:
+        gate, *others = self.finish
+        sets = self._sets_at(density)
+        if gate is not None:
+            gate = sets[1].keep(torch.ones_like(gate), 1)
+        return _Forward(self.operands, sets, (gate, *others), self.geometry)
+
+
+class _Backward(_Call):
+    """The gradients of input, weight and bias."""
+
+    def __init__(self, operands, sets, packed_input: bool, packed: bool, wanted: list[bool], geometry: list) -> None:
+        self.grad, *others = operands
+        super().__init__(*others, sets, geometry)
+        self.packed, self.wanted = (packed_input, packed), wanted
+
+    @property
+    def has_choice(self) -> bool:
+        """PyTorch's own gradients in half types round on the way on a CPU, as in `masked_conv2d`."""
+        rounds = self.grad.is_cpu and self.grad.element_size() == 2
+        return not any(self.packed) and not rounds and any(self.wanted) and super().has_choice
+
+    def key(self) -> tuple:
+        return "gathered conv backward", *self._key(), *self.wanted
+
+    def name(self) -> str:
+        wanted = [n for n, want in zip(("input", "weight", "bias"), self.wanted) if want]
+        return self._name("gradients of " + " and ".join(wanted))
+
+    def sparse(self) -> tuple[Tensor, ...]:
+        return _sparse_backward(
+            self.grad, self.input, self.weight, *self.sets, *self.packed, *self.geometry, self.wanted
+        )
+
+    def dense(self) -> tuple[Tensor, ...]:
+        _, stride, padding, dilation, groups, _, backend = self.geometry
+        grad, input = self.outs.keep(in_rows(self.grad), 1), in_rows(self.input)
+        if self.sites is not None:
+            grad = keep_where(self.sites, grad)
+        if self.wanted[1]:  # zero times NaN, in what is not kept or what only skipped sites would read, is NaN
+            input = self.ins.keep(input, 1)
+            if self.sites is not None:
+                size, kernel = tuple(input.shape[2:]), self.weight.shape[2:]
+                touched = torch.ops.dynconv.touched(self.sites, size, kernel, stride, padding, dilation, backend)
+                input = keep_where(touched, input)
+        where = (stride, padding, dilation, False, (0, 0), groups, self.wanted)
+        grads = list(torch.ops.aten.convolution_backward(grad, input, self.weight, self.weight.shape[:1], *where))
+        if self.wanted[0]:
+            grads[0] = self.ins.keep(in_rows(grads[0]), 1)
+        if self.wanted[1] and grads[1].stride() != self.weight.stride():
+            grads[1] = torch.empty_like(self.weight).copy_(grads[1])
+        return tuple(self.grad.new_empty(0) if made is None else made for made in grads)
+
+    def at(self, density: float) -> _Backward:
+        operands = (self.grad, self.input, self.weight)
+        return _Backward(operands, self._sets_at(density), *self.packed, self.wanted, self.geometry)
+
+
 for _key in ("CPU", "CUDA"):
     _library.impl("gathered_conv2d", _forward, _key)
     _library.impl("gathered_conv2d_backward", _backward, _key)
@@ -243,13 +426,13 @@ once_differentiable(_library, "gathered_conv2d")
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d, get_raw=True)
 def _forward_flops(input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest, **unused) -> int:
-    return _product_flops(weight, in_index, out_index, sites, *rest[-7:])
+    return _product_flops(weight, in_index, out_index, sites, *rest[-9:])
 
 
 @register_flop_formula(torch.ops.dynconv.gathered_conv2d_backward, get_raw=True)
 def _backward_flops(grad, input, weight, in_index, in_count, out_index, out_count, sites, *rest, **unused) -> int:
     *rest, wanted = rest
-    return (wanted[0] + wanted[1]) * _product_flops(weight, in_index, out_index, sites, *rest[-7:])
+    return (wanted[0] + wanted[1]) * _product_flops(weight, in_index, out_index, sites, *rest[-9:])
 
 
 def _product_flops(weight, in_index, out_index, sites, size, stride, padding, dilation, groups, *rest) -> int:
@@ -361,7 +544,8 @@ def gathered_conv2d(
     operands = (input, weight, bias, ins.index, ins.count, outs.index, outs.count, listed)
     where = (is_packed, outs.capacity if packed else -1)
     where += (size, geometry.stride, geometry.padding, geometry.dilation, groups)
-    where += (math.gcd(ins.granularity, outs.granularity), backend)
+    where += (math.gcd(ins.granularity, outs.granularity), backend, calibration.mode())
+    where += ([is_packed or in_mask is not None, out_mask is not None],)
     # A gradient needs what comes after the convolution as steps of their own, over the kept channels where packed.
     is_one_pass = gates[1] is None and not (
         torch.is_grad_enabled()

@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .. import reference
+from .. import calibration, reference
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from ..channels import ActiveChannels
 from . import gathered_conv
+from ._channel_calls import ChannelCall, Kept
 from ._common import FLOATING, autocast, check_types, once_differentiable
 
 # Positions a sample from which on its share of the weight is worth packing: then the layer is a 1x1 convolution.
 PACKED_POSITIONS = 8
 
 _SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count"
+_CHOICE = "int granularity, str execution, bool[2] is_chosen"  # as of gathered_conv2d
 _library = torch.library.Library("dynconv", "FRAGMENT")
-_library.define(f"gathered_linear(Tensor input, Tensor weight, Tensor? bias, {_SETS}) -> Tensor")
+_library.define(f"gathered_linear(Tensor input, Tensor weight, Tensor? bias, {_SETS}, {_CHOICE}) -> Tensor")
 _library.define(
-    f"gathered_linear_backward(Tensor grad, Tensor input, Tensor weight, {_SETS}, bool[3] wanted) -> "
+    f"gathered_linear_backward(Tensor grad, Tensor input, Tensor weight, {_SETS}, {_CHOICE}, bool[3] wanted) -> "
     "(Tensor input, Tensor weight, Tensor bias)"
 )
 
 
-def _forward(input, weight, bias, in_index, in_count, out_index, out_count) -> Tensor:
+def _forward(
+    input, weight, bias, in_index, in_count, out_index, out_count, granularity, execution, is_chosen
+) -> Tensor:
+    ins, outs = Kept(in_index, in_count, is_chosen[0]), Kept(out_index, out_count, is_chosen[1])
+    return calibration.run(execution, _Forward(input, weight, bias, ins, outs, granularity))
+
+
+def _sparse(input, weight, bias, ins, outs) -> Tensor:
     samples, positions = input.shape[:2]
     out = input.new_empty(samples, positions, weight.shape[0])
     if out.numel() == 0:
         return out
     kernels = module(".cpu.gathered_linear")
-    kernels.forward(kernels.Spread(input, (in_index, in_count)), (out_index, out_count), weight, bias, out)
+    kernels.forward(kernels.Spread(input, ins[:2]), outs[:2], weight, bias, out)
     return out
 
 
-def _backward(grad, input, weight, in_index, in_count, out_index, out_count, wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad, input, weight, in_index, in_count, out_index, out_count, granularity, execution, is_chosen, wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    ins, outs = Kept(in_index, in_count, is_chosen[0]), Kept(out_index, out_count, is_chosen[1])
+    return calibration.run(execution, _Backward(grad, input, weight, ins, outs, granularity, wanted))
+
+
+def _sparse_backward(grad, input, weight, ins, outs, wanted) -> tuple[Tensor, Tensor, Tensor]:
     grads = [grad.new_empty(0) for _ in wanted]  # not one three times: outputs must not alias
     if input.numel() == 0:
         like = (input.new_empty(input.shape), torch.zeros_like(weight), weight.new_zeros(weight.shape[0]))
         return tuple(zeros if want else none for zeros, want, none in zip(like, wanted, grads, strict=True))
     kernels = module(".cpu.gathered_linear")
-    ins, outs, grad = (in_index, in_count), (out_index, out_count), grad.contiguous()
+    ins, outs, grad = ins[:2], outs[:2], grad.contiguous()
     spread = kernels.Spread(input, ins) if wanted[0] or wanted[1] else None
     if wanted[0]:
         grads[0] = input.new_empty(input.shape)
@@ -53,17 +72,101 @@ def _backward(grad, input, weight, in_index, in_count, out_index, out_count, wan
     return tuple(grads)
 
 
+class _Call(ChannelCall):
+    """What the two directions share as `dynconv.calibration.Call`."""
+
+    def __init__(self, input: Tensor, weight: Tensor, ins: Kept, outs: Kept, granularity: int) -> None:
+        super().__init__(ins, outs, None, input.shape[1])
+        self.input, self.weight, self.granularity = input, weight, granularity
+
+    @property
+    def has_choice(self) -> bool:
+        """Not in half types, whose products PyTorch does not add in float32 on every CPU."""
+        return self.input.element_size() > 2
+
+    def key(self) -> tuple:
+        what, chosen = str(self.input.dtype), (self.ins.is_chosen, self.outs.is_chosen)
+        return self._kind, what, *self.input.shape, self.weight.shape[0], self.granularity, *chosen
+
+    def name(self) -> str:
+        samples, positions, channels = self.input.shape
+        what = [f"{self._kind} {channels}->{self.weight.shape[0]}"] + [f"positions {positions}"] * (positions > 1)
+        what += [f"batch {samples}", str(self.input.dtype)[6:]]
+        chosen = [n for n, c in (("in", self.ins.is_chosen), ("out", self.outs.is_chosen)) if c]
+        return ", ".join([*what, f"chosen {' and '.join(chosen) or 'nothing'}", f"granularity {self.granularity}"])
+
+    def _sets_at(self, density: float) -> tuple[Kept, Kept, int]:
+        share = self._share_at(density)
+        return self.ins.at(share, self.granularity), self.outs.at(share, self.granularity), self.granularity
+
+
+class _Forward(_Call):
+    _kind = "gathered linear"
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, *sets) -> None:
+        super().__init__(input, weight, *sets)
+        self.bias = bias
+
+    def sparse(self) -> Tensor:
+        return _sparse(self.input, self.weight, self.bias, self.ins, self.outs)
+
+    def dense(self) -> Tensor:
+        return self.outs.keep(F.linear(self.ins.keep(self.input, 2), self.weight, self.bias), 2)
+
+    def at(self, density: float) -> _Forward:
+        return _Forward(self.input, self.weight, self.bias, *self._sets_at(density))
+
+
+class _Backward(_Call):
+    _kind = "gathered linear backward"
+
+    def __init__(self, grad: Tensor, input: Tensor, weight: Tensor, *sets_wanted) -> None:
+        *sets, self.wanted = sets_wanted
+        super().__init__(input, weight, *sets)
+        self.grad = grad
+
+    @property
+    def has_choice(self) -> bool:
+        return any(self.wanted) and super().has_choice
+
+    def key(self) -> tuple:
+        return *super().key(), *self.wanted
+
+    def name(self) -> str:
+        wanted = [n for n, want in zip(("input", "weight", "bias"), self.wanted) if want]
+        return ", ".join([super().name(), "gradients of " + " and ".join(wanted)])
+
+    def sparse(self) -> tuple[Tensor, Tensor, Tensor]:
+        return _sparse_backward(self.grad, self.input, self.weight, self.ins, self.outs, self.wanted)
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        grads = [self.grad.new_empty(0) for _ in self.wanted]
+        grad = self.outs.keep(self.grad.contiguous(), 2)
+        if self.wanted[0]:
+            grads[0] = self.ins.keep(grad @ self.weight, 2)
+        if self.wanted[1]:
+            input = self.ins.keep(self.input, 2)
+            grads[1] = torch.empty_like(self.weight).copy_(grad.flatten(0, 1).t() @ input.flatten(0, 1))
+        if self.wanted[2]:
+            grads[2] = grad.sum((0, 1))
+        return tuple(grads)
+
+    def at(self, density: float) -> _Backward:
+        return _Backward(self.grad, self.input, self.weight, *self._sets_at(density), self.wanted)
+
+
 _library.impl("gathered_linear", _forward, "CPU")
 _library.impl("gathered_linear_backward", _backward, "CPU")
 
 
 @torch.library.register_fake("dynconv::gathered_linear", lib=_library)
-def _(input, weight, bias, in_index, in_count, out_index, out_count):
+def _(input, weight, bias, in_index, in_count, out_index, out_count, *choice):
     return input.new_empty(*input.shape[:2], weight.shape[0])
 
 
 @torch.library.register_fake("dynconv::gathered_linear_backward", lib=_library)
-def _(grad, input, weight, in_index, in_count, out_index, out_count, wanted):
+def _(grad, input, weight, in_index, in_count, out_index, out_count, *choice_wanted):
+    wanted = choice_wanted[-1]
     return (
         input.new_empty(input.shape) if wanted[0] else grad.new_empty(0),
         torch.empty_like(weight) if wanted[1] else grad.new_empty(0),
@@ -73,19 +176,20 @@ def _(grad, input, weight, in_index, in_count, out_index, out_count, wanted):
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, in_index, in_count, out_index, out_count):
+    def forward(ctx, input, weight, bias, in_index, in_count, out_index, out_count, *choice):
         sets = (in_index, in_count, out_index, out_count)
         with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.dynconv.gathered_linear(input, weight, bias, *sets)
+            out = torch.ops.dynconv.gathered_linear(input, weight, bias, *sets, *choice)
         ctx.save_for_backward(input, weight, *sets)
+        ctx.choice = choice
         return out
 
     @staticmethod
     def backward(ctx, grad):
         wanted = list(ctx.needs_input_grad[:3])
-        results = torch.ops.dynconv.gathered_linear_backward(grad, *ctx.saved_tensors, wanted)
+        results = torch.ops.dynconv.gathered_linear_backward(grad, *ctx.saved_tensors, *ctx.choice, wanted)
         grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 _library.impl("gathered_linear", _GatheredLinear.apply, "Autograd")
@@ -94,13 +198,13 @@ once_differentiable(_library, "gathered_linear")
 
 @register_flop_formula(torch.ops.dynconv.gathered_linear, get_raw=True)
 def _forward_flops(input, weight, bias, *sets, **unused) -> int:
-    return _product_flops(input, weight, *sets)
+    return _product_flops(input, weight, *sets[:4])
 
 
 @register_flop_formula(torch.ops.dynconv.gathered_linear_backward, get_raw=True)
 def _backward_flops(grad, input, weight, *rest, **unused) -> int:
-    *sets, wanted = rest
-    return (wanted[0] + wanted[1]) * _product_flops(input, weight, *sets)
+    wanted = rest[-1]
+    return (wanted[0] + wanted[1]) * _product_flops(input, weight, *rest[:4])
 
 
 def _product_flops(input, weight, in_index, in_count, out_index, out_count) -> int:
@@ -161,14 +265,18 @@ def gathered_linear(
     if backend == "triton" or input.shape[1] >= PACKED_POSITIONS:
         # [N, L, C] as [N, C, L, 1] in channels_last, without a copy where it is contiguous.
         image, filters = input.transpose(1, 2)[..., None], weight[:, :, None, None]
-        image = gathered_conv.gathered_conv2d(image, filters, bias, in_mask=ins, out_mask=outs)
+        image = gathered_conv.gathered_conv2d(
+            image, filters, bias, in_mask=None if in_mask is None else ins, out_mask=None if out_mask is None else outs
+        )
         return image[..., 0].transpose(1, 2).reshape(shape)
     if ins.gate is not None:
         # The gate's gradient is a sum over the positions: what a sample does not keep must not be in it.
         kept = torch.where(ins.mask[:, None], input, 0)
         input = (kept * ins.gate[:, None]).to(input.dtype)
     run = _forward if unwatched(input, weight, bias) else torch.ops.dynconv.gathered_linear
-    result = run(input, weight, bias, ins.index, ins.count, outs.index, outs.count)
+    choice = (math.gcd(ins.granularity, outs.granularity), calibration.mode())
+    choice += ([in_mask is not None, out_mask is not None],)
+    result = run(input, weight, bias, ins.index, ins.count, outs.index, outs.count, *choice)
     if outs.gate is not None:
         result = (result * outs.gate[:, None]).to(result.dtype)
     return result.view(shape)

@@ -17,6 +17,7 @@ from .._geometry import Geometry, IntPair, Padding, is_stencil
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
+    Compacted,
     allow_tf32,
     autocast,
     channels_last,
@@ -73,16 +74,6 @@ def _table(reads, index, count, shared) -> Tensor | None:
     return module(".cpu.sites").neighbours(index, count, geometry, lookup)
 
 
-class _Compacted:
-    """What an op gets of an `ActiveSites`."""
-
-    def __init__(self, mask: Tensor, index: Tensor, count: Tensor) -> None:
-        self.mask, self.index, self.count = mask, index, count
-
-    def __len__(self) -> int:
-        return int(self.count)
-
-
 def _forward_into(
     out, input, weight, bias, sites, shared, source, gate, residual, inactive, in_place, activation,
     stride, padding, dilation, groups, backend,
@@ -107,7 +98,7 @@ def _forward_into(
 
 
 def _forward(input, weight, bias, mask, index, count, *rest) -> Tensor:
-    return _forward_at(input, weight, bias, _Compacted(mask, index, count), *rest)
+    return _forward_at(input, weight, bias, Compacted(mask, index, count), *rest)
 
 
 def _forward_at(
@@ -140,7 +131,7 @@ def _backward(
     execution, wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, input = in_rows(grad), in_rows(input)
-    operands = (input, weight, bias, _Compacted(mask, index, count), shared, source, gate)
+    operands = (input, weight, bias, Compacted(mask, index, count), shared, source, gate)
     call = _Backward(operands, grad, wanted, (stride, padding, dilation, groups, backend))
     return tuple(grad.new_empty(0) if g is None else g for g in calibration.run(execution, call))
 
@@ -196,7 +187,7 @@ def _triton_backward(grad, input, weight, bias, sites, shared, source, gate, str
     return grad_input, grad_weight, grad_bias, grad_gate
 
 
-class _Call:
+class _Call(calibration.SiteCall):
     """What the two directions share as `dynconv.calibration.Call`."""
 
     def __init__(self, operands: tuple, geometry: Sequence) -> None:
@@ -341,7 +332,7 @@ class _Backward(_Call):
 
 
 def _in_place(out, input, weight, bias, mask, index, count, *rest) -> None:
-    _in_place_at(out, input, weight, bias, _Compacted(mask, index, count), *rest)
+    _in_place_at(out, input, weight, bias, Compacted(mask, index, count), *rest)
 
 
 def _in_place_at(
