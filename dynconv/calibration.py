@@ -15,9 +15,10 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
@@ -362,7 +363,7 @@ def _write() -> None:
 def calibrate(
     run: Callable[[], object],
     *,
-    densities: Sequence[float] = DENSITIES,
+    densities: float | Sequence[float] = DENSITIES,
     seconds: float = 0.1,
     store: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
@@ -375,7 +376,7 @@ def calibrate(
 
     Args:
         run: the model on an input of the shape that it will meet.
-        densities: at which to measure, above 0 and at most 1.
+        densities: at which to measure, above 0 and at most 1: numbers, or one.
         seconds: for each call and density, roughly.
         store: also write `calibration_file()`, for other processes; this one knows at once either way.
         progress: told the number of calls measured, of all, and the next one's description.
@@ -383,12 +384,11 @@ def calibrate(
     Returns:
         The crossover density of each call: the one from which on the dense way is faster, None where it never is.
 
-    Raises ValueError where a density is not in (0, 1] or `run` has no call with a dense way.
+    Raises TypeError where a density is no number, ValueError where one is not in (0, 1] or `run` has no call with a
+    dense way.
     """
     global _recorded, _tables, _version
-    densities = sorted(set(densities))
-    if not densities or not 0 < densities[0] <= densities[-1] <= 1:
-        raise ValueError(f"densities: expected numbers above 0 and at most 1, got {densities}")
+    densities = _checked_densities(densities)
     before, _recorded = _recorded, {}
     try:
         with execution("automatic"):
@@ -411,6 +411,24 @@ def calibrate(
     if store:
         _write()
     return crossovers
+
+
+def _checked_densities(densities: float | Iterable[float]) -> list[float]:
+    """Return them sorted, without doubles."""
+    wanted = "densities: expected numbers above 0 and at most 1, or one, got"
+    given = densities
+    if isinstance(densities, Real):
+        given = [densities]
+    elif isinstance(densities, Tensor):
+        given = densities.reshape(-1).tolist()
+    elif isinstance(densities, (str, bytes)) or not isinstance(densities, Iterable):
+        raise TypeError(f"{wanted} {densities!r}")
+    given = list(given)
+    if any(not isinstance(density, Real) or isinstance(density, bool) for density in given):
+        raise TypeError(f"{wanted} {densities!r}")
+    if not given or not all(0 < density <= 1 for density in given):
+        raise ValueError(f"{wanted} {densities!r}")
+    return sorted({float(density) for density in given})
 
 
 def _merged(*tables: dict[str, dict[tuple, Times]]) -> dict[str, dict[tuple, Times]]:
