@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -75,6 +75,33 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def kept(function: Callable, *arguments, **keywords):
+    """Call a function whose tensors are kept: they are normal ones in `torch.inference_mode()`, too.
+
+    Training may use them later, and autograd cannot save the tensors that inference mode makes. A compiler has modes of
+    its own.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return function(*arguments, **keywords)
+    with torch.inference_mode(False):
+        return function(*arguments, **keywords)
+
+
+def keeps_tensors(function: Callable) -> Callable:
+    """Let a function always be called as `kept` calls it."""
+
+    @functools.wraps(function)
+    def run(*arguments, **keywords):
+        return kept(function, *arguments, **keywords)
+
+    return run
+
+
+def saveable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy of one that inference mode has made, which autograd could not save."""
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,16 +10,51 @@ IntPair = int | Sequence[int]
 Padding = IntPair | str
 
 
+def integer(value: int, name: str) -> int:
+    """Return an argument as a Python int: what stands for an int (NumPy's integers, one in a tensor) but a bool."""
+    if type(value) is int:
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:  # said below, with the argument's name
+        pass
+    raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
 def pair(value: IntPair, name: str, least: int) -> tuple[int, int]:
-    """(vertical, horizontal) from an int or a pair of ints, none below `least`."""
-    if type(value) is int and value >= least:  # nearly always; the rest is for other kinds and for errors
-        return value, value
-    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
-        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
-    if min(both) < least:
+    """Return (vertical, horizontal), neither below `least`, from what `torch.nn.functional.conv2d` takes for both.
+
+    That is an int, or one or two of them in a tuple or list. Raises TypeError or ValueError for anything else.
+    """
+    if type(value) is int:  # nearly always this or the next; the rest is for other kinds and for errors
+        both = value, value
+    elif type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        both = value
+    else:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        try:
+            both = tuple(integer(v, name) for v in values)
+        except TypeError:
+            both = ()
+        if len(both) not in (1, 2):
+            raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+        both = both[0], both[-1]
+    if both[0] < least or both[1] < least:
         raise ValueError(f"{name}: expected values of at least {least}, got {value!r}")
     return both
+
+
+def plain(
+    stride: IntPair, padding: Padding, dilation: IntPair, groups: int
+) -> tuple[tuple[int, int], tuple[int, int] | str, tuple[int, int], int]:
+    """Return a convolution's arguments, checked by themselves, in one form: equal and hashable where they mean one."""
+    return (
+        pair(stride, "stride", 1),
+        padding if isinstance(padding, str) else pair(padding, "padding", 0),
+        pair(dilation, "dilation", 1),
+        integer(groups, "groups"),
+    )
 
 
 def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ._backend import module, unwatched
+from ._arguments import check_mask
+from ._backend import keeps_tensors, kept, module, saveable, unwatched
+from ._geometry import integer
 
 
-def check_int(name: str, value: int, least: int = 1, most: int | None = None) -> None:
-    """That an argument is an int from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+def check_int(name: str, value: int, least: int = 1, most: int | None = None) -> int:
+    """Return an argument that is an int from `least` to `most`; raises TypeError or ValueError where it is not."""
+    value = integer(value, name)
     if value < least or (most is not None and value > most):
         wanted = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return value
 
 
 def _is_grouped(mask: Tensor, size: int) -> bool:
@@ -27,6 +29,16 @@ def _is_grouped(mask: Tensor, size: int) -> bool:
 def _spread(mask: Tensor, size: int) -> Tensor:
     """The first channel of each group in the place of all."""
     return mask[:, ::size].repeat_interleave(size, 1)[:, : mask.shape[1]]
+
+
+def _cure(mask: Tensor) -> str:
+    """Name what makes a mask of channels of one that has the dimensions of a feature map."""
+    return "; .flatten(1) makes [N, C] of [N, C, 1, 1]" if mask.dim() == 4 and mask.shape[2:].numel() == 1 else ""
+
+
+def _places(mask: Tensor) -> Tensor:
+    """The place of each channel among its sample's kept ones, or -1."""
+    return torch.where(mask, mask.cumsum(1, dtype=torch.int32) - 1, -1)
 
 
 def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +78,7 @@ class ActiveChannels:
             keeps more channels than the capacity (on a GPU that is an assertion on the device).
     """
 
+    @keeps_tensors
     def __init__(
         self,
         mask: Tensor,
@@ -74,33 +87,48 @@ class ActiveChannels:
         granularity: int = 1,
         capacity: int | None = None,
     ) -> None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a bool or floating tensor, got {type(mask).__name__}")
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype}")
-        check_int("granularity", granularity, 1)
+        check_mask(mask)
+        granularity = check_int("granularity", granularity, 1)
         if capacity is not None:
-            check_int("capacity", capacity, 0)
+            capacity = check_int("capacity", capacity, 0)
         if size is None:
             if granularity != 1:
                 raise ValueError("size: expected (N, C) beside a granularity, got None")
             if mask.dim() != 2:
-                raise ValueError(f"mask: expected shape [N, C], got {list(mask.shape)}")
+                raise ValueError(f"mask: expected shape [N, C], got {list(mask.shape)}{_cure(mask)}")
             size = (mask.shape[0], mask.shape[1])
+        elif len(size) != 2:
+            raise ValueError(f"size: expected (N, C), got {tuple(size)}")
         coarse = (size[0], -(-size[1] // granularity))
         shape = mask.shape
         if len(shape) > 2 or any(have not in (1, want) for have, want in zip(shape[::-1], coarse[::-1], strict=False)):
-            raise ValueError(f"mask: expected a shape that broadcasts to {list(coarse)}, got {list(shape)}")
+            raise ValueError(
+                f"mask: expected a shape that broadcasts to {list(coarse)}, got {list(shape)}{_cure(mask)}"
+            )
         mask = mask.expand(coarse)
         if granularity != 1:
             mask = mask.repeat_interleave(granularity, 1)[:, : size[1]]
-        self.gate = None if mask.dtype == torch.bool else mask
+        self.gate = None if mask.dtype == torch.bool else saveable(mask)
         # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
         self.mask = mask.clone(memory_format=torch.contiguous_format) if self.gate is None else mask.detach() != 0
         self.granularity, self._capacity, self._inverse = granularity, None, []
         self.index, self.count = _compact(self.mask)
         if capacity is not None and capacity < size[1]:
             self._bound(capacity)
+
+    @keeps_tensors
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> ActiveChannels:
+        """Return the same channels on a device, the gate with its gradient: itself where they are there already."""
+        mask = self.mask.to(torch.device(device), non_blocking=non_blocking)
+        if mask is self.mask:
+            return self
+        channels = copy.copy(self)
+        channels.mask, channels._inverse = mask, []
+        channels.gate, channels.index, channels.count = (
+            None if tensor is None else tensor.to(mask.device, non_blocking=non_blocking)
+            for tensor in (self.gate, self.index, self.count)
+        )
+        return channels
 
     def _bound(self, capacity: int) -> None:
         fits = (self.count <= capacity).all()
@@ -130,7 +158,7 @@ class ActiveChannels:
         if granularity is None:
             granularity = next(size for size in (32, 16, 8, 1) if _is_grouped(mask, size))
         else:
-            check_int("granularity", granularity, 1)
+            granularity = check_int("granularity", granularity, 1)
             message = f"mask: expected whole groups of {granularity} channels to be kept or dropped"
             if not mask.is_cpu or torch.compiler.is_compiling():
                 torch._assert_async((mask == _spread(mask, granularity)).all(), message)
@@ -175,8 +203,7 @@ class ActiveChannels:
     def inverse(self) -> Tensor:
         """int32 [N, C]: each channel's place among its sample's kept ones, or -1 where it is not kept."""
         if not self._inverse:
-            place = self.mask.cumsum(1, dtype=torch.int32) - 1
-            self._inverse.append(torch.where(self.mask, place, -1))
+            self._inverse.append(kept(_places, self.mask))
         return self._inverse[0]
 
     @property

@@ -64,9 +64,9 @@ class _Selector(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, granularity: int = 1) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("channels", channels), ("granularity", granularity)):
-            check_int(name, value)
-        self.in_channels, self.channels, self.granularity = in_channels, channels, granularity
+        self.in_channels = check_int("in_channels", in_channels)
+        self.channels = check_int("channels", channels)
+        self.granularity = check_int("granularity", granularity)
 
     @property
     def groups(self) -> int:
@@ -143,7 +143,7 @@ class ChannelGate(_Selector):
         if hidden is None:
             self.head = last = nn.Linear(in_channels, self.groups)
         else:
-            check_int("hidden", hidden)
+            hidden = check_int("hidden", hidden)
             last = nn.Linear(hidden, self.groups)
             self.head = nn.Sequential(nn.Linear(in_channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), last)
         nn.init.constant_(last.bias, math.log(initial_rate / (1 - initial_rate)))
@@ -189,7 +189,7 @@ class TopKGate(_Selector):
 
     def __init__(self, in_channels: int, channels: int, k: int, granularity: int = 1, *, boost: bool = True) -> None:
         super().__init__(in_channels, channels, granularity)
-        check_int("k", k, most=self.groups)
+        k = check_int("k", k, most=self.groups)
         self.k, self.boost = k, boost
         self.head = nn.Linear(in_channels, self.groups)
         if boost:
@@ -234,8 +234,7 @@ class SlimmableGate(_Selector):
     """
 
     def __init__(self, in_channels: int, channels: int, widths: Sequence[int], *, temperature: float = 1.0) -> None:
-        for width in widths:
-            check_int("widths", width)
+        widths = [check_int("widths", width) for width in widths]
         super().__init__(in_channels, channels, math.gcd(*widths) or 1)
         if not widths or widths[-1] > channels or any(a >= b for a, b in itertools.pairwise(widths)):
             raise ValueError(f"widths: expected ascending numbers in 1 to {channels}, got {list(widths)}")

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from ._backend import backend_for, module, unwatched
+from ._arguments import check_mask
+from ._backend import backend_for, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -122,6 +123,18 @@ def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
     return None
 
 
+def _cure(mask: Tensor, full: tuple[int, int, int, int]) -> str:
+    """Name what makes a mask of this shape, which does not broadcast to `full` [N, 1, Ho, Wo], one that does."""
+    shape = tuple(mask.shape)
+    if len(shape) == 3 and shape == (full[0], *full[2:]):
+        return "; .unsqueeze(1) makes it of [N, Ho, Wo]"
+    if len(shape) == 4 and shape[1] not in (1, full[1]):
+        return "; a mask has one channel, for all of the output's"
+    if any(have not in (1, want) for have, want in zip(shape[:-3:-1], full[:-3:-1])):
+        return "; a mask has the height and width of the output, not of the input"
+    return ""
+
+
 class ActiveSites:
     """The output sites that a mask keeps, made once and shared by every layer and backward pass that uses them.
 
@@ -148,23 +161,26 @@ class ActiveSites:
         ValueError: the mask does not broadcast to [N, 1, Ho, Wo] or the coarser grid, or has 2^31 sites or more.
     """
 
+    @keeps_tensors
     def __init__(self, mask: Tensor, size: tuple[int, int, int] | None = None, *, granularity: IntPair = 1) -> None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a bool or floating tensor, got {type(mask).__name__}")
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype}")
+        check_mask(mask)
         cell = pair(granularity, "granularity", 1)
         if size is None:
             if cell != (1, 1):
                 raise ValueError("size: expected (N, Ho, Wo) beside a granularity, got None")
             if mask.dim() != 4 or mask.shape[1] != 1:
-                raise ValueError(f"mask: expected shape [N, 1, Ho, Wo], got {list(mask.shape)}")
+                cure = "; .unsqueeze(1) makes it of [N, Ho, Wo]" if mask.dim() == 3 else ""
+                raise ValueError(f"mask: expected shape [N, 1, Ho, Wo], got {list(mask.shape)}{cure}")
             size = (mask.shape[0], mask.shape[2], mask.shape[3])
+        elif len(size) != 3:
+            raise ValueError(f"size: expected (N, Ho, Wo), got {tuple(size)}")
         full = (size[0], 1, -(-size[1] // cell[0]), -(-size[2] // cell[1]))
         if mask.dim() > 4 or any(
             have not in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
         ):
-            raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}")
+            raise ValueError(
+                f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}{_cure(mask, full)}"
+            )
         if size[0] * size[1] * size[2] >= 2**31:
             raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
         mask = mask.expand(full)
@@ -174,9 +190,10 @@ class ActiveSites:
             # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
             self._make(mask.clone(memory_format=torch.contiguous_format), None)
         else:
-            self._make((mask.detach() != 0).contiguous(), mask)
+            self._make((mask.detach() != 0).contiguous(), saveable(mask))
 
     @classmethod
+    @keeps_tensors
     def from_boxes(cls, boxes: Tensor, size: tuple[int, int, int]) -> ActiveSites:
         """The sites inside any of some rectangles: regions of interest, the blocks of SBNet (Ren et al., CVPR 2018).
 
@@ -227,7 +244,7 @@ class ActiveSites:
     def _compact(self) -> list[Tensor]:
         if not self._compacted:
             compact = _compact if unwatched(self.mask) else torch.ops.dynconv.compact
-            self._compacted.extend(compact(self.mask, self._backend))
+            self._compacted.extend(kept(compact, self.mask, self._backend))
         return self._compacted
 
     @property
@@ -247,6 +264,20 @@ class ActiveSites:
         sites.gate = None
         return sites
 
+    @keeps_tensors
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> ActiveSites:
+        """Return the same sites on a device, the gate with its gradient: itself where they are there already.
+
+        What is derived from the mask is made anew there. `non_blocking` is that of `torch.Tensor.to`.
+        """
+        mask = self.mask.to(torch.device(device), non_blocking=non_blocking)
+        if mask is self.mask:
+            return self
+        gate = None if self.gate is None else self.gate.to(mask.device, non_blocking=non_blocking)
+        sites = ActiveSites.__new__(ActiveSites)
+        sites._make(mask, gate)
+        return sites
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(N, Ho, Wo)."""
@@ -261,7 +292,7 @@ class ActiveSites:
     def inverse(self) -> Tensor:
         """int32 [N * Ho * Wo]: each site's position in `index`, or -1 where it is not active."""
         if not self._inverse:
-            self._inverse.append(torch.ops.dynconv.inverse_map(self.index, self.count, self._backend))
+            self._inverse.append(kept(torch.ops.dynconv.inverse_map, self.index, self.count, self._backend))
         return self._inverse[0]
 
     def neighbours(
@@ -286,8 +317,8 @@ class ActiveSites:
             return self.index.view(-1, 1)
         table = _find(self._tables, input_size, geometry)
         if table is None:
-            table = torch.ops.dynconv.neighbours(
-                self.index, self.count, self.shape[1:], input_size,
+            table = kept(
+                torch.ops.dynconv.neighbours, self.index, self.count, self.shape[1:], input_size,
                 geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, None, self._backend,
             )  # fmt: skip
             self._tables.append((tuple(input_size), geometry, table))
@@ -300,8 +331,8 @@ class ActiveSites:
         for of, by, table in self._packed_tables:
             if of is source.index and by == geometry:
                 return table
-        table = torch.ops.dynconv.neighbours(
-            self.index, self.count, self.shape[1:], source.shape[1:],
+        table = kept(
+            torch.ops.dynconv.neighbours, self.index, self.count, self.shape[1:], source.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, source.inverse, self._backend,
         )  # fmt: skip
         self._packed_tables.append((source.index, geometry, table))
@@ -312,8 +343,8 @@ class ActiveSites:
         for of, by, table in self._reader_tables:
             if of is pixels.index and by == geometry:
                 return table
-        table = torch.ops.dynconv.readers(
-            pixels.index, pixels.count, self.shape[1:], pixels.shape[1:],
+        table = kept(
+            torch.ops.dynconv.readers, pixels.index, pixels.count, self.shape[1:], pixels.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self.inverse,
         )  # fmt: skip
         self._reader_tables.append((pixels.index, geometry, table))
@@ -338,9 +369,9 @@ class ActiveSites:
     def _touched_by(self, input_size: tuple[int, int], geometry: Geometry) -> ActiveSites:
         touched = _find(self._touched, input_size, geometry)
         if touched is None:
-            mask = torch.ops.dynconv.touched(
-                self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
-                self._backend,
+            mask = kept(
+                torch.ops.dynconv.touched, self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding,
+                geometry.dilation, self._backend,
             )  # fmt: skip
             touched = ActiveSites._of(mask)
             self._touched.append((tuple(input_size), geometry, touched))
@@ -363,6 +394,10 @@ class ActiveSites:
         if self._length is None:
             self._length = int(self._compacted[1] if self._compacted else torch.count_nonzero(self.mask))
         return self._length
+
+    def __bool__(self) -> bool:
+        """Refuse to be true or false: with a length it would be false, like None, where no site is active."""
+        raise ValueError("the truth of ActiveSites is ambiguous: ask `sites is None` or `len(sites) == 0`")
 
     @property
     def density(self) -> float:

@@ -276,10 +276,10 @@ def ponder(image: Tensor, density: float, blocks: Sequence[int] = (3, 4, 6, 3)) 
     def sparse(watch: Stopwatch) -> None:
         value = start
         sites = watch(
-            "active sets", lambda: [step.mask is not None and dynconv.ActiveSites(step.mask) for step in steps]
+            "active sets", lambda: [None if step.mask is None else dynconv.ActiveSites(step.mask) for step in steps]
         )
         for step, active in zip(steps, sites):
-            value = watch(step.group, step.block, value, active or None)
+            value = watch(step.group, step.block, value, active)
 
     with dynconv.ponder_map() as record:
         sparse(Stopwatch())

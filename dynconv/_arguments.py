@@ -1,0 +1,20 @@
+"""What the checks of arguments share: how an error names what came, and the cure where there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kind_of(value: object) -> str:
+    """Name the kind of an argument that should be a tensor, and how to make one of it where that is known."""
+    kind = type(value).__name__
+    return f"{kind} (torch.from_numpy makes a tensor of it)" if type(value).__module__ == "numpy" else kind
+
+
+def check_mask(mask: Tensor) -> None:
+    """Raise TypeError where a mask is neither a bool nor a floating tensor."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a bool or floating tensor, got {kind_of(mask)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype} (.bool() makes a bool one)")
