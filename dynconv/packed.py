@@ -37,7 +37,7 @@ class PackedFeatures(NamedTuple):
         *,
         activation: str | None = None,
         residual: Tensor | None = None,
-        inactive: Tensor | None = None,
+        inactive: Tensor | float | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """where(active, activation(features + residual), inactive) as a dense tensor [N, C, H, W] in channels_last.
@@ -46,8 +46,8 @@ class PackedFeatures(NamedTuple):
 
         Args:
             activation: None, "relu", "relu6", "silu", "gelu" or "hardswish".
-            residual: [N, C, H, W], added at the active sites.
-            inactive: [N, C, H, W], the values elsewhere; None is zeros.
+            residual: broadcastable to [N, C, H, W], added at the active sites.
+            inactive: broadcastable to [N, C, H, W], or a number: the values elsewhere; None is zeros.
             out: inference only: channels_last, updated in place at the active sites and nowhere else; may be the
                 residual.
 

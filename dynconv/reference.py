@@ -367,4 +367,4 @@ def _finish(result, active, gate, activation, residual, inactive, out, packed_fo
     if out is not None:
         return out.copy_(torch.where(active, result, out))
     result = torch.where(active, result, 0 if inactive is None else inactive)
-    return result.contiguous(memory_format=torch.channels_last)
+    return result.contiguous(memory_format=torch.channels_last) if active.dim() else result

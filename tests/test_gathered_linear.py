@@ -344,8 +344,8 @@ BAD = {
         weight=torch.ones(37, 21, dtype=torch.int64)
     ),
     "bias: expected shape [37], got [21]": dict(bias=torch.ones(21)),
-    "input: expected shape [N, ..., 21], got [5, 22]": dict(input=torch.ones(5, 22)),
-    "input: expected shape [N, ..., 21], got [21]": dict(input=torch.ones(21)),
+    "input: expected shape [N, ..., 21] or [21], got [5, 22]": dict(input=torch.ones(5, 22)),
+    "input: expected shape [N, ..., 21] or [21], got []": dict(input=torch.ones(())),
     "input: expected a tensor, got NoneType": dict(input=None),
 }
 

@@ -296,7 +296,7 @@ def refused(change, error, match):
         refused({"inactive": torch.zeros(1, 4, 3, 3)}, ValueError, "inactive: expected None for a packed output"),
         refused({"residual": torch.zeros(1, 4, 3, 3)}, TypeError, "residual: expected PackedFeatures"),
         refused({"packed": False, "residual": 1.0}, TypeError, "residual: expected a tensor, got float"),
-        refused({"packed": False, "residual": torch.zeros(1, 4, 3, 2)}, ValueError, "residual: expected shape"),
+        refused({"packed": False, "residual": torch.zeros(1, 4, 3, 2)}, ValueError, "residual: expected a shape that"),
         refused({"activation": "tanh"}, ValueError, "activation: expected None or one of relu"),
         refused({"out": torch.zeros(1, 4, 3, 3)}, ValueError, "out: expected packed=False"),
         refused({"input": ([[1.0]], None)}, TypeError, "input: expected a tensor or PackedFeatures, got list"),

@@ -47,8 +47,9 @@ class DeformConv2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-            check_int(name, value)
+        in_channels = check_int("in_channels", in_channels)
+        out_channels = check_int("out_channels", out_channels)
+        groups = check_int("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise ValueError(f"{name}: expected a multiple of groups = {groups}, got {channels}")
@@ -118,8 +119,8 @@ class DCNv2(DeformConv2d):
         device=None,
         dtype=None,
     ) -> None:
-        check_int("in_channels", in_channels)
-        check_groups("offset_groups", offset_groups, in_channels)
+        in_channels = check_int("in_channels", in_channels)
+        offset_groups = check_groups("offset_groups", offset_groups, in_channels)
         made = dict(device=device, dtype=dtype)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **made)
         self.offset_groups = offset_groups
@@ -185,10 +186,10 @@ class DCNv4(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels)
-        check_int("dilation", dilation)
-        check_odd("kernel_size", kernel_size)
-        check_groups("groups", groups, channels)
+        channels = check_int("channels", channels)
+        dilation = check_int("dilation", dilation)
+        kernel_size = check_odd("kernel_size", kernel_size)
+        groups = check_groups("groups", groups, channels)
         if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool):
             raise TypeError(f"offset_scale: expected a float, got {offset_scale!r}")
         if not math.isfinite(offset_scale):
@@ -198,7 +199,7 @@ class DCNv4(nn.Module):
         made = dict(device=device, dtype=dtype)
         self.offset_mask_dw = None
         if dw_kernel_size is not None:
-            check_odd("dw_kernel_size", dw_kernel_size)
+            dw_kernel_size = check_odd("dw_kernel_size", dw_kernel_size)
             self.offset_mask_dw = nn.Conv2d(
                 channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels, **made
             )

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import kind_of
 from .._geometry import Geometry, IntPair, Padding
 from ..channels import check_int
-from ..ops._common import check_features, check_normalization, in_rows, sites_of
+from ..ops._common import check_features, check_normalization, in_rows, sites_of, unsqueezed
 from ..ops.dynamic_filter import dynamic_filter2d
 from ..sites import ActiveSites
 from .masked_conv import MaskedConv2d
@@ -55,14 +56,14 @@ class DynamicFilter2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("in_channels", in_channels)
-        check_groups("groups", groups, in_channels)
+        in_channels = check_int("in_channels", in_channels)
+        groups = check_groups("groups", groups, in_channels)
         geometry = Geometry.of(kernel_size, stride, padding, dilation)
         check_normalization(normalization)
         read = in_channels if guidance_channels is None else guidance_channels
-        check_int("guidance_channels", read)
+        read = check_int("guidance_channels", read)
         hidden = read if hidden_channels is None else hidden_channels
-        check_int("hidden_channels", hidden)
+        hidden = check_int("hidden_channels", hidden)
         self.in_channels, self.groups, self.guidance_channels = in_channels, groups, guidance_channels
         self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
         self.padding = padding if isinstance(padding, str) else geometry.padding
@@ -140,12 +141,12 @@ class Involution2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels)
-        check_odd("kernel_size", kernel_size)
-        check_int("stride", stride)
-        check_int("dilation", dilation)
-        check_groups("group_channels", group_channels, channels)
-        check_int("reduction_ratio", reduction_ratio, most=channels)
+        channels = check_int("channels", channels)
+        kernel_size = check_odd("kernel_size", kernel_size)
+        stride = check_int("stride", stride)
+        dilation = check_int("dilation", dilation)
+        group_channels = check_groups("group_channels", group_channels, channels)
+        reduction_ratio = check_int("reduction_ratio", reduction_ratio, most=channels)
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
         self.group_channels, self.groups = group_channels, channels // group_channels
         factory = {"device": device, "dtype": dtype}
@@ -224,13 +225,13 @@ class CARAFE(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels)
-        check_int("scale_factor", scale_factor)
-        check_odd("kernel_size", kernel_size)
-        check_odd("encoder_kernel", encoder_kernel)
-        check_int("encoder_dilation", encoder_dilation)
-        check_int("compressed_channels", compressed_channels)
-        check_groups("groups", groups, channels)
+        channels = check_int("channels", channels)
+        scale_factor = check_int("scale_factor", scale_factor)
+        kernel_size = check_odd("kernel_size", kernel_size)
+        encoder_kernel = check_odd("encoder_kernel", encoder_kernel)
+        encoder_dilation = check_int("encoder_dilation", encoder_dilation)
+        compressed_channels = check_int("compressed_channels", compressed_channels)
+        groups = check_groups("groups", groups, channels)
         self.channels, self.scale_factor, self.kernel_size, self.groups = channels, scale_factor, kernel_size, groups
         factory = {"device": device, "dtype": dtype}
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1, **factory)
@@ -293,8 +294,8 @@ class FilterNorm(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("in_channels", in_channels)
-        check_int("kernel_size", kernel_size, 2)
+        in_channels = check_int("in_channels", in_channels)
+        kernel_size = check_int("kernel_size", kernel_size, 2)
         self.in_channels, self.kernel_size = in_channels, kernel_size
         entries = in_channels * kernel_size**2
         try:
@@ -366,11 +367,11 @@ class DDF(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels)
-        check_odd("kernel_size", kernel_size, 3)
-        check_int("stride", stride)
-        check_int("dilation", dilation)
-        check_odd("gen_kernel_size", gen_kernel_size)
+        channels = check_int("channels", channels)
+        kernel_size = check_odd("kernel_size", kernel_size, 3)
+        stride = check_int("stride", stride)
+        dilation = check_int("dilation", dilation)
+        gen_kernel_size = check_odd("gen_kernel_size", gen_kernel_size)
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
         factory = {"device": device, "dtype": dtype}
         self.spatial_branch = _spatial_branch(channels, kernel_size, stride, nonlinearity, gen_kernel_size, factory)
@@ -422,13 +423,13 @@ class DDFUp(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels)
-        check_odd("kernel_size", kernel_size, 3)
-        check_int("scale_factor", scale_factor)
-        check_int("dilation", dilation)
-        check_odd("gen_kernel_size", gen_kernel_size)
+        channels = check_int("channels", channels)
+        kernel_size = check_odd("kernel_size", kernel_size, 3)
+        scale_factor = check_int("scale_factor", scale_factor)
+        dilation = check_int("dilation", dilation)
+        gen_kernel_size = check_odd("gen_kernel_size", gen_kernel_size)
         if joint_channels is not None:
-            check_int("joint_channels", joint_channels)
+            joint_channels = check_int("joint_channels", joint_channels)
             gen_kernel_size = max(gen_kernel_size, 3)
         self.channels, self.kernel_size, self.dilation = channels, kernel_size, dilation
         self.scale_factor, self.joint_channels = scale_factor, joint_channels
@@ -496,28 +497,32 @@ def _channel_branch(channels, kernel_size, nonlinearity, se_ratio, factory) -> n
     )
 
 
-def check_odd(name: str, value: int, least: int = 1) -> None:
-    """That an argument is an odd int: filters with a middle tap."""
-    check_int(name, value, least)
+def check_odd(name: str, value: int, least: int = 1) -> int:
+    """Return an argument that is an odd int: filters with a middle tap."""
+    value = check_int(name, value, least)
     if value % 2 == 0:
         raise ValueError(f"{name}: expected an odd number, got {value}")
+    return value
 
 
-def check_groups(name: str, value: int, channels: int) -> None:
-    """That an argument is an int that divides a number of channels."""
-    check_int(name, value)
+def check_groups(name: str, value: int, channels: int) -> int:
+    """Return an argument that is an int which divides a number of channels."""
+    value = check_int(name, value)
     if channels % value:
         raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {value}")
+    return value
 
 
 def check_map(name: str, features: Tensor, channels: int | None = None) -> None:
     """That an argument is a feature map, with so many channels."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {kind_of(features)}")
     check_features(name, features)
     if features.dim() != 4 or (channels is not None and features.shape[1] != channels):
         wanted = "C" if channels is None else channels
-        raise ValueError(f"{name}: expected shape [N, {wanted}, H, W], got {list(features.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [N, {wanted}, H, W], got {list(features.shape)}{unsqueezed(name, features)}"
+        )
 
 
 def _guidance(input: Tensor, guidance: Tensor | None, channels: int | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._arguments import kind_of
 from ..ops import epilogue as ops
 from ..ops.gathered_conv import check_packed
 from ..packed import PackedChannels, PackedFeatures
@@ -60,7 +61,7 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
         channels.
         """
         if not isinstance(features, PackedChannels):
-            raise TypeError(f"features: expected PackedChannels, got {type(features).__name__}")
+            raise TypeError(f"features: expected PackedChannels (dynconv.pack makes them), got {kind_of(features)}")
         check_packed("features", features)
         if features.channels.shape[1] != self.num_features:
             raise ValueError(f"features: expected {self.num_features} channels, got {features.channels.shape[1]}")

@@ -172,8 +172,8 @@ class PacConv2d(_Pac):
         dtype=None,
     ) -> None:
         super().__init__(kernel_size, stride, padding, dilation, normalize_kernel)
-        check_int("in_channels", in_channels)
-        check_int("out_channels", out_channels)
+        in_channels = check_int("in_channels", in_channels)
+        out_channels = check_int("out_channels", out_channels)
         if shared_filters and in_channels != out_channels:
             raise ValueError(f"out_channels: expected {in_channels}, as in_channels, with shared_filters")
         self.in_channels, self.out_channels, self.shared_filters = in_channels, out_channels, shared_filters

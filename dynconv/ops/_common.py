@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._arguments import kind_of
 from .._backend import module, unwatched
-from .._geometry import Geometry, IntPair, Padding
+from .._geometry import Geometry
 from ..packed import PackedFeatures
 from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
@@ -103,7 +104,7 @@ def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
     """The tensor behind dense or packed features."""
     tensor = features.rows if isinstance(features, PackedFeatures) else features
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor or PackedFeatures, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected a tensor or PackedFeatures, got {kind_of(tensor)}")
     _check_layout(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
@@ -122,7 +123,7 @@ def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
 def check_operand(name: str, operand: Tensor, input: Tensor) -> None:
     """That an argument is a floating tensor beside the input."""
     if not isinstance(operand, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {kind_of(operand)}")
     _check_layout(name, operand)
     if operand.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
@@ -140,30 +141,29 @@ def check_map(input: Tensor) -> None:
     """That the input is a floating tensor [N, C, H, W] with a channel."""
     check_operand("input", input, input)
     if input.dim() != 4 or input.shape[1] == 0:
-        raise ValueError(f"input: expected shape [N, C, H, W] with at least one channel, got {list(input.shape)}")
+        cure = unsqueezed("input", input)
+        raise ValueError(f"input: expected shape [N, C, H, W] with at least one channel, got {list(input.shape)}{cure}")
 
 
 def check_convolution(
     input: Tensor | PackedFeatures,
     weight: Tensor,
     bias: Tensor | None,
-    stride: IntPair,
-    padding: Padding,
-    dilation: IntPair,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
     groups: int,
 ) -> tuple[Geometry, tuple[int, int]]:
-    """The convolution's geometry and its (Ho, Wo)."""
+    """Return the convolution's geometry and its (Ho, Wo); the last four arguments are those of `_geometry.plain`."""
     tensor = check_features("input", input)
     check_operand("weight", weight, tensor)
     if bias is not None:
         check_operand("bias", bias, tensor)
     if input is tensor and input.dim() != 4:
-        raise ValueError(f"input: expected shape [N, Cin, H, W], got {list(input.shape)}")
+        raise ValueError(f"input: expected shape [N, Cin, H, W] or [Cin, H, W], got {list(input.shape)}")
     channels = tensor.shape[1]
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"weight: expected a shape [Cout, Cin / groups, kH, kW] of no zeros, got {list(weight.shape)}")
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups: expected an int, got {groups!r}")
     if groups < 1 or weight.shape[0] % groups or channels % groups:
         raise ValueError(f"groups: expected a divisor of Cin = {channels} and Cout = {weight.shape[0]}, got {groups}")
     if weight.shape[1] * groups != channels:
@@ -178,7 +178,7 @@ def check_convolution(
         return _placed(*where)
     try:
         return _placed_before(*where)
-    except TypeError:  # lists, and what is refused
+    except TypeError:  # symbolic sizes
         return _placed(*where)
 
 
@@ -187,7 +187,7 @@ def _placed(kernel, stride, padding, dilation, height, width) -> tuple[Geometry,
     return geometry, geometry.output_size(height, width)
 
 
-_placed_before = functools.lru_cache(1024, typed=True)(_placed)
+_placed_before = functools.lru_cache(1024)(_placed)
 
 
 def check_types(input: Tensor, **operands: Tensor | None) -> None:
@@ -236,12 +236,47 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
+def unsqueezed(name: str, features: Tensor) -> str:
+    """Name the cure, for an error message, where features of one image lack the dimension of samples."""
+    return f"; {name}.unsqueeze(0) makes a batch of one image" if features.dim() == 3 else ""
+
+
+def is_unbatched(input: object, out: Tensor | None = None, packed: bool = False) -> bool:
+    """Whether the input is one image [C, H, W], which `F.conv2d` takes as well; checks what may not stand beside it."""
+    if not isinstance(input, Tensor) or input.dim() != 3:
+        return False
+    if packed:
+        raise ValueError(f"packed: expected False beside an input [C, H, W], got True{unsqueezed('input', input)}")
+    if isinstance(out, Tensor) and out.dim() != 3:
+        raise ValueError(f"out: expected shape [Cout, Ho, Wo], as the input is [C, H, W], got {list(out.shape)}")
+    return True
+
+
+def expanded(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Return an argument that broadcasts to the output's shape in that shape; its gradient adds up again."""
+    if isinstance(tensor, Tensor) and tensor.shape != shape:
+        if tensor.dim() > len(shape) or any(h not in (1, w) for h, w in zip(tensor.shape[::-1], shape[::-1])):
+            raise ValueError(f"{name}: expected a shape that broadcasts to {list(shape)}, got {list(tensor.shape)}")
+        tensor = tensor.expand(shape)
+    check_result(name, tensor, shape, like)
+    return tensor
+
+
+def expanded_inactive(inactive: Tensor | float | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Return what stands at the skipped sites in the output's shape; it may be a number as well."""
+    if isinstance(inactive, (int, float)) and not isinstance(inactive, bool):
+        inactive = like.new_tensor(inactive)
+    if inactive is not None and not isinstance(inactive, Tensor):
+        raise TypeError(f"inactive: expected a tensor or a number, got {kind_of(inactive)}")
+    return expanded("inactive", inactive, shape, like)
+
+
 def check_result(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """That an argument of the output's shape is one."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {kind_of(tensor)}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype}, the output's type, got {tensor.dtype}")
     if tensor.shape != shape:
@@ -260,8 +295,7 @@ def check_residual(
         wanted = "PackedFeatures, as the output is" if packed else "a dense tensor, as the output is"
         raise TypeError(f"residual: expected {wanted}, got {type(residual).__name__}")
     if not packed:
-        check_result("residual", residual, shape, like)
-        return residual
+        return expanded("residual", residual, shape, like)
     rows = check_features("residual", residual)
     if residual.sites.index is not sites.index:
         raise ValueError("residual: expected features packed for the same ActiveSites as the output")
@@ -291,6 +325,13 @@ def check_out(out, inactive, packed: bool, *operands: Tensor | None) -> None:
     tracked = [t for t in (out, *operands) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and tracked:
         raise ValueError("out: expected torch.no_grad() (it is for inference only), got tensors that need gradients")
+
+
+def is_same_memory(residual: Tensor | None, out: Tensor) -> bool:
+    """Whether the residual is `out` itself, element by element; both have its shape and type."""
+    if residual is None or residual.data_ptr() != out.data_ptr():
+        return False
+    return residual.is_contiguous(memory_format=torch.channels_last)
 
 
 def placed(kernel_size, stride, padding, dilation) -> Geometry:

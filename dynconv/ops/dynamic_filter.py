@@ -238,6 +238,7 @@ def dynamic_filter2d(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, value or device.
     """
+    scale_factor = check_int("scale_factor", scale_factor)
     geometry, size = _check(input, filters, channel_filters, kernel_size, stride, padding, dilation, scale_factor)
     check_normalization(normalization)
     input, filters, channel_filters = autocast(input, filters, channel_filters)
@@ -270,7 +271,6 @@ def _check(
     check_operand("filters", filters, input)
     if channel_filters is not None:
         check_operand("channel_filters", channel_filters, input)
-    check_int("scale_factor", scale_factor)
     geometry = Geometry.of(kernel_size, stride, padding, dilation)
     height, width = geometry.output_size(*input.shape[2:])
     size = (height * scale_factor, width * scale_factor)

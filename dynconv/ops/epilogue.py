@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import kind_of
 from .._backend import backend_for, module
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
@@ -21,9 +22,11 @@ from ._common import (
     check_out,
     check_residual,
     check_result,
+    expanded_inactive,
     fill,
     gate_of,
     in_rows,
+    is_same_memory,
     once_differentiable,
 )
 
@@ -305,7 +308,7 @@ def epilogue(
     shift: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | PackedFeatures | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     out: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor | PackedFeatures:
@@ -327,7 +330,7 @@ def epilogue(
     gate, kind = gate_of(sites, rows.dtype), activation or "none"
     operands = (rows, sites.mask, sites.index, sites.count, mean, scale, shift, gate)
     if out is not None:
-        accumulate = addend is not None and addend.data_ptr() == out.data_ptr()
+        accumulate = is_same_memory(addend, out)
         torch.ops.dynconv.epilogue_(out, *operands, None if accumulate else addend, accumulate, kind, backend)
         return out
     result = torch.ops.dynconv.epilogue(*operands, addend, inactive, kind, packed, backend)
@@ -342,7 +345,7 @@ def batch_norm(
     *,
     activation: str | None = None,
     residual: Tensor | PackedFeatures | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     packed: bool = False,
 ) -> tuple[Tensor | PackedFeatures, Tensor, Tensor]:
     """The epilogue with the features normalised by their own mean and biased variance over the active sites.
@@ -367,10 +370,12 @@ def batch_norm(
 def _check(features, activation, residual, inactive, out, packed):
     """The features' rows, the residual's, and both in autocast's type with what is inactive."""
     rows = check_features("features", features)
+    if not isinstance(features, PackedFeatures):
+        raise TypeError(f"features: expected PackedFeatures (dynconv.pack makes them), got {kind_of(features)}")
     check_activation(activation)
     rows, inactive, residual = autocast(rows, inactive, residual)
     shape = features.shape
-    check_result("inactive", inactive, shape, rows)
+    inactive = expanded_inactive(inactive, shape, rows)
     check_result("out", out, shape, rows)
     if packed and inactive is not None:
         raise ValueError("inactive: expected None for a packed output, which has no skipped sites, got a tensor")
@@ -380,7 +385,7 @@ def _check(features, activation, residual, inactive, out, packed):
 def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
     """See `dynconv.pack`."""
     if not isinstance(sites, ActiveSites):
-        raise TypeError(f"active: expected ActiveSites or ActiveChannels, got {type(sites).__name__}")
+        raise TypeError(f"active: expected ActiveSites or ActiveChannels, got {kind_of(sites)}")
     if isinstance(input, PackedFeatures):
         raise TypeError("input: expected a dense tensor, got PackedFeatures")
     check_features("input", input)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import calibration, reference
+from .._arguments import kind_of
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
-from .._geometry import Geometry, IntPair, Padding
+from .._geometry import Geometry, IntPair, Padding, plain
 from ..channels import ActiveChannels
 from ..packed import PackedChannels
 from ..sites import ActiveSites
@@ -26,13 +27,16 @@ from ._common import (
     channels_last,
     check_activation,
     check_convolution,
-    check_result,
     check_types,
+    expanded,
+    expanded_inactive,
     in_rows,
+    is_unbatched,
     once_differentiable,
     settle,
     sites_of,
 )
+from .masked_conv import masked_conv2d
 
 # `sites`: nothing, or the mask, index and count of an ActiveSites. `capacity`: the channels of a packed output, or -1.
 # `is_chosen`: whether a mask was given for the input's channels, and for the output's.
@@ -461,7 +465,7 @@ def gathered_conv2d(
     mask: Tensor | ActiveSites | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     packed: bool = False,
 ) -> Tensor | PackedChannels:
     """2-D convolution of the channels that each sample keeps: from the kept input channels to the kept output channels.
@@ -477,8 +481,9 @@ def gathered_conv2d(
     The dynamic channels of FBS (Gao et al., ICLR 2019), DS-Net (Li et al., CVPR 2021) and LAUDNet (Han et al., 2023).
 
     Args:
-        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or PackedChannels, the
-            result of a layer before, whose channels are then the kept ones.
+        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or one image [Cin, H, W],
+            with a result of its own kind. Or PackedChannels, the result of a layer before, whose channels are then the
+            kept ones.
         weight: [Cout, Cin / groups, kH, kW].
         bias: [Cout].
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "same" and "valid" included.
@@ -489,20 +494,30 @@ def gathered_conv2d(
         mask: bool or floating, broadcastable to [N, 1, Ho, Wo], or `ActiveSites`: as for `masked_conv2d`; None computes
             all sites.
         activation: None, "relu", "relu6", "silu", "gelu" or "hardswish".
-        residual: [N, Cout, Ho, Wo], added to every channel, kept or not, before the activation.
-        inactive: [N, Cout, Ho, Wo], the values at skipped sites; None is zeros.
+        residual: broadcastable to [N, Cout, Ho, Wo], added to every channel, kept or not, before the activation.
+        inactive: broadcastable to [N, Cout, Ho, Wo], or a number: the values at skipped sites; None is zeros.
         packed: return the kept channels alone, for the next layer; without `residual` and `inactive`.
 
     Returns:
-        [N, Cout, Ho, Wo] in channels_last, or PackedChannels of `out_mask`.
+        [N, Cout, Ho, Wo] in channels_last (without any mask it is plain `conv2d`, in the memory format of that), or
+        PackedChannels of `out_mask`.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or device, or operands that do not go together.
     """
     if not isinstance(input, (Tensor, PackedChannels)):
-        raise TypeError(f"input: expected a tensor or PackedChannels, got {type(input).__name__}")
+        raise TypeError(f"input: expected a tensor or PackedChannels, got {kind_of(input)}")
+    stride, padding, dilation, groups = plain(stride, padding, dilation, groups)
+    if is_unbatched(input, packed=packed):
+        return gathered_conv2d(
+            input[None], weight, bias, stride, padding, dilation, groups, in_mask=in_mask, out_mask=out_mask, mask=mask,
+            activation=activation, residual=residual, inactive=inactive,
+        )[0]  # fmt: skip
     is_packed = isinstance(input, PackedChannels)
+    if in_mask is out_mask is mask is inactive is None and not (is_packed or packed):
+        where = (stride, padding, dilation, groups)
+        return masked_conv2d(input, weight, bias, *where, activation=activation, residual=residual)
     if is_packed:
         ins = check_packed("input", input)
         if in_mask is not None:
@@ -515,8 +530,8 @@ def gathered_conv2d(
     input, weight, bias, residual, inactive = autocast(input, weight, bias, residual, inactive)
     check_types(input, weight=weight, bias=bias)
     shape = (input.shape[0], weight.shape[0], *size)
+    residual, inactive = expanded("residual", residual, shape, input), expanded_inactive(inactive, shape, input)
     for name, tensor in (("residual", residual), ("inactive", inactive)):
-        check_result(name, tensor, shape, input)
         if packed and tensor is not None:
             raise ValueError(f"{name}: expected None for a packed output, got a tensor")
     if inactive is not None and mask is None:
@@ -615,7 +630,7 @@ def _sites(mask: Tensor | ActiveSites, shape: tuple[int, ...], input: Tensor) ->
 def pack(input: Tensor, channels: ActiveChannels) -> PackedChannels:
     """See `dynconv.pack`."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a dense tensor, got {type(input).__name__}")
+        raise TypeError(f"input: expected a dense tensor, got {kind_of(input)}")
     if input.dtype not in FLOATING:
         raise TypeError(f"input: expected float32, float64, float16 or bfloat16, got {input.dtype}")
     if input.dim() != 4 or input.shape[:2] != channels.shape:

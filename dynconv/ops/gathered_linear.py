@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import calibration, reference
+from .._arguments import kind_of
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from ..channels import ActiveChannels
@@ -238,7 +239,7 @@ def gathered_linear(
     vectors: keep them in aligned groups of 16. Otherwise it is `gathered_conv2d` of one pixel a position.
 
     Args:
-        input: [N, Cin] or [N, ..., Cin]: all positions of a sample share its masks.
+        input: [N, Cin] or [N, ..., Cin]: all positions of a sample share its masks. Or one sample [Cin].
         weight: [Cout, Cin].
         bias: [Cout].
         in_mask: bool, broadcastable to [N, Cin], or `ActiveChannels` made once for several layers; None keeps all. A
@@ -247,15 +248,20 @@ def gathered_linear(
         out_mask: the same for [N, Cout] and the output.
 
     Returns:
-        [N, Cout] or [N, ..., Cout], contiguous, zeros in the features that a sample does not keep.
+        [N, Cout], [N, ..., Cout] or [Cout], contiguous, zeros in the features that a sample does not keep. Without any
+        mask it is plain `F.linear`.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or device.
     """
+    if isinstance(input, Tensor) and input.dim() == 1:  # one sample, as F.linear takes it
+        return gathered_linear(input[None], weight, bias, in_mask=in_mask, out_mask=out_mask)[0]
     _check(input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)
     check_types(input, weight=weight, bias=bias)
+    if in_mask is out_mask is None:
+        return F.linear(input, weight, bias)
     ins = gathered_conv.check_channels("in_mask", in_mask, (input.shape[0], input.shape[-1]), input)
     outs = gathered_conv.check_channels("out_mask", out_mask, (input.shape[0], weight.shape[0]), input)
     backend, shape = backend_for(input.device), (*input.shape[:-1], weight.shape[0])
@@ -287,7 +293,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if operand is None and name == "bias":
             continue
         if not isinstance(operand, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(operand).__name__}")
+            raise TypeError(f"{name}: expected a tensor, got {kind_of(operand)}")
         if operand.dtype not in FLOATING:
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {operand.dtype}")
         if operand.device != input.device:
@@ -295,6 +301,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected a shape [Cout, Cin] of no zeros, got {list(weight.shape)}")
     if input.dim() < 2 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input: expected shape [N, ..., {weight.shape[1]}], got {list(input.shape)}")
+        raise ValueError(
+            f"input: expected shape [N, ..., {weight.shape[1]}] or [{weight.shape[1]}], got {list(input.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")

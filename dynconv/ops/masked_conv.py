@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from .. import calibration, reference
 from .._backend import backend_for, forced_backend, module, unwatched
 from .._flops import register_flop_formula
-from .._geometry import Geometry, IntPair, Padding, is_stencil
+from .._geometry import Geometry, IntPair, Padding, is_stencil, plain
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
@@ -27,9 +27,12 @@ from ._common import (
     check_residual,
     check_result,
     check_types,
+    expanded_inactive,
     fill,
     gate_of,
     in_rows,
+    is_same_memory,
+    is_unbatched,
     once_differentiable,
     settle,
 )
@@ -460,7 +463,7 @@ def masked_conv2d(
     mask: Tensor | ActiveSites | None = None,
     activation: str | None = None,
     residual: Tensor | PackedFeatures | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     out: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor | PackedFeatures:
@@ -479,30 +482,41 @@ def masked_conv2d(
     update of SIGE (Li et al., NeurIPS 2022).
 
     Args:
-        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or PackedFeatures: equal
-            to the dense features with zeros outside their sites, but only their rows are read.
+        input: [N, Cin, H, W]; channels_last is the fast path, anything else is copied first. Or one image [Cin, H, W],
+            with a result of its own kind. Or PackedFeatures: equal to the dense features with zeros outside their
+            sites, but only their rows are read.
         weight: [Cout, Cin / groups, kH, kW].
         bias: [Cout].
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, "same" and "valid" included.
         mask: bool, broadcastable to [N, 1, Ho, Wo] ([N, 1, 1, 1] skips whole samples), or `ActiveSites` made
             once for several layers. A floating mask is a gate: active where it is not zero, its value multiplies
             the output, and its gradient is the sum over channels of grad * conv at the active sites and zero
-            elsewhere. None computes every site.
+            elsewhere. None computes every site: plain `conv2d`.
         activation: None, "relu", "relu6", "silu", "gelu" or "hardswish".
-        residual: added before the activation; of the output's shape and type, PackedFeatures where `packed`.
-        inactive: the output at the skipped sites, of the output's shape and type; None is zeros.
+        residual: added before the activation; of the output's type, broadcastable to its shape, or PackedFeatures where
+            `packed`.
+        inactive: the output at the skipped sites, of the output's type and broadcastable to its shape, or a number;
+            None is zeros.
         out: inference only: a channels_last tensor of the output's shape and type to update in place at the active
             sites and nowhere else. The cost is then proportional to the active sites alone. It may be the residual.
         packed: return the active sites alone, for the next layer of a chain.
 
     Returns:
-        [N, Cout, Ho, Wo] in channels_last, `out`, or PackedFeatures for the sites of `mask`.
+        [N, Cout, Ho, Wo] in channels_last (without a mask in the memory format that `conv2d` gives), `out`, or
+        PackedFeatures for the sites of `mask`.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, device or memory format, or arguments that exclude each other.
             Nothing has been written then.
     """
+    stride, padding, dilation, groups = plain(stride, padding, dilation, groups)
+    if is_unbatched(input, out, packed):
+        result = masked_conv2d(
+            input[None], weight, bias, stride, padding, dilation, groups, mask=mask, activation=activation,
+            residual=residual, inactive=inactive, out=out if out is None else out[None],
+        )  # fmt: skip
+        return result[0] if out is None else out
     signature = None
     if out is residual is inactive is None and not packed:
         signature = _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation)
@@ -516,7 +530,7 @@ def masked_conv2d(
     check_types(tensor, weight=weight, bias=bias)
     samples = tensor.shape[0] if source is None else source.shape[0]
     shape = (samples, weight.shape[0], *size)
-    check_result("inactive", inactive, shape, tensor)
+    inactive = expanded_inactive(inactive, shape, tensor)
     check_result("out", out, shape, tensor)
     gate = mask.gate if isinstance(mask, ActiveSites) else mask
     is_unwatched = unwatched(out, tensor, weight, bias, gate, inactive, residual)
@@ -547,7 +561,7 @@ def masked_conv2d(
     rest = (shared, packed_source, gate)
     where = (geometry.stride, geometry.padding, geometry.dilation, groups, backend, calibration.mode())
     kind = activation or "none"
-    accumulate = out is not None and addend is not None and addend.data_ptr() == out.data_ptr()
+    accumulate = out is not None and is_same_memory(addend, out)
     addend = None if accumulate else addend
     if is_unwatched and out is not None:
         _in_place_at(out, tensor, weight, bias, sites, *rest, addend, accumulate, kind, *where)
@@ -620,7 +634,7 @@ def _signature(input, weight, bias, stride, padding, dilation, groups, mask, act
     )  # fmt: skip
     try:
         hash(signature)
-    except TypeError:  # lists
+    except TypeError:  # an activation that will be refused
         return None
     return signature
 
@@ -642,7 +656,7 @@ def _dense(input, weight, bias, stride, padding, dilation, groups, activation, r
     result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         result = result + residual
-    result = reference.ACTIVATIONS[activation](result).contiguous(memory_format=torch.channels_last)
+    result = reference.ACTIVATIONS[activation](result)
     if inactive is not None:  # nothing is inactive; its gradient is zero, not None
         result = torch.where(torch.ones((), dtype=torch.bool, device=input.device), result, inactive)
     return result
