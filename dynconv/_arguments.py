@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,14 @@ def kind_of(value: object) -> str:
     """Name the kind of an argument that should be a tensor, and how to make one of it where that is known."""
     kind = type(value).__name__
     return f"{kind} (torch.from_numpy makes a tensor of it)" if type(value).__module__ == "numpy" else kind
+
+
+def check_size(size: Sequence[int], names: str) -> None:
+    """Raise where the size that a mask broadcasts to is not a tuple or list of as many numbers as it has names."""
+    if not isinstance(size, (tuple, list)):
+        raise TypeError(f"size: expected ({names}), got {size!r}")
+    if len(size) != names.count(",") + 1:
+        raise ValueError(f"size: expected ({names}), got {tuple(size)}")
 
 
 def check_mask(mask: Tensor) -> None:

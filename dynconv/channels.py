@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ._arguments import check_mask
+from ._arguments import check_mask, check_size
 from ._backend import keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import integer
 
@@ -33,7 +33,9 @@ def _spread(mask: Tensor, size: int) -> Tensor:
 
 def _cure(mask: Tensor) -> str:
     """Name what makes a mask of channels of one that has the dimensions of a feature map."""
-    return "; .flatten(1) makes [N, C] of [N, C, 1, 1]" if mask.dim() == 4 and mask.shape[2:].numel() == 1 else ""
+    if mask.dim() not in (3, 4) or mask.shape[-2:] != (1, 1):
+        return ""
+    return "; .flatten(1) makes [N, C] of [N, C, 1, 1]" if mask.dim() == 4 else "; .flatten() makes [C] of [C, 1, 1]"
 
 
 def _places(mask: Tensor) -> Tensor:
@@ -97,8 +99,7 @@ class ActiveChannels:
             if mask.dim() != 2:
                 raise ValueError(f"mask: expected shape [N, C], got {list(mask.shape)}{_cure(mask)}")
             size = (mask.shape[0], mask.shape[1])
-        elif len(size) != 2:
-            raise ValueError(f"size: expected (N, C), got {tuple(size)}")
+        check_size(size, "N, C")
         coarse = (size[0], -(-size[1] // granularity))
         shape = mask.shape
         if len(shape) > 2 or any(have not in (1, want) for have, want in zip(shape[::-1], coarse[::-1], strict=False)):

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from ._arguments import check_mask
+from ._arguments import check_mask, check_size
 from ._backend import backend_for, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
 
@@ -172,8 +172,7 @@ class ActiveSites:
                 cure = "; .unsqueeze(1) makes it of [N, Ho, Wo]" if mask.dim() == 3 else ""
                 raise ValueError(f"mask: expected shape [N, 1, Ho, Wo], got {list(mask.shape)}{cure}")
             size = (mask.shape[0], mask.shape[2], mask.shape[3])
-        elif len(size) != 3:
-            raise ValueError(f"size: expected (N, Ho, Wo), got {tuple(size)}")
+        check_size(size, "N, Ho, Wo")
         full = (size[0], 1, -(-size[1] // cell[0]), -(-size[2] // cell[1]))
         if mask.dim() > 4 or any(
             have not in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)

@@ -1,6 +1,7 @@
 """Drop-in: what PyTorch's functions accept is accepted with the same value, what they refuse is refused by name."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -197,6 +198,11 @@ REFUSED = {
     "channels [N, C, 1, 1]": (
         r"in_mask: .*flatten\(1\)", lambda: gathered_conv2d(IMAGE, KERNEL, in_mask=CHANNELS[:, :, None, None]),
     ),
+    "channels [C, 1, 1]": (
+        r"in_mask: .*flatten\(\)", lambda: gathered_conv2d(IMAGE, KERNEL, in_mask=CHANNELS[0, :, None, None]),
+    ),
+    "size of one": (r"size: expected \(N, Ho, Wo\), got 2", lambda: ActiveSites(SITES, 2)),
+    "size of a map": (r"size: expected \(N, C\), got \(2, 4, 6, 5\)", lambda: ActiveChannels(CHANNELS, IMAGE.shape)),
     "uint8 channels": (r"out_mask: .*\.bool\(\)", lambda: gathered_conv2d(IMAGE, KERNEL, out_mask=CHANNELS.byte())),
     "numpy channels": (
         "in_mask: .*from_numpy", lambda: gathered_conv2d(IMAGE, KERNEL, in_mask=CHANNELS.numpy()),
@@ -467,6 +473,18 @@ def test_calibrates_at_a_number_or_some(densities):
 def test_calibration_refuses_other_densities(densities, error):
     with pytest.raises(error, match=r"^densities: expected"):
         dynconv.calibrate(lambda: pytest.fail("run"), densities=densities)
+
+
+@pytest.mark.parametrize(
+    "kind, dense",
+    [
+        (dynconv.nn.MaskedConv2d, nn.Conv2d),
+        (dynconv.nn.GatheredConv2d, nn.Conv2d),
+        (dynconv.nn.GatheredLinear, nn.Linear),
+    ],
+)
+def test_constructors_have_the_signature_of_what_they_replace(kind, dense):
+    assert inspect.signature(kind).parameters == inspect.signature(dense).parameters
 
 
 def test_sites_and_layers_pickle():

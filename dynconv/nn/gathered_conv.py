@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 
 from ..channels import ActiveChannels
@@ -18,6 +20,7 @@ class GatheredConv2d(nn.Conv2d):
     Same constructor, parameters and `state_dict` (`padding_mode` "zeros" only).
     """
 
+    @functools.wraps(nn.Conv2d.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
@@ -26,7 +29,7 @@ class GatheredConv2d(nn.Conv2d):
     def forward(
         self, input: Tensor | PackedChannels, in_mask: Channels = None, out_mask: Channels = None, **options
     ) -> Tensor | PackedChannels:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with this layer's parameters.
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with this layer's parameters, or of one image.
 
         `options` are its keywords `mask`, `activation`, `residual`, `inactive` and `packed`.
         """

@@ -24,11 +24,14 @@ class MaskedConv2d(nn.Conv2d):
         *,
         activation: str | None = None,
         residual: Tensor | PackedFeatures | None = None,
-        inactive: Tensor | None = None,
+        inactive: Tensor | float | None = None,
         out: Tensor | None = None,
         packed: bool = False,
     ) -> Tensor | PackedFeatures:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo], either of them packed; the keywords and errors of `masked_conv2d`."""
+        """[N, Cin, H, W] -> [N, Cout, Ho, Wo], either of them packed, or [Cin, H, W] -> [Cout, Ho, Wo].
+
+        The keywords and errors of `masked_conv2d`.
+        """
         padding = self.padding
         if self.padding_mode != "zeros":
             if isinstance(input, PackedFeatures):
