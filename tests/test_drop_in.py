@@ -159,6 +159,13 @@ def test_takes_one_sample_as_linear_does(used):
     assert torch.equal(*(torch.autograd.grad(r.square().sum(), input)[0] for r in (result, expected)))
 
 
+def test_a_ponder_map_counts_one_image():
+    layer, mask = dynconv.nn.MaskedConv2d(4, 4, 3, padding=1).double(), torch.rand(6, 5) < 0.5
+    with dynconv.ponder_map() as ponder:
+        layer(layer(IMAGE[0], mask))
+    assert torch.equal(ponder.count(), mask.float().add(1).view(1, 1, 6, 5))
+
+
 @pytest.mark.parametrize("kind", [dynconv.nn.MaskedConv2d, dynconv.nn.GatheredConv2d])
 def test_modules_take_one_image(kind):
     modes = ("zeros", "reflect", "circular") if kind is dynconv.nn.MaskedConv2d else ("zeros",)

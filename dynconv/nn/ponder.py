@@ -50,7 +50,7 @@ class PonderMap:
         if not isinstance(module, (MaskedBlock, MaskedConv2d)):
             return
         mask = arguments[1] if len(arguments) > 1 else keywords.get("mask")
-        n, _, height, width = output.shape
+        *samples, _, height, width = output.shape  # no samples where the input was one image
         if mask is None:
             active = torch.ones((), dtype=torch.bool, device=_device(output))
         elif isinstance(mask, ActiveSites):
@@ -58,7 +58,7 @@ class PonderMap:
         else:
             active = mask.detach() != 0
         # A copy: a mask may be refilled for the next picture.
-        self.masks.append(active.expand(n, 1, height, width).clone())
+        self.masks.append(active.expand(*(samples or (1,)), 1, height, width).clone())
 
 
 def _device(output) -> torch.device:
