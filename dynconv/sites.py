@@ -177,9 +177,8 @@ class ActiveSites:
         if mask.dim() > 4 or any(
             have not in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
         ):
-            raise ValueError(
-                f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}{_cure(mask, full)}"
-            )
+            cure = _cure(mask, full) if cell == (1, 1) else ""
+            raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}{cure}")
         if size[0] * size[1] * size[2] >= 2**31:
             raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
         mask = mask.expand(full)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -264,10 +265,10 @@ def expanded(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Ten
 
 def expanded_inactive(inactive: Tensor | float | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     """Return what stands at the skipped sites in the output's shape; it may be a number as well."""
-    if isinstance(inactive, (int, float)) and not isinstance(inactive, bool):
-        inactive = like.new_tensor(inactive)
     if inactive is not None and not isinstance(inactive, Tensor):
-        raise TypeError(f"inactive: expected a tensor or a number, got {kind_of(inactive)}")
+        if not isinstance(inactive, Real) or isinstance(inactive, bool):
+            raise TypeError(f"inactive: expected a tensor or a number, got {kind_of(inactive)}")
+        inactive = like.new_tensor(float(inactive))
     return expanded("inactive", inactive, shape, like)
 
 
