@@ -1,7 +1,7 @@
 """Masked residual blocks against the dense blocks that they are made from: eval and train, values and gradients."""
 
 import copy
-import re
+import functools
 
 import pytest
 import torch
@@ -9,11 +9,12 @@ from conftest import ON_GPU, Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynconv import ActiveSites, backend
-from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+from dynconv.nn import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedInvertedResidual
 
 
 def downsample(cin, cout, stride):
@@ -152,10 +153,10 @@ def random_block(name, device="cpu"):
 def masked_dense(block, dense, input, mask, gate=None):
     """where(mask, dense(input), shortcut), by the dense block alone."""
     output = dense(input)
-    if block.shortcut is None:
+    if block.shortcut_path is None:
         shortcut = torch.zeros_like(output)
     else:
-        shortcut = input if block.shortcut == "identity" else dense.downsample(input)
+        shortcut = input if block.shortcut_path == "identity" else dense.downsample(input)
     return torch.where(mask, output, shortcut)
 
 
@@ -336,22 +337,26 @@ def test_constructor_of_inverted_residual():
 
 def test_what_has_no_masked_form_is_refused():
     dense = basic(8, 8)
-    dense.se = nn.Conv2d(8, 8, 1)
-    with pytest.raises(ValueError, match=re.escape("module: expected a block without `se`")):
+    dense.stages = nn.Identity()
+    with pytest.raises(ValueError, match="module: expected no child named `stages`, which MaskedBasicBlock has itself"):
         MaskedBasicBlock.from_dense(dense)
-    with pytest.raises(TypeError, match=r"module: expected a Bottleneck .* without conv3, bn3"):
+    with pytest.raises(TypeError, match="module: expected a Bottleneck of 3 convolutions, got Dense of 2"):
         MaskedBottleneck.from_dense(basic(8, 8))
-    with pytest.raises(TypeError, match="module: expected a block of two convolutions"):
+    with pytest.raises(TypeError, match="module: expected a BasicBlock of 2 convolutions, got Dense of 3"):
         MaskedBasicBlock.from_dense(bottleneck(8, 4, 8))
-    with pytest.raises(TypeError, match="module: expected an InvertedResidual"):
-        MaskedInvertedResidual.from_dense(nn.Conv2d(3, 3, 1))
+    for module in (nn.Conv2d(3, 3, 1), nn.ReLU(), 3):
+        with pytest.raises(TypeError, match="module: expected a block of several layers, got"):
+            MaskedInvertedResidual.from_dense(module)
     dense = basic(8, 8)
     dense.relu = nn.Tanh()
-    with pytest.raises(ValueError, match=r"module: expected .* to be one of Identity, ReLU"):
+    with pytest.raises(ValueError, match=r"module: expected .* got `relu` \(Tanh\(\)\) at test_blocks.py"):
         MaskedBasicBlock.from_dense(dense)
     dense = basic(8, 8)
     dense.conv1 = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
-    with pytest.raises(ValueError, match=r"module: expected `conv1` to be an nn\.Conv2d with zero padding"):
+    with pytest.raises(ValueError, match=r"module: expected .* got `conv1` .* whose padding_mode is 'reflect'"):
+        MaskedBasicBlock.from_dense(dense)
+    dense.conv1 = nn.LazyConv2d(8, 3, padding=1)
+    with pytest.raises(ValueError, match=r"module: expected parameters that exist, got a lazy `conv1.weight`"):
         MaskedBasicBlock.from_dense(dense)
     with pytest.raises(ValueError, match="statistics: expected 'active' or 'dense', got 'batch'"):
         MaskedBasicBlock(8, 8, statistics="batch")
@@ -408,9 +413,9 @@ def test_one_kernel_for_a_whole_block(name, n, height, width, density, gated, th
         actual = block(input, mask)
         assert torch.allclose(actual, expected, **CLOSE)
         torch.set_num_threads(before)
-        if block.shortcut != "downsample":  # that is PyTorch's own convolution, whose bits depend on the threads
+        if block.shortcut_path != "downsample":  # that is PyTorch's own convolution, whose bits depend on the threads
             assert torch.equal(actual, block(input, mask))
-        if block.shortcut == "identity":
+        if block.shortcut_path == "identity":
             assert torch.equal(block(input, mask, inplace=True), actual)
     finally:
         torch.set_num_threads(before)
@@ -523,24 +528,121 @@ def test_launches_of_a_block(monkeypatch, shared):
     assert others <= {"aten.expand.default", "aten.clone.default", "aten.view.default", "aten.detach.default"}, others
 
 
-REAL = {
-    "torchvision-basic": lambda t, _: (MaskedBasicBlock, t.resnet.BasicBlock(8, 8), 8),
-    "torchvision-bottleneck": lambda t, _: (MaskedBottleneck, t.resnet.Bottleneck(16, 4), 16),
-    "torchvision-inverted": lambda t, _: (MaskedInvertedResidual, t.mobilenetv2.InvertedResidual(8, 8, 1, 6), 8),
-    "timm-basic": lambda _, m: (MaskedBasicBlock, m.resnet.BasicBlock(8, 8), 8),
-    "timm-bottleneck": lambda _, m: (MaskedBottleneck, m.resnet.Bottleneck(16, 4), 16),
-    "timm-inverted": lambda _, m: (MaskedInvertedResidual, m._efficientnet_blocks.InvertedResidual(8, 8), 8),
-    "timm-separable": lambda _, m: (MaskedInvertedResidual, m._efficientnet_blocks.DepthwiseSeparableConv(8, 8), 8),
+def test_other_inputs_and_norms_are_refused_by_name():
+    block, mask = MaskedBasicBlock(8, 8), torch.ones(1, 1, 5, 6, dtype=torch.bool)
+    for chosen in (mask, None):
+        with pytest.raises(ValueError, match=r"input: expected a tensor \[N, C, H, W\], got shape \[8, 5, 6\]"):
+            block(torch.ones(8, 5, 6), chosen)
+        with pytest.raises(TypeError, match=r"input: expected a tensor \[N, C, H, W\], got ndarray"):
+            block(torch.ones(1, 8, 5, 6).numpy(), chosen)
+    for kind in (MaskedBasicBlock, MaskedBottleneck):
+        for norm in (nn.GroupNorm, lambda channels: nn.GroupNorm(2, channels), NormAct, nn.InstanceNorm2d):
+            with pytest.raises(TypeError, match=r"norm_layer: expected one that makes nn\.BatchNorm2d, .*, got"):
+                kind(8 * kind.expansion, 8, norm_layer=norm)
+    with pytest.raises(TypeError, match=r"norm_layer: expected .* got GroupNorm"):
+        MaskedInvertedResidual(8, 8, 1, 2, lambda channels: nn.GroupNorm(2, channels))
+    for block in (MaskedBasicBlock(8, 8, norm_layer=nn.Identity), MaskedInvertedResidual(8, 8, 1, 2, nn.Identity)):
+        input = torch.randn(1, 8, 5, 6)
+        assert torch.allclose(block(input, mask), block(input), atol=1e-5)
+
+
+REGISTER = {
+    "forward": nn.Module.register_forward_hook,
+    "forward pre": nn.Module.register_forward_pre_hook,
+    "backward": nn.Module.register_full_backward_hook,
+    "backward pre": nn.Module.register_full_backward_pre_hook,
+}
+REWRITE = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
 }
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_the_libraries_own_blocks(name):
-    """The layouts above, as the installed release really has them."""
-    reason = "{} is not installed (or not for this PyTorch); its layout is tested by the classes above"
-    torchvision = pytest.importorskip("torchvision.models", exc_type=Exception, reason=reason.format("torchvision"))
-    timm = pytest.importorskip("timm.models", reason=reason.format("timm")) if "timm" in name else None
-    kind, dense, channels = REAL[name](torchvision, timm)
-    block = kind.from_dense(dense.double().eval())
-    input, mask = torch.randn(2, channels, 7, 6, dtype=torch.float64), torch.rand(2, 1, 7, 6) < 0.5
-    assert torch.allclose(block(input, mask), masked_dense(block, dense, input, mask), **CLOSE)
+@pytest.mark.parametrize("way", [*REGISTER, *REWRITE])
+@pytest.mark.parametrize("make", [basic, inverted])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_hooks_of_inner_layers_run_or_are_refused(make, way):
+    """Of every layer, registered before the conversion or after it: a call runs them, or names the layer."""
+    torch.manual_seed(0)
+    original = make(4, 4, 1)
+    converted = MaskedBlock.from_dense(original)
+    for path, layer in original.named_modules():
+        if path == "" or (way in REWRITE and not isinstance(layer, nn.Conv2d)):
+            continue
+        (dense, block), called = copy.deepcopy((original, converted)), []
+        layer = dense.get_submodule(path)
+        if way in REWRITE:
+            REWRITE[way](layer)
+        else:
+            REGISTER[way](layer, functools.partial(lambda called, *_: called.append(1), called))
+        refusal = f"expected a block whose inner layers have no hooks, got the .*hook .* of `{path}`, which would not"
+        with pytest.raises(ValueError, match=f"module: {refusal}"):
+            MaskedBlock.from_dense(dense)
+        for training in (False, True):
+            dense.train(training)
+            block.train(training)
+            input = torch.randn(2, 4, 7, 6, requires_grad=True)
+            with pytest.raises(ValueError, match=f"mask: {refusal}"):
+                block(input, torch.ones(2, 1, 7, 6, dtype=torch.bool))
+            if not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+                with pytest.raises(ValueError, match=f"mask: {refusal}"):
+                    block(input)
+                continue
+            start, results = copy.deepcopy(dense.state_dict()), []
+            for function in (dense, block):
+                dense.load_state_dict(start)
+                del called[:]
+                output = function(input)
+                output.sum().backward()
+                results.append((output, len(called)))
+            (expected, runs), (actual, again) = results
+            assert torch.equal(actual, expected) and runs == again == (way in REGISTER)
+
+
+def test_hooks_of_a_shortcut_run():
+    dense = basic(4, 8, 2).eval()
+    called = []
+    dense.downsample.register_forward_hook(lambda *_: called.append("downsample"))
+    dense.downsample[0].register_forward_pre_hook(lambda *_: called.append("convolution"))
+    block = MaskedBasicBlock.from_dense(dense)
+    assert called == []
+    block(torch.randn(1, 4, 6, 6), torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    assert called == ["convolution", "downsample"]
+
+
+@pytest.mark.parametrize("way", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_layers_compute_their_weight_once_a_call(way):
+    """Whichever way the block goes, and with the values of the time: the dense block, also after a step."""
+    dense, kind, input = random_block("bottleneck")
+    getattr(nn.utils.parametrizations, way)(dense.conv2)
+    block, mask = kind.from_dense(dense), masks(dense, input)["random"]
+    reads = []
+    nn.utils.parametrize.register_parametrization(dense.conv2, "weight", Counted(reads))
+    for training in (False, True):
+        dense.train(training)
+        block.train(training)
+        for _ in range(2):
+            start = copy.deepcopy(dense.state_dict())
+            expected = dense(input)
+            dense.load_state_dict(start)
+            del reads[:]
+            assert torch.allclose(block(input, mask | True), expected, **CLOSE)
+            assert len(reads) == 1
+            if not training:
+                with torch.no_grad():
+                    assert torch.allclose(block(input, mask), masked_dense(block, dense, input, mask), **CLOSE)
+            block(input, mask).square().sum().backward()
+            with torch.no_grad():
+                for parameter in dense.parameters():
+                    parameter.sub_(parameter.grad, alpha=1e-4)
+
+
+class Counted(nn.Module):
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+
+    def forward(self, weight):
+        self.reads.append(1)
+        return weight

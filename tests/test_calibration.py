@@ -165,7 +165,7 @@ def test_blocks_have_a_dense_way(target, name, gated):
     for mode in ("sparse", "dense"):
         with target.use(), dynconv.execution(mode), dynconv.explain() as explanation:
             results[mode] = [block(input, mask)]
-            if block.shortcut == "identity":
+            if block.shortcut_path == "identity":
                 results[mode].append(block(input.clone(memory_format=torch.preserve_format), mask, inplace=True))
         assert {decision.path for decision in explanation.decisions} == {mode}
     for sparse, dense in zip(results["sparse"], results["dense"], strict=True):

@@ -271,7 +271,7 @@ def test_constructors_are_those_of_torchvision():
     basic_block = GatheredBasicBlock(8, 12, 2, nn.Sequential(nn.Conv2d(8, 12, 1, 2), nn.BatchNorm2d(12)))
     assert basic_block(torch.ones(2, 8, 6, 6), torch.ones(2, 12) > 0).shape == (2, 12, 3, 3)
     assert GatheredBottleneck(16, 4)(torch.ones(2, 16, 6, 6), torch.ones(2, 4) > 0).shape == (2, 16, 6, 6)
-    with pytest.raises(TypeError, match="expected a BasicBlock of torchvision or timm"):
+    with pytest.raises(TypeError, match="module: expected a block of several layers, got Conv2d"):
         GatheredBasicBlock.from_dense(nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match="statistics: expected 'active' or 'dense', got 'none'"):
         GatheredBottleneck(16, 4, statistics="none")

@@ -132,7 +132,7 @@ class BlockCheck:
 def smooth(block: MaskedBlock) -> MaskedBlock:
     """The block with SiLU in the place of ReLU and ReLU6, as timm's blocks may have it."""
     block.stages = tuple(stage._replace(activation=stage.activation and "silu") for stage in block.stages)
-    block.activation = block.activation and "silu"
+    block.last_activation = block.last_activation and "silu"
     return block
 
 
@@ -211,7 +211,7 @@ def folded_layers(block: MaskedBlock) -> list[tuple[Tensor, Tensor, nn.Conv2d, s
 def bounded_block(block: MaskedBlock, folded: list, input: Tensor, rules: Arithmetic) -> Bounded:
     """The dense block's value in the input's precision, and the bound of an implementation's error."""
     links = [Link(w.to(input.dtype), b.to(input.dtype), geometry_of(conv), a) for w, b, conv, a in folded]
-    return BoundedChain(rules, links, input, block.activation, shortcut=input).output
+    return BoundedChain(rules, links, input, block.last_activation, shortcut=input).output
 
 
 def geometry_of(conv: nn.Conv2d) -> tuple:
@@ -225,4 +225,4 @@ def dense_block(block: MaskedBlock, folded: list, input: Tensor) -> Tensor:
     for weight, bias, conv, activation in folded:
         value = F.conv2d(value, weight, bias, *geometry_of(conv))
         value = _CLAMPS[activation](value)
-    return _CLAMPS[block.activation](value.add_(input))
+    return _CLAMPS[block.last_activation](value.add_(input))

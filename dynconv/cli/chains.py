@@ -260,14 +260,14 @@ class EvalBlock(_Block):
             activations = [stage.activation for stage in block.stages[:-1]] + [None]
             links = [fold.link(activation) for fold, activation in zip(folds, activations, strict=True)]
             side = None
-            if block.shortcut == "downsample":
+            if block.shortcut_path == "downsample":
                 side = BoundedChain(rules, [_Fold(*block.downsample).link(None)], input, None)
-            shortcut = {None: None, "identity": Bounded.of(input)}.get(block.shortcut, side and side.output)
-            last = block.activation if block.shortcut else block.stages[-1].activation
+            shortcut = {None: None, "identity": Bounded.of(input)}.get(block.shortcut_path, side and side.output)
+            last = block.last_activation if block.shortcut_path else block.stages[-1].activation
             gate = self.gate.double() if self.case.gate else None
             chain = BoundedChain(rules, links, input, last, gate, shortcut)
             outside = 0 if shortcut is None else shortcut.value
-            self._expect_outputs(chain.output, outside, outside if block.shortcut == "identity" else None)
+            self._expect_outputs(chain.output, outside, outside if block.shortcut_path == "identity" else None)
             if side is not None:  # the skipped sites are computed too
                 error = torch.where(self.mask, chain.output.error, side.output.error)
                 self.bounds["output"] = self.bounds["output, autograd"] = (error,)
@@ -275,7 +275,7 @@ class EvalBlock(_Block):
             through = _where(self.mask, grads["shortcut"], self.grad.double())
             if side is not None:
                 through = side.backward(through)["input"]
-            if block.shortcut is not None:
+            if block.shortcut_path is not None:
                 grads["input"] = _add(rules, grads["input"], through)
             self._expect("grad input", [grads["input"]])
             if gate is not None:
@@ -301,7 +301,7 @@ class EvalBlock(_Block):
             results["grad gate"] = grads[-1:]
         with torch.no_grad():
             results["output"] = (self.block(input, mask),)
-            if self.block.shortcut == "identity":
+            if self.block.shortcut_path == "identity":
                 updated = self.input.clone(memory_format=torch.preserve_format)
                 results["in place"] = (self.block(updated, mask, inplace=True),)
         return results

@@ -1,9 +1,9 @@
 """Drop-in modules over the ops."""
 
-from .blocks import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
+from .blocks import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedInvertedResidual
 from .deform import DCNv2, DCNv4, DeformConv2d
 from .dynamic_filter import CARAFE, DDF, DDFUp, DynamicFilter2d, FilterNorm, Involution2d
-from .gathered_blocks import GatheredBasicBlock, GatheredBottleneck
+from .gathered_blocks import GatheredBasicBlock, GatheredBlock, GatheredBottleneck
 from .gathered_conv import GatheredConv2d, GatheredLinear
 from .masked_conv import MaskedConv2d
 from .normalization import GatheredBatchNorm2d, MaskedBatchNorm2d
@@ -20,12 +20,14 @@ __all__ = [
     "FilterNorm",
     "GatheredBasicBlock",
     "GatheredBatchNorm2d",
+    "GatheredBlock",
     "GatheredBottleneck",
     "GatheredConv2d",
     "GatheredLinear",
     "Involution2d",
     "MaskedBasicBlock",
     "MaskedBatchNorm2d",
+    "MaskedBlock",
     "MaskedBottleneck",
     "MaskedConv2d",
     "MaskedInvertedResidual",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import calibration
 from .._backend import backend_for
@@ -16,18 +17,16 @@ from ..ops.masked_conv import masked_conv2d
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
 from .normalization import batch_norm, uses_batch_statistics
+from .recognition import Chain, Stage
 from .residual import (
     BasicBlock,
     Bottleneck,
     ResidualBlock,
-    Stage,
-    flat_stages,
+    check_input,
     fold,
     geometry_of,
+    make_norm,
     needs_grad,
-    refuse,
-    require,
-    stage_of,
 )
 
 
@@ -55,8 +54,16 @@ class MaskedBlock(ResidualBlock):
             inplace: inference only, for blocks whose shortcut is the input: update `input` itself, at the active
                 sites alone, and return it. The cost is then proportional to the active sites.
 
-        Raises ValueError where `inplace` is not possible, and what `dynconv.masked_conv2d` does.
+        Raises TypeError where `input` is no dense tensor, ValueError where `inplace` is not possible or an inner layer
+        has hooks that would not run, and what `dynconv.masked_conv2d` does.
         """
+        check_input(input)
+        if self._check_layers(mask is not None, "mask"):
+            with parametrize.cached():  # a weight is computed once a call
+                return self._forward(input, mask, inplace)
+        return self._forward(input, mask, inplace)
+
+    def _forward(self, input: Tensor, mask: Tensor | ActiveSites | None, inplace: bool) -> Tensor:
         if mask is None:
             return self._dense(input)
         if inplace:
@@ -74,11 +81,15 @@ class MaskedBlock(ResidualBlock):
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._masked_dense(input, sites)
         features = input.contiguous(memory_format=torch.channels_last)
+        merges = self._activates_branch  # the gate, too, then multiplies what the epilogue has made
+        computed = sites.ungated if merges else sites
         if layers is None or needs_grad(sites.gate):
-            return self._packed(features, layers, sites, sizes, geometries, inplace)
-        _check_sites(sites, input, layers)
-        call = _BlockCall(self, features, layers, sites, inplace, used, (sizes, geometries))
-        return calibration.run(calibration.mode(), call)
+            output = self._packed(features, layers, computed, sizes, geometries, inplace)
+        else:
+            _check_sites(sites, input, layers)
+            call = _BlockCall(self, features, layers, computed, inplace, used, (sizes, geometries))
+            output = calibration.run(calibration.mode(), call)
+        return self._merge(output, features, sites) if merges else output
 
     def _packed(
         self, features, layers: list[Layer] | None, sites: ActiveSites, sizes: list, geometries: list, inplace: bool
@@ -98,7 +109,7 @@ class MaskedBlock(ResidualBlock):
         """In one kernel, on the CPU."""
         if inplace:
             return masked_chain(input, layers, sites, inplace=True)
-        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        shortcut = None if self._fused_shortcut is None else self._dense_shortcut(input)
         return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
 
     def _run(self, stage: Stage, layer: Layer | None, features, sites: ActiveSites, **finish):
@@ -113,17 +124,23 @@ class MaskedBlock(ResidualBlock):
 
     def _finish(self, input: Tensor, inplace: bool) -> dict:
         """What the last convolution does with the shortcut."""
-        last = self.stages[-1].activation
-        if self.shortcut is None:
-            return {"activation": last}
+        if self._fused_shortcut is None:
+            return {"activation": self.stages[-1].activation}
         if inplace:
-            return {"activation": self.activation, "residual": input, "out": input}
-        shortcut = input if self.shortcut == "identity" else self._submodule(self.shortcut)(input)
-        return {"activation": self.activation, "residual": shortcut, "inactive": shortcut}
+            return {"activation": self.last_activation, "residual": input, "out": input}
+        shortcut = self._dense_shortcut(input)
+        return {"activation": self.last_activation, "residual": shortcut, "inactive": shortcut}
+
+    @property
+    def _fused_shortcut(self) -> str | tuple[str, ...] | None:
+        """The shortcut, where it is part of the last convolution's epilogue."""
+        return None if self._activates_branch else self.shortcut_path
 
     def _check_inplace(self, input: Tensor) -> None:
-        if self.shortcut != "identity":
+        if self.shortcut_path != "identity":
             raise ValueError("inplace: expected a block whose shortcut is its input, got one that changes its shape")
+        if self._activates_branch:
+            raise ValueError("inplace: expected a block without an activation between its last layer and the shortcut")
         if torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise ValueError("inplace: expected torch.no_grad() (it is for inference only)")
         if any(self._uses_batch_statistics(stage) for stage in self.stages):
@@ -132,20 +149,20 @@ class MaskedBlock(ResidualBlock):
             raise ValueError(f"inplace: expected a channels_last input, got strides {list(input.stride())}")
 
     def _masked_dense(self, input: Tensor, sites: ActiveSites) -> Tensor:
-        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        shortcut = None if self.shortcut_path is None else self._dense_shortcut(input)
         branch = self._dense_branch(input)
         if sites.gate is not None:
             branch = branch * sites.gate.to(branch.dtype)
         if shortcut is not None:
-            branch = ACTIVATIONS[self.activation](branch + shortcut)
+            branch = ACTIVATIONS[self.last_activation](branch + shortcut)
         return torch.where(sites.mask, branch, 0 if shortcut is None else shortcut)
 
     def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str) -> Layer:
         weight, bias = fold(conv, norm)
         made = prepare(weight, bias, conv.groups) if used == "cpu" else (_as_read(weight, conv.groups), bias)
         activation = stage.activation
-        if stage is self.stages[-1] and self.shortcut is not None:
-            activation = self.activation
+        if stage is self.stages[-1] and self._fused_shortcut is not None:
+            activation = self.last_activation
         return Layer(weight, made, geometry_of(conv), conv.groups, activation)
 
 
@@ -169,7 +186,8 @@ class _BlockCall(calibration.SiteCall):
         what = "block in place" if self.inplace else "block"
         gated = self.active.gate is not None
         shape = (self.used, str(self.input.dtype), *self.input.shape)
-        return what, *shape, "; ".join(layers), block.shortcut is None, block.shortcut == "identity", gated
+        shortcut = block._fused_shortcut
+        return what, *shape, "; ".join(layers), shortcut is None, shortcut == "identity", gated
 
     def name(self) -> str:
         samples, channels, height, width = self.input.shape
@@ -191,7 +209,7 @@ class _BlockCall(calibration.SiteCall):
                 value = F.conv2d(value, weight, bias, where.stride, where.padding, where.dilation, layer.groups)
                 if layer is not self.layers[-1]:
                     value = activate_(value, layer.activation)
-            shortcut = None if self.block.shortcut is None else self.block._dense_shortcut(self.input)
+            shortcut = None if self.block._fused_shortcut is None else self.block._dense_shortcut(self.input)
             sites, out = self.active, self.input if self.inplace else None
             inactive = None if self.inplace else shortcut
             gate = gate_of(sites, value.dtype)
@@ -244,7 +262,8 @@ class MaskedBottleneck(Bottleneck, MaskedBlock):
 class MaskedInvertedResidual(MaskedBlock):
     """The inverted residual of MobileNetV2 (Sandler et al., CVPR 2018) at active sites: 1x1, depthwise 3x3, 1x1.
 
-    See `MaskedBlock`. The constructor is torchvision's `InvertedResidual`, with `statistics` beside it.
+    See `MaskedBlock`. The constructor is torchvision's `InvertedResidual`, with `statistics` beside it. `from_dense`
+    takes chains of any length, such as those of MobileNetV3 and EfficientNetV2 without squeeze-and-excitation.
     """
 
     def __init__(
@@ -253,44 +272,19 @@ class MaskedInvertedResidual(MaskedBlock):
     ) -> None:  # fmt: skip
         if stride not in (1, 2):
             raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
-        norm_layer = norm_layer or nn.BatchNorm2d
         hidden = round(inp * expand_ratio)
 
         def unit(cin: int, cout: int, *geometry: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(cin, cout, *geometry, bias=False), norm_layer(cout), nn.ReLU6(inplace=True))
+            norm = make_norm(norm_layer, cout)
+            return nn.Sequential(nn.Conv2d(cin, cout, *geometry, bias=False), norm, nn.ReLU6(inplace=True))
 
         units = [] if expand_ratio == 1 else [unit(inp, hidden, 1)]
         units.append(unit(hidden, hidden, 3, stride, 1, 1, hidden))
+        last = make_norm(norm_layer, oup)
         stages = [Stage(f"conv.{i}.0", f"conv.{i}.1", "relu6") for i in range(len(units))]
         stages.append(Stage(f"conv.{len(units)}", f"conv.{len(units) + 1}", None))
+        if type(last) is nn.Identity:
+            stages = [stage._replace(norm=None) for stage in stages]
         shortcut = "identity" if stride == 1 and inp == oup else None
-        super().__init__(stages, shortcut, None, statistics)
-        self.conv = nn.Sequential(*units, nn.Conv2d(hidden, oup, 1, bias=False), norm_layer(oup))
-
-    @classmethod
-    def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> MaskedBlock:
-        """A masked block over the children of a dense one; they are shared, not copied.
-
-        Takes the `InvertedResidual` of torchvision (MobileNetV2, and MobileNetV3 without squeeze-and-excitation) and of
-        timm, and timm's `DepthwiseSeparableConv`. Raises TypeError where `module` is none of these, ValueError where
-        it has parts that have no sparse form.
-        """
-        refuse(module, "aa", "se", "drop_path", "conv_s2d")
-        if isinstance(getattr(module, "conv_dw", None), nn.Module):
-            pairs = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
-            if not hasattr(module, "conv_pwl"):
-                pairs = (("conv_dw", "bn1"), ("conv_pw", "bn2"))
-            require(module, "InvertedResidual", *(name for pair in pairs for name in pair))
-            stages = [stage_of(module, conv, norm, None) for conv, norm in pairs]
-            has_skip = getattr(module, "has_skip", False)
-        else:
-            path = next(
-                (name for name in ("conv", "block") if isinstance(getattr(module, name, None), nn.Sequential)), ""
-            )
-            if not path:
-                raise TypeError(
-                    f"module: expected an InvertedResidual of torchvision or timm, got {type(module).__name__}"
-                )
-            stages = flat_stages(module, path)
-            has_skip = getattr(module, "use_res_connect", False)
-        return cls._share(module, stages, "identity" if has_skip else None, None, statistics)
+        super().__init__(Chain(tuple(stages), shortcut), statistics)
+        self.conv = nn.Sequential(*units, nn.Conv2d(hidden, oup, 1, bias=False), last)

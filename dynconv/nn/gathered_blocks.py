@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import calibration
 from .._backend import backend_for
@@ -20,7 +21,8 @@ from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
 from .gathered_conv import Channels
 from .normalization import gathered_batch_norm, uses_batch_statistics
-from .residual import BasicBlock, Bottleneck, ResidualBlock, Stage, fold, geometry_of, needs_grad
+from .recognition import Stage
+from .residual import BasicBlock, Bottleneck, ResidualBlock, check_input, fold, geometry_of, needs_grad, normalise
 
 
 class GatheredBlock(ResidualBlock):
@@ -52,8 +54,15 @@ class GatheredBlock(ResidualBlock):
         Raises TypeError, ValueError: another number of masks than of convolutions between which there are channels, and
         as `dynconv.gathered_conv2d`.
         """
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+        check_input(input)
+        kept = channels if isinstance(channels, (list, tuple)) else [channels]
+        sparse = mask is not None or any(c is not None for c in kept)
+        if self._check_layers(sparse, "channels" if mask is None else "mask"):
+            with parametrize.cached():  # a weight is computed once a call
+                return self._forward(input, channels, mask)
+        return self._forward(input, channels, mask)
+
+    def _forward(self, input: Tensor, channels, mask: Tensor | ActiveSites | None) -> Tensor:
         inner = len(self.stages) - 1
         chosen = list(channels) if isinstance(channels, (list, tuple)) else [channels] * inner
         if len(chosen) != inner:
@@ -90,17 +99,20 @@ class GatheredBlock(ResidualBlock):
         """Stage by stage: features are packed from the first convolution to the last."""
         inner = len(self.stages) - 1
         computed = [None] * (inner + 1) if sites is None else self._computed(sites, sizes, geometries)
-        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        merges = self._activates_branch  # the gate, too, then multiplies what the epilogue has made
+        shortcut = None if merges or self.shortcut_path is None else self._dense_shortcut(input)
+        if merges and sites is not None:
+            computed[-1] = sites.ungated
         features = input
         for number, stage in enumerate(self.stages):
             active, parameters = computed[number], None if folded is None else folded[number]
             if number < inner:
                 features = self._run(stage, parameters, features, chosen[number], active, stage.activation)
                 continue
-            activation = stage.activation if shortcut is None else self.activation
+            activation = stage.activation if shortcut is None else self.last_activation
             skipped = None if active is None else shortcut
             features = self._run(stage, parameters, features, None, active, activation, shortcut, skipped)
-        return features
+        return self._merge(features, input, sites) if merges else features
 
     def _run(
         self, stage: Stage, parameters, features, channels: ActiveChannels | None, sites, activation,
@@ -123,7 +135,7 @@ class GatheredBlock(ResidualBlock):
             channels = ActiveChannels._all(tuple(made.shape[:2]), made.device)
             made = PackedChannels(made, channels)
         if not packed and sites is None:
-            rows = nn.BatchNorm2d.forward(norm, made.features)
+            rows = normalise(norm, made.features)
         else:
             rows = gathered_batch_norm(norm, made, None if sites is None else sites.mask).features
         rows = finish(rows, channels, sites, activation, residual, inactive, packed)
@@ -134,23 +146,23 @@ class GatheredBlock(ResidualBlock):
 
     def _all_dense(self, input: Tensor, channels: list[ActiveChannels], sites: ActiveSites | None) -> Tensor:
         """Everything computed, and multiplied by the masks."""
-        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        shortcut = None if self.shortcut_path is None else self._dense_shortcut(input)
         result = input
         for number, stage in enumerate(self.stages):
             conv, norm = self._submodule(stage.conv), self._norm(stage)
             result = nn.Conv2d.forward(conv, result)
             if norm is not None:
-                result = nn.BatchNorm2d.forward(norm, result)
+                result = normalise(norm, result)
             if number < len(channels):
                 kept, gate = channels[number].mask[:, :, None, None], channels[number].gate
                 if gate is not None:
                     result = (result * gate[:, :, None, None]).to(result.dtype)
                 result = torch.where(kept, result, 0)
-            elif sites is not None and sites.gate is not None:
-                result = result * sites.gate.to(result.dtype)
             result = ACTIVATIONS[stage.activation](result)
+        if sites is not None and sites.gate is not None:
+            result = result * sites.gate.to(result.dtype)
         if shortcut is not None:
-            result = ACTIVATIONS[self.activation](result + shortcut)
+            result = ACTIVATIONS[self.last_activation](result + shortcut)
         return result if sites is None else torch.where(sites.mask, result, 0 if shortcut is None else shortcut)
 
 

@@ -10,6 +10,7 @@ from ..channels import ActiveChannels
 from ..ops.gathered_conv import gathered_conv2d
 from ..ops.gathered_linear import gathered_linear
 from ..packed import PackedChannels
+from .dense import check_layer, share_tensors
 
 Channels = Tensor | ActiveChannels | None
 
@@ -19,6 +20,8 @@ class GatheredConv2d(nn.Conv2d):
 
     Same constructor, parameters and `state_dict` (`padding_mode` "zeros" only).
     """
+
+    stands_for = nn.Conv2d
 
     @functools.wraps(nn.Conv2d.__init__)
     def __init__(self, *args, **kwargs) -> None:
@@ -42,16 +45,15 @@ class GatheredConv2d(nn.Conv2d):
     def from_dense(cls, module: nn.Conv2d) -> GatheredConv2d:
         """A gathered layer that shares the dense layer's parameters.
 
-        Raises TypeError where `module` is not an `nn.Conv2d`, ValueError where its padding is not of zeros.
+        Raises TypeError where `module` is not an `nn.Conv2d`, or one with a forward of its own; ValueError where its
+        padding is not of zeros, or it has hooks or parameters that are computed at each call.
         """
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
+        check_layer(module, nn.Conv2d)
         gathered = cls(
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
             module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
         )  # fmt: skip
-        gathered._parameters = dict(module._parameters)
-        return gathered.train(module.training)
+        return share_tensors(gathered, module)
 
 
 class GatheredLinear(nn.Linear):
@@ -59,6 +61,8 @@ class GatheredLinear(nn.Linear):
 
     Same constructor, parameters and `state_dict`.
     """
+
+    stands_for = nn.Linear
 
     def forward(self, input: Tensor, in_mask: Channels = None, out_mask: Channels = None) -> Tensor:
         """[N, ..., Cin] -> [N, ..., Cout]: `dynconv.gathered_linear` with this layer's parameters."""
@@ -68,10 +72,9 @@ class GatheredLinear(nn.Linear):
     def from_dense(cls, module: nn.Linear) -> GatheredLinear:
         """A gathered layer that shares the dense layer's parameters.
 
-        Raises TypeError where `module` is not an `nn.Linear`.
+        Raises TypeError where `module` is not an `nn.Linear`, or one with a forward of its own; ValueError where it has
+        hooks, or parameters that are computed at each call.
         """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
+        check_layer(module, nn.Linear)
         gathered = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
-        gathered._parameters = dict(module._parameters)
-        return gathered.train(module.training)
+        return share_tensors(gathered, module)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.masked_conv import masked_conv2d
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
+from .dense import check_layer, share_tensors
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -16,6 +16,8 @@ class MaskedConv2d(nn.Conv2d):
 
     Every `padding_mode` of `nn.Conv2d` works; those other than "zeros" copy the input to pad it.
     """
+
+    stands_for = nn.Conv2d
 
     def forward(
         self,
@@ -47,14 +49,12 @@ class MaskedConv2d(nn.Conv2d):
     def from_dense(cls, module: nn.Conv2d) -> MaskedConv2d:
         """A masked layer that shares the dense layer's parameters.
 
-        Raises TypeError where `module` is not an `nn.Conv2d`, or one whose parameters do not exist yet.
+        Raises TypeError where `module` is not an `nn.Conv2d`, one whose parameters do not exist yet, or one with a
+        forward of its own; ValueError where it has hooks, or parameters that are computed at each call.
         """
-        if not isinstance(module, nn.Conv2d) or nn.parameter.is_lazy(module.weight):
-            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
-        with torch.device("meta"):
-            masked = cls(
-                module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
-                module.dilation, module.groups, module.bias is not None, module.padding_mode,
-            )  # fmt: skip
-        masked.weight, masked.bias = module.weight, module.bias
-        return masked.train(module.training)
+        check_layer(module, nn.Conv2d)
+        masked = cls(
+            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+            module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
+        )  # fmt: skip
+        return share_tensors(masked, module)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._arguments import kind_of
 from ..ops import epilogue as ops
 from ..ops.gathered_conv import check_packed
 from ..packed import PackedChannels, PackedFeatures
 from ..sites import ActiveSites
+from .dense import check_layer, share_tensors
 
 
 class MaskedBatchNorm2d(nn.BatchNorm2d):
@@ -18,6 +20,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     Same constructor, parameters, buffers and `state_dict`. With no active site the running statistics stay as they
     are. The activation, the residual and the way back to a dense tensor come with it, in the same pass.
     """
+
+    stands_for = nn.BatchNorm2d
 
     def forward(
         self,
@@ -38,7 +42,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     def from_dense(cls, module: nn.BatchNorm2d) -> MaskedBatchNorm2d:
         """A masked layer that shares the dense layer's parameters and buffers.
 
-        Raises TypeError where `module` is not an `nn.BatchNorm2d`.
+        Raises TypeError where `module` is not an `nn.BatchNorm2d`, or one with a forward of its own; ValueError where
+        it has hooks, or parameters that are computed at each call.
         """
         return _share(cls, module)
 
@@ -49,6 +54,8 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
     Same constructor, parameters, buffers and `state_dict`. The running statistics of a channel that no sample keeps
     stay as they are.
     """
+
+    stands_for = nn.BatchNorm2d
 
     def forward(self, features: PackedChannels, mask: Tensor | ActiveSites | None = None) -> PackedChannels:
         """The features normalised, zeros where they are none.
@@ -73,19 +80,18 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
     def from_dense(cls, module: nn.BatchNorm2d) -> GatheredBatchNorm2d:
         """A layer that shares the dense layer's parameters and buffers.
 
-        Raises TypeError where `module` is not an `nn.BatchNorm2d`.
+        Raises TypeError where `module` is not an `nn.BatchNorm2d`, or one with a forward of its own; ValueError where
+        it has hooks, or parameters that are computed at each call.
         """
         return _share(cls, module)
 
 
 def _share(cls, module: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    if not isinstance(module, nn.BatchNorm2d):
-        raise TypeError(f"module: expected an nn.BatchNorm2d, got {type(module).__name__}")
+    check_layer(module, nn.BatchNorm2d)
     shared = cls(
         module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
     )
-    shared._parameters, shared._buffers = dict(module._parameters), dict(module._buffers)
-    return shared.train(module.training)
+    return share_tensors(shared, module)
 
 
 def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Tensor | None) -> PackedChannels:
@@ -135,8 +141,11 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """Whether the layer normalises by the statistics of its input rather than by its running ones."""
-    return norm.training or norm.running_mean is None
+    """Whether the layer normalises by the statistics of its input rather than by its running ones.
+
+    Frozen batch normalisation, which is no `_BatchNorm`, never does.
+    """
+    return (norm.training or norm.running_mean is None) and isinstance(norm, _BatchNorm)
 
 
 def batch_norm(norm: nn.BatchNorm2d, features: PackedFeatures, **finish) -> PackedFeatures | Tensor:

@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._backend import backend
 from .._geometry import Geometry
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
-from .gathered_conv import GatheredConv2d
-from .masked_conv import MaskedConv2d
+from .dense import computes_as, has_hooks, hook_of, is_frozen_norm
 from .normalization import uses_batch_statistics
-
-_ACTIVATION_MODULES = {
-    nn.Identity: None,
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-}
-
-
-class Stage(NamedTuple):
-    """A convolution, its normalisation and its activation: the paths of the two modules in the block, and a name."""
-
-    conv: str
-    norm: str | None
-    activation: str | None
+from .recognition import Chain, Stage, recognise, stand_in
 
 
 class ResidualBlock(nn.Module):
     """A chain of convolutions with a shortcut, over the children of the dense block.
 
     Args:
-        stages: the convolutions in order.
-        shortcut: "identity", the path of the module that makes it from the input, or None.
-        activation: after the shortcut has been added.
+        chain: the convolutions in order, the shortcut around them and the activation behind it.
         statistics: of batch normalisation in training: "active", of what is computed, or "dense", of everything.
     """
 
-    def __init__(self, stages: Iterable[Stage], shortcut: str | None, activation: str | None, statistics: str) -> None:
+    kind = "block"
+    _convolutions: int | None = None  # as many as a block of this kind has; None: any number
+
+    def __init__(self, chain: Chain, statistics: str) -> None:
         super().__init__()
         if statistics not in ("active", "dense"):
             raise ValueError(f"statistics: expected 'active' or 'dense', got {statistics!r}")
-        self.stages = tuple(stages)
-        self.shortcut = shortcut
-        self.activation = activation
+        # Names that no child of a dense block has: `shortcut` and `activation` are common ones.
+        self.stages, self.shortcut_path, self.last_activation = tuple(chain.stages), chain.shortcut, chain.activation
         self.statistics = statistics
         self._kept: tuple[list, list, list] | None = None
 
@@ -111,34 +97,207 @@ class ResidualBlock(nn.Module):
         return norm is not None and uses_batch_statistics(norm)
 
     def _dense(self, input: Tensor) -> Tensor:
-        shortcut = None if self.shortcut is None else self._dense_shortcut(input)
+        shortcut = None if self.shortcut_path is None else self._dense_shortcut(input)
         branch = self._dense_branch(input)
-        return branch if shortcut is None else ACTIVATIONS[self.activation](branch + shortcut)
+        return branch if shortcut is None else ACTIVATIONS[self.last_activation](branch + shortcut)
 
     def _dense_branch(self, input: Tensor) -> Tensor:
         """All stages at all sites. In the last one the activation waits for the shortcut, if there is one."""
         for stage in self.stages:
             conv, norm = self._submodule(stage.conv), self._norm(stage)
-            input = nn.Conv2d.forward(conv, input)
+            input = conv(input) if has_hooks(conv) else nn.Conv2d.forward(conv, input)
             if norm is not None:
-                input = nn.BatchNorm2d.forward(norm, input)
+                input = norm(input) if has_hooks(norm) else normalise(norm, input)
             input = ACTIVATIONS[stage.activation](input)
         return input
 
     def _dense_shortcut(self, input: Tensor) -> Tensor:
-        return input if self.shortcut == "identity" else self._submodule(self.shortcut)(input)
+        for path in self._shortcut_paths():
+            input = self._submodule(path)(input)
+        return input
+
+    def _shortcut_paths(self) -> tuple[str, ...]:
+        """The modules that make the shortcut from the input, one after the other; none where it is the input."""
+        if self.shortcut_path is None or self.shortcut_path == "identity":
+            return ()
+        return self.shortcut_path if isinstance(self.shortcut_path, tuple) else (self.shortcut_path,)
+
+    @property
+    def _activates_branch(self) -> bool:
+        """Whether the branch ends in an activation of its own, before gate and shortcut, which no epilogue has."""
+        return self.stages[-1].activation is not None
+
+    def _merge(self, branch: Tensor, input: Tensor, sites: ActiveSites | None) -> Tensor:
+        """Gate a branch that ended in an activation of its own, and add the shortcut; `branch` has zeros elsewhere."""
+        if sites is not None and sites.gate is not None:
+            branch = (branch * sites.gate).to(branch.dtype)
+        if self.shortcut_path is None:
+            return branch
+        shortcut = self._dense_shortcut(input)
+        merged = ACTIVATIONS[self.last_activation](branch + shortcut)
+        if sites is not None and self.last_activation is not None:
+            merged = torch.where(sites.mask, merged, shortcut)
+        return merged.contiguous(memory_format=torch.channels_last)
+
+    def _check_layers(self, masked: bool, argument: str) -> bool:
+        """Raise where an inner layer has hooks that a call would not run; tell whether one computes its parameters."""
+        hooked: list[tuple[str, nn.Module]] = []
+        computed = _find_hooks(self, "", hooked)
+        for path, layer in hooked:
+            if not self._calls(path, masked):
+                raise ValueError(
+                    f"{argument}: expected a block whose inner layers have no hooks, got the {hook_of(layer)} of "
+                    f"`{path}`, which would not run; remove it (remove_weight_norm, prune.remove, …)"
+                )
+        return computed
+
+    def _calls(self, path: str, masked: bool) -> bool:
+        """Whether a layer is called as a module: those of the shortcut, and without a mask the others that can be."""
+        if any(f"{path}.".startswith(f"{start}.") for start in self._shortcut_paths()):
+            return True
+        if masked:
+            return False
+        plain = [stage.norm for stage in self.stages if stage.norm and _is_plain(self._submodule(stage.norm))]
+        return path in [*plain, *(stage.conv for stage in self.stages)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
 
     @classmethod
-    def _share(cls, module: nn.Module, stages: list[Stage], shortcut, activation, statistics: str) -> ResidualBlock:
+    def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> ResidualBlock:
+        """A block over the children of a dense one; they are shared, not copied, and keep their names.
+
+        What counts is what `module` computes: its forward is traced, and must be convolutions, each with its batch
+        normalisation and its activation behind it (ReLU, ReLU6, SiLU, exact GELU, hard-swish) or without, and a
+        shortcut around them that is the input, or what submodules make of it, or none. Then both are run on random
+        numbers, on copies, in float64.
+
+        Raises ValueError that names the first step without a sparse form (squeeze-and-excitation, anti-aliasing,
+        dropout, drop path, pre-activation, …) and its line of code, or a hook of an inner layer; TypeError where
+        `module` is no block, or one of another number of convolutions than this class has.
+        """
+        if isinstance(module, ResidualBlock):
+            chain, dense = Chain(module.stages, module.shortcut_path, module.last_activation), None
+        else:
+            dense = _copy_of(module)
+            chain = recognise(dense)
+            own = [*module._parameters, *module._buffers]
+            if own:
+                raise ValueError(f"module: expected a block whose layers have all tensors, got `{own[0]}` of its own")
+        if cls._convolutions not in (None, len(chain.stages)):
+            raise TypeError(
+                f"module: expected a {cls.kind} of {cls._convolutions} convolutions, got {type(module).__name__} of "
+                f"{len(chain.stages)}"
+            )
+        block = cls._share(module, chain, statistics)
+        block._check_layers(True, "module")
+        if dense is not None:
+            cls._share(dense, chain, "active").eval()._compare(dense.eval())
+        return block
+
+    @classmethod
+    def _share(cls, module: nn.Module, chain: Chain, statistics: str) -> ResidualBlock:
         """A block over the very children of a dense block."""
         block = cls.__new__(cls)
-        ResidualBlock.__init__(block, stages, shortcut, activation, statistics)
-        for name, child in module.named_children():
+        ResidualBlock.__init__(block, chain, statistics)
+        for name, child in module._modules.items():
+            if hasattr(block, name):
+                raise ValueError(f"module: expected no child named `{name}`, which {cls.__name__} has itself")
             block.add_module(name, child)
-        return block.train(module.training)
+        block.training = module.training
+        return block
+
+    def _compare(self, dense: nn.Module) -> None:
+        """Raise ValueError where the block over all sites and the dense block differ on a random input, in float64."""
+        convolutions = [self._submodule(stage.conv) for stage in self.stages]
+        size = 4
+        for conv in reversed(convolutions):
+            where = geometry_of(conv)
+            taken = [(size - 1) * where.stride[i] + where.dilation[i] * (where.kernel[i] - 1) + 1 for i in (0, 1)]
+            size = max(4, *(taken[i] - where.padding[i] - where.padding_end[i] for i in (0, 1)))
+        size = -(-size // 8) * 8  # a multiple of common strides, with any rounding
+        generator, results = torch.Generator().manual_seed(1), []
+        random = functools.partial(torch.randn, dtype=torch.float64, device="cpu", generator=generator)
+        input, weights = 4 * random(1, convolutions[0].in_channels, size, size), None
+        # The reference backend: what the kernels compute is not in question, and they would be compiled for it.
+        exact = torch.autocast("cpu", enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), exact, backend("reference"):
+            for masked in (False, True):
+                leaf = input.clone().requires_grad_()
+                try:
+                    if masked:
+                        mask = torch.ones(1, 1, *weights.shape[2:], dtype=torch.bool, device="cpu")
+                        output = self.forward(leaf * 1, mask=mask)
+                    else:
+                        output = dense.forward(leaf * 1)  # a block may write to its input, but not to a leaf
+                        weights = random(output.shape)
+                    results.append([output, *torch.autograd.grad(output, leaf, weights)])
+                except Exception as error:
+                    raise ValueError(
+                        f"module: expected a block that runs on [1, {input.shape[1]}, {size}, {size}] in float64, "
+                        f"got {type(error).__name__}: {error}"
+                    ) from error
+        for name, expected, actual in zip(("values", "gradients"), *results):
+            if (actual - expected).abs().max() > 1e-9 * expected.abs().max().clamp(min=1):
+                raise ValueError(
+                    f"module: expected a block that computes {self.stages}, a shortcut {self.shortcut_path!r} and then "
+                    f"{self.last_activation!r}, got other {name} in a comparison on random numbers"
+                )
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """Copy a dense block for its recognition; raises where what it has beside its children stands against it."""
+    if not isinstance(module, nn.Module) or isinstance(module, nn.Conv2d) or not module._modules:
+        raise TypeError(f"module: expected a block of several layers, got {type(module).__name__}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"module: expected parameters that exist, got a lazy `{name}`; run the block once")
+    if has_hooks(module):
+        raise ValueError(f"module: expected a block without hooks, got the {hook_of(module)}, which would not run")
+    try:
+        dense = stand_in(module)
+    except Exception as error:
+        raise ValueError(f"module: expected a block that can be copied, got {type(error).__name__}: {error}") from error
+    return dense
+
+
+def _find_hooks(module: nn.Module, prefix: str, hooked: list[tuple[str, nn.Module]]) -> bool:
+    """Collect the layers that have hooks; tell whether one computes its parameters at each call."""
+    computed = False
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if (
+            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        ):  # `has_hooks`, written out: this runs for every layer at every call
+            hooked.append((f"{prefix}{name}", child))
+        if child._modules:
+            if "parametrizations" in child._modules:
+                computed = True
+            else:
+                computed |= _find_hooks(child, f"{prefix}{name}.", hooked)
+    return computed
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    return computes_as(norm, nn.BatchNorm2d) or computes_as(norm, nn.SyncBatchNorm)
+
+
+def normalise(norm: nn.Module, input: Tensor) -> Tensor:
+    """What a normalisation computes of a dense tensor, without the activation that timm's has inside."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return nn.SyncBatchNorm.forward(norm, input)
+    if isinstance(norm, _BatchNorm):
+        return nn.BatchNorm2d.forward(norm, input)
+    return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def check_input(input: Tensor) -> None:
+    """Raise where a block's input is no dense tensor [N, C, H, W]."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a tensor [N, C, H, W], got {type(input).__name__}")
+    if input.dim() != 4:
+        raise ValueError(f"input: expected a tensor [N, C, H, W], got shape {list(input.shape)}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -169,100 +328,44 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor |
     return weight.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
 
 
-def _activation_of(module: nn.Module | None, where: str) -> str | None:
-    """The name of an activation module."""
-    if module is None:
-        return None
-    if type(module) not in _ACTIVATION_MODULES or getattr(module, "approximate", "none") != "none":
-        known = ", ".join(kind.__name__ for kind in _ACTIVATION_MODULES)
-        raise ValueError(f"module: expected {where} to be one of {known} (GELU in its exact form), got {module}")
-    return _ACTIVATION_MODULES[type(module)]
-
-
-def _is_identity(module: nn.Module | None) -> bool:
-    return module is None or isinstance(module, nn.Identity)
-
-
-def refuse(module: nn.Module, *names: str) -> None:
-    """Raise where a block has parts that look at all sites, or that drop whole samples."""
-    for name in names:
-        part = getattr(module, name, None)
-        if not _is_identity(part) and getattr(part, "drop_prob", None) != 0:
-            raise ValueError(f"module: expected a block without `{name}`, which has no sparse form, got {part}")
-
-
-def stage_of(module: nn.Module, conv: str, norm: str | None, activation: nn.Module | None) -> Stage:
-    convolution = module.get_submodule(conv)
-    if type(convolution) not in (nn.Conv2d, MaskedConv2d, GatheredConv2d) or convolution.padding_mode != "zeros":
-        raise ValueError(f"module: expected `{conv}` to be an nn.Conv2d with zero padding, got {convolution}")
-    name = _activation_of(activation, f"the activation after `{conv}`")
-    if norm is None or _is_identity(module.get_submodule(norm)):
-        return Stage(conv, None, name)
-    normalisation = module.get_submodule(norm)
-    if not isinstance(normalisation, nn.BatchNorm2d):
-        raise ValueError(f"module: expected `{norm}` to be an nn.BatchNorm2d, got {normalisation}")
-    # timm's BatchNormAct2d holds the activation, and a dropout in front of it.
-    if not _is_identity(getattr(normalisation, "drop", None)):
-        raise ValueError(f"module: expected `{norm}` without dropout, got {normalisation}")
-    own = _activation_of(getattr(normalisation, "act", None), f"`{norm}.act`")
-    if own is not None and name is not None:
-        raise ValueError(f"module: expected one activation after `{conv}`, got {own} and {name}")
-    return Stage(conv, norm, own or name)
-
-
-def require(module: nn.Module, kind: str, *names: str) -> None:
-    missing = [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
-    if missing:
-        raise TypeError(
-            f"module: expected a {kind} of torchvision or timm, got {type(module).__name__} without "
-            f"{', '.join(missing)}"
-        )
-
-
 class ResNetBlock(ResidualBlock):
     """What the blocks of ResNet share: stages conv1, bn1, conv2, bn2, … and `downsample`."""
 
-    _convolutions = 2
-    kind = "BasicBlock"
-
-    @classmethod
-    def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> ResidualBlock:
-        """A block over the children of torchvision's or timm's block of that name; they are shared, not copied.
-
-        Raises TypeError where `module` lacks the block's parts, ValueError where it has others that have no masked
-        form (squeeze-and-excitation, anti-aliasing, drop path, dropped blocks).
-        """
-        count = cls._convolutions
-        names = [name for i in range(1, count + 1) for name in (f"conv{i}", f"bn{i}")]
-        require(module, cls.kind, *names)
-        if count == 2 and hasattr(module, "conv3"):
-            raise TypeError(f"module: expected a block of two convolutions, got {type(module).__name__} with conv3")
-        refuse(module, "aa", "se", "drop_block", "drop_path")
-        activations = [getattr(module, f"act{i}", getattr(module, "relu", None)) for i in range(1, count + 1)]
-        stages = [
-            stage_of(module, f"conv{i}", f"bn{i}", activations[i - 1] if i < count else None)
-            for i in range(1, count + 1)
-        ]
-        shortcut = "identity" if getattr(module, "downsample", None) is None else "downsample"
-        return cls._share(module, stages, shortcut, _activation_of(activations[-1], "the last one"), statistics)
-
-    def _build(self, convolutions: list[nn.Conv2d], norm_layer, downsample) -> None:
-        for i, conv in enumerate(convolutions, 1):
+    def __init__(
+        self, downsample: nn.Module | None, convolutions: list[nn.Conv2d], norm_layer, statistics: str
+    ) -> None:
+        numbers = range(1, len(convolutions) + 1)
+        norms = [make_norm(norm_layer, conv.out_channels) for conv in convolutions]
+        named = [None if type(norm) is nn.Identity else f"bn{i}" for i, norm in zip(numbers, norms)]
+        stages = [Stage(f"conv{i}", bn, "relu" if i < len(named) else None) for i, bn in zip(numbers, named)]
+        super().__init__(Chain(tuple(stages), "identity" if downsample is None else "downsample", "relu"), statistics)
+        for i, conv, norm in zip(numbers, convolutions, norms):
             self.add_module(f"conv{i}", conv)
-            self.add_module(f"bn{i}", norm_layer(conv.out_channels))
+            self.add_module(f"bn{i}", norm)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    @classmethod
-    def _stages(cls) -> list[Stage]:
-        last = cls._convolutions
-        return [Stage(f"conv{i}", f"bn{i}", "relu" if i < last else None) for i in range(1, last + 1)]
+
+def make_norm(norm_layer: Callable[..., nn.Module] | None, channels: int) -> nn.Module:
+    """A block's normalisation; raises TypeError where it is none that blocks have."""
+    expected = "norm_layer: expected one that makes nn.BatchNorm2d, nn.SyncBatchNorm or nn.Identity of a width"
+    try:
+        norm = (norm_layer or nn.BatchNorm2d)(channels)
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {norm_layer}: {error}") from error
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)) and not is_frozen_norm(norm):
+        raise TypeError(f"{expected}, got {type(norm).__name__}")
+    if isinstance(norm, _BatchNorm) and not _is_plain(norm):
+        raise TypeError(f"{expected}, got {type(norm).__name__}, whose forward is its own")
+    return norm
 
 
 class BasicBlock(ResNetBlock):
     """Two 3x3 convolutions: ResNet-18 and 34."""
 
     expansion = 1
+    _convolutions = 2
+    kind = "BasicBlock"
 
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
@@ -271,10 +374,9 @@ class BasicBlock(ResNetBlock):
     ) -> None:  # fmt: skip
         if groups != 1 or base_width != 64 or dilation != 1:
             raise ValueError("groups, base_width, dilation: expected 1, 64 and 1 in a BasicBlock")
-        super().__init__(self._stages(), "identity" if downsample is None else "downsample", "relu", statistics)
         first = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
         second = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self._build([first, second], norm_layer or nn.BatchNorm2d, downsample)
+        super().__init__(downsample, [first, second], norm_layer, statistics)
 
 
 class Bottleneck(ResNetBlock):
@@ -289,34 +391,10 @@ class Bottleneck(ResNetBlock):
         base_width: int = 64, dilation: int = 1, norm_layer: Callable[..., nn.Module] | None = None, *,
         statistics: str = "active",
     ) -> None:  # fmt: skip
-        super().__init__(self._stages(), "identity" if downsample is None else "downsample", "relu", statistics)
         width = int(planes * (base_width / 64.0)) * groups
         convolutions = [
             nn.Conv2d(inplanes, width, 1, bias=False),
             nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False),
             nn.Conv2d(width, planes * self.expansion, 1, bias=False),
         ]
-        self._build(convolutions, norm_layer or nn.BatchNorm2d, downsample)
-
-
-def flat_stages(module: nn.Module, path: str) -> list[Stage]:
-    """The stages of nested Sequentials of convolutions, each with its normalisation and activation behind it."""
-    leaves = []
-
-    def visit(name: str, child: nn.Module) -> None:
-        if isinstance(child, nn.Sequential):
-            for key, grandchild in child.named_children():
-                visit(f"{name}.{key}", grandchild)
-        else:
-            leaves.append((name, child))
-
-    visit(path, module.get_submodule(path))
-    stages = []
-    while leaves:
-        conv, child = leaves.pop(0)
-        if not isinstance(child, nn.Conv2d):
-            raise ValueError(f"module: expected a convolution at `{conv}`, got {child}, which has no sparse form")
-        norm = leaves.pop(0)[0] if leaves and isinstance(leaves[0][1], nn.BatchNorm2d) else None
-        activation = leaves.pop(0)[1] if leaves and type(leaves[0][1]) in _ACTIVATION_MODULES else None
-        stages.append(stage_of(module, conv, norm, activation))
-    return stages
+        super().__init__(downsample, convolutions, norm_layer, statistics)
