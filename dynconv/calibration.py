@@ -10,9 +10,11 @@ gradients, up to rounding.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -325,17 +327,44 @@ def calibration_file() -> Path:
 
 
 def _read() -> dict[str, dict[tuple, Times]]:
+    """The file's times by machine; what is no times is left out, with one warning that says what is wrong with it."""
+    tables: dict[str, dict[tuple, Times]] = {}
+    faults = []
     try:
-        content = json.loads(calibration_file().read_text())
-        return {
-            name: {tuple(e["key"]): Times(e["call"], e["densities"], e["sparse_ms"], e["dense_ms"]) for e in entries}
-            for name, entries in content.items()
-        }
+        file = calibration_file()
+        content = json.loads(file.read_text())
+        for name, entries in content.items():
+            for number, entry in enumerate(entries):
+                try:
+                    times = _times_of(entry)
+                    tables.setdefault(name, {})[tuple(entry["key"])] = times
+                except (ValueError, KeyError, TypeError) as error:
+                    faults.append(f"entry {number} of {name!r}: {error!r}")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{calibration_file()} is not a calibration and is ignored: {error!r}", stacklevel=4)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{file} is not a calibration and is ignored: {error!r}", stacklevel=4)
         return {}
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        warnings.warn(f"{file} has entries that are not times and are ignored: {faults[0]}{more}", stacklevel=4)
+    return tables
+
+
+def _times_of(entry: dict) -> Times:
+    """An entry of the file, whose numbers every call goes by. Raises ValueError, KeyError or TypeError."""
+    times = Times(entry["call"], entry["densities"], entry["sparse_ms"], entry["dense_ms"])
+    lists = {"densities": times.densities, "sparse_ms": times.sparse, "dense_ms": times.dense}
+    right = lambda number: type(number) in (int, float) and 0 <= number <= sys.float_info.max
+    for name, numbers in lists.items():
+        if not isinstance(numbers, list) or not numbers or not all(map(right, numbers)):
+            raise ValueError(f"{name}: expected a list of finite numbers that are not negative, got {numbers!r:.100}")
+    if len({len(numbers) for numbers in lists.values()}) > 1:
+        raise ValueError(f"{', '.join(lists)}: expected as many numbers in each, got {[*map(len, lists.values())]}")
+    ascends = all(one < other for one, other in itertools.pairwise(times.densities))
+    if not ascends or not 0 < times.densities[0] <= times.densities[-1] <= 1:
+        raise ValueError(f"densities: expected ascending numbers above 0 and at most 1, got {times.densities!r}")
+    return times
 
 
 def _write() -> None:

@@ -1,6 +1,8 @@
 """Dense or sparse: both ways give the same, and what was measured decides."""
 
 import json
+import math
+import re
 import time
 from types import SimpleNamespace
 
@@ -313,11 +315,58 @@ def test_counts_on_another_device_arrive_later():
     assert calibration._latest(("other",), counts[0], Event) is None
 
 
-def test_a_broken_file_is_ignored_with_a_warning(own_file):
+def _without(entry, name):
+    return {key: value for key, value in entry.items() if key != name}
+
+
+# What may stand in a calibration in place of an entry, and what of it the warning names.
+FAULTS = {
+    f"{field} {label}": (lambda entry, field=field, value=value: entry | {field: value}, field)
+    for field in ("densities", "sparse_ms", "dense_ms")
+    for label, value in {
+        "empty": [], "nothing": None, "a number": 0.5, "a text": "fast", "texts": ["1", "2"], "a table": {"0.1": 1.0},
+        "shorter": [0.1], "longer": [0.1, 0.5, 1.0], "NaN": [0.1, math.nan], "infinite": [0.1, math.inf],
+        "negative": [-0.1, 1.0], "nested": [[0.1], [1.0]], "truth": [False, True], "huge": [0.1, 10**400],
+    }.items()
+} | {
+    "densities descending": (lambda entry: entry | {"densities": [1.0, 0.1]}, "densities"),
+    "densities equal": (lambda entry: entry | {"densities": [0.5, 0.5]}, "densities"),
+    "densities from 0": (lambda entry: entry | {"densities": [0.0, 1.0]}, "densities"),
+    "densities above 1": (lambda entry: entry | {"densities": [0.1, 1.5]}, "densities"),
+    **{f"no {name}": (lambda entry, name=name: _without(entry, name), name)
+       for name in ("key", "call", "densities", "sparse_ms", "dense_ms")},
+    "a nested key": (lambda entry: entry | {"key": [[1]]}, "unhashable"),
+    "a text": (lambda entry: "times", "indices"),
+    "a list": (lambda entry: [1, 2], "indices"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_entry_that_is_no_times_is_ignored_with_one_warning(monkeypatch, own_file, fault):
+    """Whatever is wrong with one of them: the warning names the file and the fault, and the other entries count."""
+    call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
+    dynconv.calibrate(lambda: call(0.5))
+    content = json.loads(own_file.read_text())
+    ((machine, (entry,)),) = content.items()
+    change, named = FAULTS[fault]
+    bad = change(entry)
+    for entries, path in (([bad], "sparse"), ([bad, entry], "dense"), ([entry, bad], "dense")):
+        own_file.write_text(json.dumps({"another machine": [], machine: entries}))
+        calibration.forget()
+        with pytest.warns(UserWarning, match=f"^{re.escape(str(own_file))} has entries .*{named}") as told:
+            assert [call(0.6).path for _ in range(2)] == [path] * 2
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2", "", "[1, 2]", "7", '{"machine": 7}', "\x00", "[" * 100000, '{"machine": {}, "m": null}']
+)
+def test_a_file_that_is_no_calibration_is_ignored_with_a_warning(own_file, text):
     own_file.parent.mkdir(parents=True)
-    own_file.write_text("[1, 2")
+    own_file.write_text(text)
+    operands = torch.randn(1, 4, 4, 4), torch.randn(4, 4, 1, 1)
     with dynconv.backend("cpu"), pytest.warns(UserWarning, match="is not a calibration"):
-        dynconv.masked_conv2d(torch.randn(1, 4, 4, 4), torch.randn(4, 4, 1, 1), mask=_mask(1, 1, 4, 4))
+        dynconv.masked_conv2d(*operands, mask=_mask(1, 1, 4, 4))
 
 
 def test_errors():
