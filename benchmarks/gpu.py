@@ -200,6 +200,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes")
     arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        parser.error(f"argument --out: expected a folder that can be written, got {str(arguments.out)!r}: {error}")
     if not arguments.dry_run:
         try:
             import torch
@@ -209,8 +215,6 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("make gpu: PyTorch finds no CUDA device here; --dry-run walks through the parts without one")
             return 1
-    out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
     log.write_text("")
     start = time.monotonic()

@@ -8,8 +8,8 @@ plots in the same folder are linked.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -140,10 +140,18 @@ def section(path: Path) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{section(Path(sys.argv[1]))}\n{END}{after}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, help="a bench.json in a folder of this repository")
+    path, readme = parser.parse_args().record, ROOT / "README.md"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"README.md: expected the marks {BEGIN} and {END}")
+    try:
+        text = section(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"argument record: expected what `dynconv bench --json` wrote, got {str(path)!r}: {error!r}")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from torch import Tensor
 import dynconv
 from dynconv._backend import module
 from dynconv._timing import take_turns
-from dynconv.cli import console, table
-from dynconv.cli.bench import BATCH, WIDTH_BATCH, density_argument, prepare
+from dynconv.cli import console, options, table
+from dynconv.cli.bench import BATCH, WIDTH_BATCH, prepare
 from dynconv.cli.environment import environment, write_json
 from dynconv.cli.filters import FilterBench
 from dynconv.cli.layers import FILTERS, LAYERS, Block, Filter, Layer, Width
@@ -148,17 +148,16 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--shapes", nargs="+", choices=(*LAYERS, *FILTERS), default=["resnet50"])
     parser.add_argument("--layers", default="", help="only the layers whose name contains this")
-    parser.add_argument("--density", type=density_argument, default=0.25)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--density", type=options.density, default=0.25)
+    parser.add_argument("--batch", type=options.positive)
+    parser.add_argument("--repeats", type=options.positive, default=15)
     parser.add_argument("--one", action="store_true", help="only the first layer of each of the shapes")
-    parser.add_argument("--most", type=int, help="changes to try for each kernel at most")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no layer begins")
-    parser.add_argument("--json")
+    parser.add_argument("--most", type=options.positive, help="changes to try for each kernel at most")
+    parser.add_argument("--limit", type=options.limit, default=math.inf, help="seconds after which no layer begins")
+    parser.add_argument("--json", type=options.output_file(), metavar="FILE")
     arguments = parser.parse_args()
+    options.check_device(parser, arguments.device)
     arguments.dtype_ = getattr(torch, arguments.dtype)
-    record = {"environment": environment(arguments.device), "dtype": arguments.dtype, "density": arguments.density}
-    rows, left_out, begin = [], [], time.perf_counter()
     layers = []
     for family in arguments.shapes:
         found = [
@@ -167,6 +166,13 @@ def main() -> int:
             if arguments.layers in layer.name and not isinstance(layer, Block) and not getattr(layer, "linear", False)
         ]
         layers += found[:1] if arguments.one else found
+    if not layers:
+        where = " ".join(arguments.shapes)
+        parser.error(
+            f"argument --layers: expected a part of a layer's name in --shapes {where}, got {arguments.layers!r}"
+        )
+    record = {"environment": environment(arguments.device), "dtype": arguments.dtype, "density": arguments.density}
+    rows, left_out, begin = [], [], time.perf_counter()
 
     def save_so_far() -> None:
         if arguments.json:

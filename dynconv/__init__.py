@@ -7,6 +7,7 @@ from . import reference as reference
 from . import roofline as roofline
 from ._backend import backend
 from ._version import __version__
+from ._warmup import warmup
 from .calibration import calibrate, calibration_file, execution, explain
 from .channels import ActiveChannels
 from .nn.ponder import ponder_map
@@ -38,4 +39,5 @@ __all__ = [
     "masked_conv2d",
     "pack",
     "ponder_map",
+    "warmup",
 ]

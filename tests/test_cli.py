@@ -1,6 +1,7 @@
 """`python -m dynconv`: what is right passes, what is wrong fails, and the numbers are what they say."""
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -22,6 +23,7 @@ from dynconv import _timing as timing
 from dynconv.__main__ import COMMANDS, main
 from dynconv.cli import bench, bounds, chains, deform, demo, digits, extra, filters, gathered, photos, scaling, verify
 from dynconv.cli.bench import Row, crossover, geometric_mean, measure, prepare, summarise
+from dynconv.cli.environment import replacing
 from dynconv.cli.layers import FILTERS, LAYERS, Block, Filter, Layer, Width, blob_mask, patch, random_mask, reached
 from dynconv.nn import MaskedBottleneck
 from dynconv.roofline import Device
@@ -649,12 +651,6 @@ def test_normalized_weights_lie_within_their_bound(name):
     assert not bounds.judge(actual * (1 + 1e-4), expected.value, expected.error).passed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_bench_without_a_gpu_says_so(capsys):
-    assert main(["bench", "--device", "cuda"]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
-
-
 # --- demo
 
 
@@ -810,17 +806,20 @@ def test_the_command_runs_as_a_module():
         assert command in run.stdout
 
 
-@pytest.mark.parametrize("options", [["--density", "0"], ["--density", "1.5"], ["--batch", "0"], ["--shapes", "vgg"]])
-def test_bad_options_are_refused(options, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["bench", *options])
-    assert exit.value.code == 2
-    assert options[0] in capsys.readouterr().err
-
-
-def test_a_missing_extra_is_one_line():
-    with pytest.raises(SystemExit, match=r"^dynconv: no_such_module is missing; .*pip install dynconv\[bench\]$"):
-        extra("no_such_module")
+WHOLE, NAMES = ("0", "-3", "1.5", "nan", "x", ""), ("nothing", "")
+FILES = ("", "folder", "file/x", "file/x/y", "/dev/null", "/dev/null/x", "folder/" + 251 * "n", "folder/nul\0")
+# What no command takes, by option.
+BAD_VALUES = {
+    "--json": FILES,
+    "--plot": (*FILES, "x", "x.xyz", "folder/x.png/", "file/x.png", "/dev/null/x.png", 248 * "n" + ".png"),
+    "--out": ("file", "file/x", "/dev/null", 300 * "n"),
+    "--seconds": ("nan", "inf", "-1", "x", ""),
+    "--limit": ("nan", "-1", "x", ""),
+    "--density": ("0", "-0.1", "1.5", "nan", "inf", "x", ""),
+    "--layers": ("no such layer",),
+    "--device": ("tpu", "", *(() if torch.cuda.is_available() else ("cuda",))),
+} | dict.fromkeys(("--batch", "--repeats", "--most", "--jobs"), WHOLE)
+BAD_VALUES |= {"--scaling": BAD_VALUES["--plot"], "--edited": (*BAD_VALUES["--density"], "1")}
 
 
 def script(name):
@@ -830,6 +829,121 @@ def script(name):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def parser_of(command):
+    """What parses the options of a command or a script."""
+    parsers = []
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: parsers.append(self) or sys.exit())
+        call(command, [])
+    actions = [action for action in parsers[0]._actions if isinstance(action, argparse._SubParsersAction)]
+    return actions[0].choices[command] if actions else parsers[0]
+
+
+def call(command, arguments):
+    if command in COMMANDS:
+        return main([command, *arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{command}.py", *arguments])
+        return script(command).main()
+
+
+def bad_options():
+    """Every option of every command with each of the values that it must not take."""
+    found = []
+    for command in (*COMMANDS, "sweep", "gpu"):
+        for action in parser_of(command)._actions:
+            option = action.option_strings[-1]
+            if action.nargs != 0 and option != "--help":
+                values = NAMES if action.choices and option != "--device" else BAD_VALUES[option]
+                found += [pytest.param(command, option, v, id=f"{command} {option}={v!r:.20}") for v in values]
+    return found
+
+
+@pytest.fixture
+def no_work(monkeypatch, tmp_path):
+    """An empty place to be in, where no command gets to work; what was there is all that is there afterwards."""
+
+    def works(*arguments, **options):
+        raise AssertionError("the work has begun")
+
+    for module, _ in COMMANDS.values():
+        monkeypatch.setattr(module, "main", works)
+    monkeypatch.setattr("dynconv.cli.environment.environment", works)  # the first thing that a sweep asks for
+    monkeypatch.setattr(subprocess, "run", works)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command, option, value", bad_options())
+def test_a_bad_option_is_refused_before_the_work(no_work, capsys, command, option, value):
+    with pytest.raises(SystemExit) as exit:
+        call(command, [*{"gpu": ["--dry-run"], "sweep": ["--device", "cpu"]}.get(command, ()), option, value])
+    told = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert f"error: argument {option}: " in told and repr(value)[1:-1][:200] in told
+    assert "expected" in told or "invalid choice" in told
+
+
+TOGETHER = {
+    "the same file": ("bench --json a.png --plot a.png", "--plot"),
+    "the same file in other words": ("bench --plot folder/../a.png --scaling ./a.png", "--scaling"),
+    "a file in a file": ("bench --json a --plot a/b.png", "--plot"),
+    "no mode of filters": ("bench --shapes involution --modes in-place", "--modes"),
+    "no mode of widths": ("roofline --shapes laudnet --modes in-place", "--modes"),
+    "the pose network, quickly": ("bench --shapes dynconv-pose --quick --layers row", "--layers"),
+    "no layer with tiles": ("sweep --device cpu --shapes linear", "--layers"),
+}
+
+
+@pytest.mark.parametrize("arguments, option", TOGETHER.values(), ids=TOGETHER)
+def test_options_that_do_not_go_together_are_refused(no_work, capsys, arguments, option):
+    command, *options = arguments.split()
+    with pytest.raises(SystemExit) as exit:
+        call(command, options)
+    assert exit.value.code == 2
+    assert f"error: argument {option}: expected" in capsys.readouterr().err
+
+
+def test_the_readme_is_written_from_a_record_alone(monkeypatch, tmp_path, capsys):
+    readme = (ROOT / "README.md").read_text()
+    (tmp_path / "text.json").write_text("no record")
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    for path in (tmp_path, tmp_path / "nothing.json", tmp_path / "text.json", tmp_path / "other.json"):
+        with pytest.raises(SystemExit) as exit:
+            call("readme", [str(path)])
+        assert exit.value.code == 2
+        assert f"argument record: expected what `dynconv bench --json` wrote, got '{path}'" in capsys.readouterr().err
+    assert (ROOT / "README.md").read_text() == readme
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
+def test_who_is_stopped_while_it_writes_leaves_the_file_before(tmp_path, error):
+    target = tmp_path / "made" / "file"
+
+    def stop():
+        with replacing(target) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        stop()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "made"]
+    with replacing(target) as partial:
+        partial.write_text("whole")
+    with pytest.raises(error):
+        stop()
+    assert list(target.parent.iterdir()) == [target] and target.read_text() == "whole"
+
+
+def test_a_missing_extra_is_one_line():
+    with pytest.raises(SystemExit, match=r"^dynconv: no_such_module is missing; .*pip install dynconv\[bench\]$"):
+        extra("no_such_module")
 
 
 def test_gpu_script_survives_failing_parts(monkeypatch, tmp_path, capsys):
@@ -939,8 +1053,8 @@ def test_bench_keeps_what_it_has_when_it_is_stopped(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "measure", stopped)
     command = ["bench", "--shapes", "tiny", "--density", "0.5", "--repeats", "1", "--seconds", "0"]
-    with pytest.raises(KeyboardInterrupt):
-        main([*command, "--json", str(results)])
+    assert main([*command, "--json", str(results)]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     record = json.loads(results.read_text())
     assert {row["layer"] for row in record["rows"]} == {"6x5 16->16 3x3"}
     assert record["ceilings"]["name"] == "tiny"

@@ -1,4 +1,4 @@
-"""What `python -m dynconv` runs: verify, bench, roofline and demo.
+"""What `python -m dynconv` runs: verify, bench, roofline, demo and warmup.
 
 Nothing of the package imports this. Tables, plots and the photo need the extra `bench`; each command loads what
 it uses when it runs.
@@ -6,7 +6,11 @@ it uses when it runs.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -16,6 +20,27 @@ def extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise SystemExit(f"dynconv: {error.name} is missing; get it with: pip install dynconv[bench]") from None
+
+
+class _Lines(logging.Handler):
+    """Each message as a line of stderr, which rich's progress bars know how to move out of the way of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Say on stderr what is compiled, which takes seconds."""
+    log, lines = logging.getLogger("dynconv"), _Lines(logging.INFO)
+    before = log.level
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(before)
 
 
 def console(stderr: bool = False):

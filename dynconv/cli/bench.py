@@ -20,7 +20,7 @@ import dynconv
 from .._timing import CPU_SAMPLE, MOST_CALLS, Timing, input_sets, keep_freed_memory, take_turns
 from ..roofline import Device
 from ..roofline import measure as measure_ceilings
-from . import console, extra, table
+from . import console, extra, options, table
 from .blocks import BlockBench, BlockCheck, PoseBench
 from .bounds import Verdict, arithmetic, judge, worst_of
 from .environment import environment, write_json
@@ -440,14 +440,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--density",
         nargs="+",
-        type=density_argument,
+        type=options.density,
         default=DENSITIES,
         metavar="D",
         help="of layers without published ones",
     )
     parser.add_argument("--masks", choices=tuple(MASKS), default="blob")
     parser.add_argument(
-        "--batch", type=_positive, help="of layers without a published one; cpu 4, cuda 128; of dynamic width 8, 64"
+        "--batch",
+        type=options.positive,
+        help="of layers without a published one; cpu 4, cuda 128; of dynamic width 8, 64",
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument(
@@ -456,64 +458,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--automatic", action="store_true", help="calibrate each layer first, then let calls choose dense or sparse"
     )
-    parser.add_argument("--repeats", type=_positive, default=25, help="samples of each call at most")
+    parser.add_argument("--repeats", type=options.positive, default=25, help="samples of each call at most")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="after which a row stops sampling; 5 samples at least"
+        "--seconds", type=options.seconds, default=0.5, help="after which a row stops sampling; 5 samples at least"
     )
     parser.add_argument(
         "--limit",
-        type=float,
+        type=options.limit,
         default=math.inf,
         metavar="SECONDS",
         help="after which no layer begins; the rest is named",
     )
     parser.add_argument("--quick", action="store_true", help="about a minute: fewer shapes, densities and samples")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE", help="time against density, as a picture; of filters alone: bars")
-    parser.add_argument("--scaling", metavar="FILE", help="also time and memory against the active sites, as a picture")
+    parser.add_argument("--json", type=options.output_file(), metavar="FILE")
+    picture = {"type": options.output_file(*options.PICTURES), "metavar": "FILE"}
+    parser.add_argument("--plot", **picture, help="time against density, as a picture; of filters alone: bars")
+    parser.add_argument("--scaling", **picture, help="also time and memory against the active sites, as a picture")
 
 
-def density_argument(text: str) -> float:
-    """A density from the command line."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a density above 0 and at most 1, got {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse a device that is not here, and filters that leave nothing to measure."""
+    options.check_device(parser, arguments.device)
+    families, layers, filters = _chosen(arguments)
+    has_mode = any(modes_of(layer, arguments.modes) for layer in (*layers, *filters))
+    if not has_mode and not _has_pose(families, arguments):
+        parser.error(options.nothing_left(arguments))
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, print, write; 1 if a result was wrong."""
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        console(stderr=True).print("dynconv bench: --device cuda, but PyTorch finds no CUDA device here")
-        return 1
     if arguments.plot or arguments.scaling:
         extra("matplotlib")  # now, not after minutes of measuring
     if arguments.quick:
-        shapes = QUICK_SHAPES if arguments.shapes == ("all",) else arguments.shapes
         densities = QUICK_DENSITIES if arguments.density == DENSITIES else arguments.density
         repeats, seconds = min(arguments.repeats, 5), min(arguments.seconds, 0.2)
     else:
-        shapes, densities = arguments.shapes, arguments.density
+        densities = arguments.density
         repeats, seconds = arguments.repeats, arguments.seconds
     keeps_memory = keep_freed_memory()
-    families = [name for name in (*LAYERS, *FILTERS) if name != "tiny"] if "all" in shapes else shapes
-    layers, filters = (
-        [
-            layer
-            for family in families
-            for layer in published.get(family, ())
-            if not arguments.layers or arguments.layers in layer.name
-        ]
-        for published in (LAYERS, FILTERS)
-    )
-    filters = [layer for layer in filters if layer.on_cpu or arguments.device == "cuda"]
+    families, layers, filters = _chosen(arguments)
     # Dense gets cuDNN's fastest algorithm.
     torch.backends.cudnn.benchmark = True
     begin = time.perf_counter()
@@ -569,8 +552,7 @@ def main(arguments: argparse.Namespace) -> int:
                 rows.append(row)
                 bar.advance(task, _cost(layer) / len(arguments.modes))
             save()
-        whole_network = "dynconv-pose" in families and "plain" in arguments.modes and not (arguments.quick or left_out)
-        if whole_network and (not arguments.layers or arguments.layers in PoseBench.name):
+        if _has_pose(families, arguments) and not left_out:
             bar.update(task, description=f"dynconv-pose {PoseBench.name}")
             dtype = getattr(torch, arguments.dtype)
             rows.append(
@@ -612,6 +594,28 @@ def main(arguments: argparse.Namespace) -> int:
         dtype = getattr(torch, arguments.dtype)
         save(**closing, scaling=run_scaling(arguments.device, dtype, ceilings, arguments.scaling))
     return 1 if any(row.failure for row in [*rows, *filter_rows]) else 0
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[Sequence[str], list, list]:
+    """The families, layers and filters that the options leave."""
+    shapes = QUICK_SHAPES if arguments.quick and arguments.shapes == ("all",) else arguments.shapes
+    families = [name for name in (*LAYERS, *FILTERS) if name != "tiny"] if "all" in shapes else shapes
+    layers, filters = (
+        [
+            layer
+            for family in families
+            for layer in published.get(family, ())
+            if not arguments.layers or arguments.layers in layer.name
+        ]
+        for published in (LAYERS, FILTERS)
+    )
+    return families, layers, [layer for layer in filters if layer.on_cpu or arguments.device == "cuda"]
+
+
+def _has_pose(families: Sequence[str], arguments: argparse.Namespace) -> bool:
+    """Whether the pose network as a whole is among what is measured."""
+    is_named = not arguments.layers or arguments.layers in PoseBench.name
+    return "dynconv-pose" in families and "plain" in arguments.modes and not arguments.quick and is_named
 
 
 def _cost(layer: Layer | Block | Width) -> float:

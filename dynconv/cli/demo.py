@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynconv
 from dynconv.nn import MaskedBottleneck
 
-from . import console, digits, extra, photos, table
+from . import console, digits, extra, options, photos, table
 from .blocks import bounded_block, dense_block, folded_layers
 from .bounds import Arithmetic, judge
 from .layers import patch, reached
@@ -515,17 +515,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scene", choices=(*SCENES, "all"), default="all")
     parser.add_argument("--photo", choices=("china", "flower"), default="china")
     parser.add_argument(
-        "--density", type=_share, default=0.25, help="attend, ponder: the share of the photo to compute"
+        "--density", type=options.share, default=0.25, help="attend, ponder: the share of the photo to compute"
     )
-    parser.add_argument("--edited", type=_share, default=0.05, help="edit: the share of the photo that changes")
-    parser.add_argument("--out", metavar="DIR", default="dynconv-demo", help="for the pictures and figures")
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text}")
-    return value
+    parser.add_argument("--edited", type=options.share, default=0.05, help="edit: the share of the photo that changes")
+    parser.add_argument(
+        "--out", type=options.output_folder, metavar="DIR", default="dynconv-demo", help="for the pictures and figures"
+    )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -10,6 +11,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -67,13 +69,28 @@ def _commit() -> str | None:
         return None
 
 
-def write_json(path: str, content: dict) -> None:
+def write_json(path: str | Path, content: dict) -> None:
     """Write a record, with the folders above it."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def partial_of(target: Path) -> Path:
+    """Where a file is while it is written."""
+    return target.with_name(target.name + ".part")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when all is written; who is stopped leaves the file before."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".part")
-    partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    partial.replace(target)  # whoever is stopped while it writes leaves the file before
+    partial = partial_of(target)
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _finite(content):

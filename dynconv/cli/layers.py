@@ -317,9 +317,9 @@ POSE_DENSITIES = tuple(
 )  # fmt: skip
 
 
-def modes_of(layer: Layer | Block | Width, modes: Sequence[str]) -> list[str]:
+def modes_of(layer: Layer | Block | Width | Filter, modes: Sequence[str]) -> list[str]:
     """Those of some modes in which a layer is measured."""
-    if isinstance(layer, Width):
+    if isinstance(layer, (Width, Filter)):
         return [mode for mode in modes if mode != "in-place"]
     return [mode for mode in modes if not (layer.inference and mode == "backward")]
 

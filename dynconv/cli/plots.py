@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import extra
 from .bench import Row, crossover, curves
+from .environment import replacing
 from .filters import FilterRow
 
 
@@ -21,10 +22,10 @@ def pyplot():
     return made
 
 
-def save(figure, path: str) -> None:
+def save(figure, path: str | Path) -> None:
     """At 150 dots an inch, with the folders above it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    with replacing(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:].lower(), dpi=150, bbox_inches="tight", facecolor="white")
     pyplot().close(figure)
 
 

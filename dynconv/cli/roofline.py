@@ -11,8 +11,8 @@ from dataclasses import asdict
 import torch
 
 from ..roofline import DATA_SHEETS, Device, measure
-from . import console, table
-from .bench import BATCH, DENSITIES, DTYPES, MODES, WIDTH_BATCH, density_argument
+from . import console, options, table
+from .bench import BATCH, DENSITIES, DTYPES, MODES, WIDTH_BATCH
 from .environment import environment, write_json
 from .floors import estimate
 from .layers import FILTERS, LAYERS, MASKS, Filter, Width, modes_of
@@ -25,19 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="*", choices=(*LAYERS, *FILTERS), default=["resnet50"])
     parser.add_argument("--layers", metavar="TEXT", help="only the layers whose name contains this, e.g. 3x3")
     parser.add_argument(
-        "--density", nargs="+", type=density_argument, default=DENSITIES, metavar="D",
+        "--density", nargs="+", type=options.density, default=DENSITIES, metavar="D",
         help="of layers without published ones",
     )  # fmt: skip
     parser.add_argument("--masks", choices=tuple(MASKS), default="blob")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=options.output_file(), metavar="FILE")
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse a device that is not here, and a filter that no layer passes."""
+    options.check_device(parser, arguments.device)
+    found = [layer for family in arguments.shapes for layer in _layers(family, arguments)]
+    if arguments.shapes and not any(modes_of(layer, arguments.modes) for layer in found):
+        parser.error(options.nothing_left(arguments))
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the ceilings and the floors; 1 where there is no such device."""
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        console(stderr=True).print("dynconv roofline: --device cuda, but PyTorch finds no CUDA device here")
-        return 1
+    """Print the ceilings and the floors."""
     dtype = getattr(torch, arguments.dtype)
     is_here = arguments.device in ("cpu", "cuda")
     # All types at once on a GPU, where it takes no time: this is what records them.
@@ -51,15 +56,18 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _layers(family: str, arguments: argparse.Namespace) -> list:
+    published = (*LAYERS.get(family, ()), *FILTERS.get(family, ()))
+    return [layer for layer in published if not arguments.layers or arguments.layers in layer.name]
+
+
 def _rows(family: str, arguments: argparse.Namespace, dtype: torch.dtype, on: Device) -> list[dict]:
     kind, rows = "cuda" if on.multiprocessors else "cpu", []
-    for layer in (*LAYERS.get(family, ()), *FILTERS.get(family, ())):
-        if arguments.layers and arguments.layers not in layer.name:
-            continue
+    for layer in _layers(family, arguments):
         named = {"family": layer.family, "layer": layer.name}
         if isinstance(layer, Filter):
             found = named | {"batch": layer.batch_on(kind), "density": 1.0}
-            for mode in (mode for mode in arguments.modes if mode != "in-place"):
+            for mode in modes_of(layer, arguments.modes):
                 made = estimate(layer, None, mode, found["batch"], dtype, on)
                 rows.append(found | {"mode": mode} | asdict(made))
             continue

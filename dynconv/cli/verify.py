@@ -14,7 +14,7 @@ from torch import Tensor
 import dynconv
 
 from .._geometry import Geometry
-from . import console, table
+from . import console, options, table
 from .bounds import Arithmetic, Verdict, arithmetic, judge
 from .chains import BlockTraining, EvalBlock, MaskedChain
 from .deform import Deformable
@@ -315,7 +315,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     few, all = (sum(len(cases) for _, cases in cases_of(quick)) for quick in (True, False))
     parser.add_argument("--quick", action="store_true", help=f"{few} cases of {all}")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of execution, forced in turn")
-    parser.add_argument("--json", metavar="FILE", help="write every row there")
+    parser.add_argument("--json", type=options.output_file(), metavar="FILE", help="write every row there")
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -170,5 +170,5 @@ def compiled(name: str, entry: Callable, signature, **options) -> CFunc:
             log.info("dynconv: compiling %s, once for %s", name, where)
         made.compile()
         if not is_here:
-            log.info("dynconv: compiled %s in %.1f s", name, time.perf_counter() - begin)
+            log.info("dynconv: %s took %.1f s", name, time.perf_counter() - begin)
     return made

@@ -1,0 +1,81 @@
+"""Compiling ahead of time: all that is needed, in this process or on disk for others."""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynconv
+from dynconv import _warmup
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_warmup_leaves_no_kernel_out():
+    from dynconv import cpu
+    from dynconv.cpu import _threads
+
+    told = []
+    dynconv.warmup(progress=lambda *piece: told.append(piece))
+    assert told == [(number, len(_warmup.OPS), f"{op} float32") for number, op in enumerate(_warmup.OPS)]
+    for module in pkgutil.iter_modules(cpu.__path__):
+        importlib.import_module(f"{cpu.__name__}.{module.name}")
+    ours = {name: dtypes for name, dtypes in _threads.KERNELS.items() if not name.startswith("test_")}
+    assert len(ours) > 30
+    assert [name for name, dtypes in ours.items() if torch.float32 not in dtypes] == []
+
+
+def test_warmup_runs_a_model_both_ways():
+    paths = []
+    input, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    mask = torch.rand(1, 1, 6, 6) < 0.5
+
+    def model():
+        with dynconv.explain() as explanation:
+            dynconv.masked_conv2d(input, weight, mask=mask, padding=1)
+        paths.extend(decision.path for decision in explanation.decisions)
+
+    dynconv.warmup(model)
+    assert paths == ["sparse", "dense"]
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"ops": ["conv"]}, "ops: expected some of masked_conv2d"),
+        ({"ops": "blocks"}, "ops: expected some of"),
+        ({"dtypes": [torch.int32]}, "dtypes: expected some of torch.float32"),
+        ({"dtypes": ["float32"]}, "dtypes: expected some of"),
+        ({"run": print, "ops": ["blocks"]}, "ops: expected None beside run"),
+    ],
+    ids=str,
+)
+def test_errors(options, named):
+    with pytest.raises(ValueError, match=named):
+        dynconv.warmup(**options)
+
+
+def test_what_the_command_compiled_no_process_compiles_again(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def process(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout, done.stderr
+
+    printed, told = process("-m", "dynconv", "warmup", "--ops", "gathered_linear", "--jobs", "1")
+    assert "1 of 1: gathered_linear float32" in printed and f"kept in {tmp_path / 'cache'}" in printed
+    assert told.count("compiling gathered_linear.") == len(list(tmp_path.rglob("gathered_linear.*.kernel"))) == 6
+    calls = """
+import logging, torch, dynconv
+logging.basicConfig(level=logging.INFO)
+input, weight = torch.randn(3, 40, requires_grad=True), torch.randn(24, 40, requires_grad=True)
+dynconv.gathered_linear(input, weight, torch.randn(24), in_mask=torch.rand(3, 40) < 0.5).sum().backward()
+"""
+    assert process("-c", calls) == ("", "")
