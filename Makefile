@@ -45,6 +45,7 @@ verify: $(STAMP) ## compare every op with its dense reference on this machine
 	$(RUN) -m dynconv verify $(ARGS)
 
 bench: $(STAMP) ## measure dense against dynconv, then run the demo; results in build/bench/
+	$(RUN) -m dynconv bench --networks all --json $(BENCH)/networks.json
 	$(RUN) -m dynconv bench --shapes $(SHAPES) --density 0.75 0.5 0.25 0.1 --json $(BENCH)/bench.json --plot $(BENCH)/bench.png \
 		--scaling $(BENCH)/scaling.png $(ARGS)
 	$(RUN) -m dynconv bench --shapes $(FILTERS) --json $(BENCH)/filters.json --plot $(BENCH)/filters.png

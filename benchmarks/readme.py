@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py benchmarks/results/<machine>/bench.json
 
-The record is what `python -m dynconv bench --json` wrote, and filters.json beside it that of the filters of pixels; the
-plots in the same folder are linked.
+The record is what `python -m dynconv bench --json` wrote; networks.json beside it is that of whole networks, shown
+first, and filters.json that of the filters of pixels. The plots in the same folder are linked.
 """
 
 from __future__ import annotations
@@ -58,6 +58,53 @@ def table(record: dict) -> list[str]:
     return lines
 
 
+NETWORKS = {
+    "resnet50": "ResNet-50",
+    "mobilenetv2": "MobileNetV2",
+    "regnety-800mf without se": "RegNetY-800MF without squeeze-and-excitation",
+}
+
+
+def networks(record: dict) -> list[str]:
+    """A line for each network, batch and density."""
+    lines = [
+        "| network, 224×224 | batch | density | dense | compiled | sparse | automatic | to dense | to compiled |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["networks"]:
+        if row["failure"]:
+            continue
+        dense, compiled, sparse, automatic = (row[way] for way in ("dense", "compiled", "sparse", "automatic"))
+        cells = [
+            "" if timing is None else f"{timing['median']:.1f} ms" for timing in (dense, compiled, sparse, automatic)
+        ]
+        cells.append(f"{row['ratio']:.2f}×")
+        cells.append("" if compiled is None else f"{compiled['median'] / automatic['median']:.2f}×")
+        lines.append(f"| {NETWORKS[row['network']]} | {row['batch']} | {row['asked']:.2g} | {' | '.join(cells)} |")
+    return lines
+
+
+def network_section(path: Path, folder: str) -> list[str]:
+    """The text for networks.json, where there is one."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    machine, bar = record["environment"], record["summary"]["networks"]
+    return [
+        "Whole networks in inference, every layer once in a forward pass, as they are used: milliseconds of a pass on",
+        f"**{machine['cpu']}, {machine['threads']} threads**, the median of passes that take turns. Each block has a "
+        "mask of its own",
+        "at that density, and finding its pixels is in the time. Dense is eager, in channels_last with normalisation",
+        "folded in and activations in place; compiled is the same by `torch.compile` with frozen parameters;",
+        '`execution("automatic")` is calibrated. Stem, classifier and the blocks of MobileNetV2 without a shortcut are',
+        f"dense on every side. Of {bar['rows']} blocks and layers within these passes {bar['below']} are below "
+        f"{bar['bar']} ([all of them]({folder}/networks.json)).",
+        "",
+        *networks(record),
+        "",
+    ]
+
+
 # family -> title, and the usual idiom
 FILTERS = {
     "involution": ("involution, RedNet-50's stages, 7×7, 16 channels a group", "unfold"),
@@ -107,6 +154,7 @@ def section(path: Path) -> str:
     device = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['threads']} threads"
     return "\n".join(
         [
+            *network_section(path.with_name("networks.json"), folder),
             f"Times faster than PyTorch's dense channels_last convolutions on **{device}** "
             f"({machine.get('cpu_features') or 'GPU'}), {record['dtype']}, PyTorch {machine['torch']}, "
             f"{record['masks']} masks: geometric means of medians, in brackets the share of what the products allow.",

@@ -28,6 +28,16 @@ from .filters import FilterRow, measure_filters, print_filters, summarise_filter
 from .floors import Estimate, estimate, together
 from .gathered import WidthBench, WidthCheck
 from .layers import FILTERS, LAYERS, MASKS, POSE_DENSITIES, Block, Filter, Layer, Width, modes_of
+from .networks import (
+    BATCHES,
+    NETWORKS,
+    LayerRow,
+    NetworkRow,
+    measure_network,
+    print_networks,
+    summarise_networks,
+)
+from .networks import DENSITIES as NETWORK_DENSITIES
 
 MODES = ("plain", "in-place", "backward")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -436,6 +446,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=("all",),
         help="published layers; tiny: a few of no network, not in all",
     )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=(*NETWORKS, "all", "none"),
+        help="whole networks, in float32 on the CPU; by default all with --shapes all, none with others; named without "
+        "--shapes: these alone",
+    )
     parser.add_argument("--layers", metavar="TEXT", help="only the layers whose name contains this, e.g. 3x3")
     parser.add_argument(
         "--density",
@@ -479,9 +496,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse a device that is not here, and filters that leave nothing to measure."""
     options.check_device(parser, arguments.device)
-    families, layers, filters = _chosen(arguments)
+    networks, (families, layers, filters) = _networks(arguments), _chosen(arguments)
+    if networks and (arguments.device, arguments.dtype) != ("cpu", "float32"):
+        parser.error("argument --networks: expected --device cpu and --dtype float32, in which they are measured")
     has_mode = any(modes_of(layer, arguments.modes) for layer in (*layers, *filters))
-    if not has_mode and not _has_pose(families, arguments):
+    if not has_mode and not networks and not _has_pose(families, arguments):
         parser.error(options.nothing_left(arguments))
 
 
@@ -496,6 +515,7 @@ def main(arguments: argparse.Namespace) -> int:
         densities = arguments.density
         repeats, seconds = arguments.repeats, arguments.seconds
     keeps_memory = keep_freed_memory()
+    networks = _networks(arguments)
     families, layers, filters = _chosen(arguments)
     # Dense gets cuDNN's fastest algorithm.
     torch.backends.cudnn.benchmark = True
@@ -512,16 +532,21 @@ def main(arguments: argparse.Namespace) -> int:
     }
     rows: list[Row] = []
     filter_rows: list[FilterRow] = []
+    network_rows: list[NetworkRow] = []
+    network_layers: list[LayerRow] = []
     left_out: list[str] = []
 
-    def is_late(layer) -> bool:
+    def is_late(name: str) -> bool:
         if time.perf_counter() - begin > arguments.limit:
-            left_out.append(f"{layer.family} {layer.name}")
+            left_out.append(name)
         return bool(left_out)
 
     def save(**more) -> None:
         """After each layer as well: what is known survives a run that is stopped."""
-        found = {"rows": [row.record() for row in rows], "filters": [row.record() for row in filter_rows]}
+        kinds = {
+            "networks": network_rows, "network_layers": network_layers, "rows": rows, "filters": filter_rows,
+        }  # fmt: skip
+        found = {kind: [row.record() for row in found] for kind, found in kinds.items()}
         if arguments.json:
             write_json(arguments.json, record | found | {"left_out": left_out} | more)
 
@@ -536,9 +561,22 @@ def main(arguments: argparse.Namespace) -> int:
         ) as bar,
     ):
         total = sum(_cost(layer) * len(layer.densities or densities) for layer in layers)
-        task = bar.add_task("bench", total=total + sum(map(_filter_cost, filters)))
+        runs = [(name, batch) for name in networks for batch in _batches(arguments)]
+        task = bar.add_task("bench", total=total + sum(map(_filter_cost, filters)) + _NETWORK_COST * len(runs))
+        for name, batch in runs:
+            if is_late(f"{name} batch {batch}"):
+                continue
+            bar.update(task, description=f"{name} batch {batch}")
+            of_network, of_layers = measure_network(
+                name, batch, NETWORK_DENSITIES if densities == DENSITIES else densities, masks=arguments.masks,
+                repeats=repeats, seconds=seconds * _NETWORK_COST, calibration_seconds=min(0.03, seconds),
+            )  # fmt: skip
+            network_rows += of_network
+            network_layers += of_layers
+            bar.advance(task, _NETWORK_COST)
+            save()
         for layer in layers:
-            if is_late(layer):
+            if is_late(f"{layer.family} {layer.name}"):
                 continue
             bar.update(task, description=f"{layer.family} {layer.name}")
             usual = WIDTH_BATCH if isinstance(layer, Width) else BATCH
@@ -561,7 +599,7 @@ def main(arguments: argparse.Namespace) -> int:
                 )
             )
         for layer in filters:
-            if is_late(layer):
+            if is_late(f"{layer.family} {layer.name}"):
                 continue
             bar.update(task, description=f"{layer.family} {layer.name}")
             filter_rows += measure_filters(
@@ -571,11 +609,14 @@ def main(arguments: argparse.Namespace) -> int:
             bar.advance(task, _filter_cost(layer))
             save()
     summary = summarise(rows) | {"means_filters": summarise_filters(filter_rows)}
+    if network_rows:
+        summary["networks"] = summarise_networks(network_layers)
+        print_networks(network_rows, network_layers, summary["networks"])
     if rows:
         _print(rows, summary, arguments)
     if filter_rows:
         print_filters(filter_rows, summary["means_filters"], ceilings)
-    _print_closing([*rows, *filter_rows], arguments, record["environment"], ceilings)
+    _print_closing([*network_rows, *rows, *filter_rows], arguments, record["environment"], ceilings)
     if left_out:
         console().print(f"no time for {len(left_out)} layers: {', '.join(left_out)}", style="yellow")
     closing = {"elapsed_s": round(time.perf_counter() - begin, 1), "summary": summary}
@@ -593,12 +634,32 @@ def main(arguments: argparse.Namespace) -> int:
 
         dtype = getattr(torch, arguments.dtype)
         save(**closing, scaling=run_scaling(arguments.device, dtype, ceilings, arguments.scaling))
-    return 1 if any(row.failure for row in [*rows, *filter_rows]) else 0
+    return 1 if any(row.failure for row in [*network_rows, *rows, *filter_rows]) else 0
+
+
+# A network's time in rows of layers, for the progress bar and the time it may take.
+_NETWORK_COST = 16
+
+
+def _networks(arguments: argparse.Namespace) -> list[str]:
+    """The networks to measure."""
+    named = arguments.networks
+    if named is None:
+        is_default = arguments.shapes == ("all",) and not arguments.quick and not arguments.layers
+        named = ["all"] if is_default and arguments.device == "cpu" and arguments.dtype == "float32" else []
+    return [name for name in NETWORKS if name in named or ("all" in named and name != "tiny")]
+
+
+def _batches(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """Of networks."""
+    return (arguments.batch,) if arguments.batch else BATCHES[:1] if arguments.quick else BATCHES
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[Sequence[str], list, list]:
     """The families, layers and filters that the options leave."""
     shapes = QUICK_SHAPES if arguments.quick and arguments.shapes == ("all",) else arguments.shapes
+    if arguments.shapes == ("all",) and arguments.networks and _networks(arguments):
+        shapes = ()  # networks alone
     families = [name for name in (*LAYERS, *FILTERS) if name != "tiny"] if "all" in shapes else shapes
     layers, filters = (
         [
@@ -701,7 +762,7 @@ def _print(rows: Sequence[Row], summary: dict, arguments: argparse.Namespace) ->
 
 
 def _print_closing(
-    rows: Sequence[Row | FilterRow], arguments: argparse.Namespace, machine: dict, ceilings: Device
+    rows: Sequence[Row | FilterRow | NetworkRow], arguments: argparse.Namespace, machine: dict, ceilings: Device
 ) -> None:
     """Where and how it was measured, and what went wrong."""
     out = console()
@@ -728,8 +789,12 @@ def _print_closing(
         )
     for row in rows:
         if row.failure:
-            density = f" at {row.density:.3f}" if isinstance(row, Row) else ""
-            out.print(f"FAILED {row.family} {row.layer} {row.mode}{density}: {row.failure}", style="red", markup=False)
+            if isinstance(row, NetworkRow):
+                what = f"{row.network} batch {row.batch} at {row.density:.3f}"
+            else:
+                density = f" at {row.density:.3f}" if isinstance(row, Row) else ""
+                what = f"{row.family} {row.layer} {row.mode}{density}"
+            out.print(f"FAILED {what}: {row.failure}", style="red", markup=False)
 
 
 CAPTIONS = {
