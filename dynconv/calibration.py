@@ -29,12 +29,13 @@ from torch import Tensor
 
 from ._folders import user_cache
 from ._masks import blob_mask
-from ._timing import cpu_model, take_turns
+from ._timing import LEAST_SAMPLES, Timing, cpu_model, take_turns
 from ._version import __version__
 from .sites import ActiveSites
 
 MODES = ("automatic", "sparse", "dense")
 DENSITIES = (0.05, 0.25, 0.5, 0.75, 1.0)
+_SAMPLES = 15  # of each way of a call at most
 
 
 def _checked(mode: str) -> str:
@@ -401,6 +402,8 @@ def calibrate(
 
     `run` is called once, for example `lambda: model(image)`, with a training step in it where that is to be
     calibrated; each of its calls that has a dense way is then timed both ways, on its own operands with masks of blobs.
+    On the CPU that is done in passes over all of them, each call once a pass, as in a network: in a loop by itself a
+    call finds more in the cache.
     Times of earlier calibrations are kept, but for calls measured anew.
 
     Args:
@@ -408,7 +411,7 @@ def calibrate(
         densities: at which to measure, above 0 and at most 1: numbers, or one.
         seconds: for each call and density, roughly.
         store: also write `calibration_file()`, for other processes; this one knows at once either way.
-        progress: told the number of calls measured, of all, and the next one's description.
+        progress: told the number of densities measured, of all, and what comes next.
 
     Returns:
         The crossover density of each call: the one from which on the dense way is faster, None where it never is.
@@ -430,10 +433,8 @@ def calibrate(
     if _tables is None or store:
         _tables = _merged(_read(), _tables or {})
     crossovers = {}
-    for number, (key, call) in enumerate(recorded.items()):
-        if progress is not None:
-            progress(number, len(recorded), call.name())
-        times = _measured(call, densities, seconds)
+    found = _measured(list(recorded.values()), densities, seconds, progress)
+    for (key, call), times in zip(recorded.items(), found, strict=True):
         _tables.setdefault(machine(call.device), {})[key] = times
         crossovers[times.name] = times.crossover
     _version += 1
@@ -477,21 +478,55 @@ def forget() -> None:
     _known.clear()
 
 
-def _measured(call: Call, densities: Sequence[float], seconds: float) -> Times:
-    sparse, dense = [], []
-    device = call.device.type
+def _measured(calls: list[Call], densities: Sequence[float], seconds: float, progress) -> list[Times]:
+    sparse, dense, reached = ([[] for _ in calls] for _ in range(3))
     with torch.no_grad():
-        for density in densities:
+        for number, density in enumerate(densities):
+            if progress is not None:
+                progress(number, len(densities), f"{len(calls)} calls at density {density:g}")
+            for i, (times, share) in enumerate(_measured_at(calls, density, seconds)):
+                sparse[i].append(round(times["sparse"].median, 6))
+                dense[i].append(round(times["dense"].median, 6))
+                reached[i].append(round(share, 6))
+    return [Times(call.name(), *of) for call, *of in zip(calls, reached, sparse, dense, strict=True)]
+
+
+def _measured_at(calls: list[Call], density: float, seconds: float) -> Iterator[tuple[dict[str, Timing], float]]:
+    """The times of both ways of each call, and the density that its masks reach.
+
+    On the CPU in passes over all calls, as in a network, where each layer runs once and finds neither Python's code nor
+    its own weights in the cache. On the GPU, whose times are those of a full queue, call by call.
+    """
+    if calls[0].device.type != "cpu":
+        for call in calls:
             at = call.at(density)
             ways = {"sparse": lambda _, at=at: at.sparse(), "dense": lambda _, at=at: at.dense()}
-            timings = take_turns(ways, device, 15, seconds)
-            sparse.append(round(timings["sparse"].median, 6))
-            dense.append(round(timings["dense"].median, 6))
-    return Times(call.name(), list(densities), sparse, dense)
+            yield take_turns(ways, at.device.type, _SAMPLES, seconds), at.kept() / at.work
+        return
+    samples = [{"sparse": [], "dense": []} for _ in calls]
+    end = time.perf_counter() + seconds * len(calls)
+    for turn in range(-2, 2 * _SAMPLES):
+        for i, call in enumerate(calls):
+            at = call.at(density)  # anew: what a mask costs is in the time, and the input has just been written
+            way = ("sparse", "dense")[(turn + i) % 2]
+            run = at.sparse if way == "sparse" else at.dense
+            begin = time.perf_counter()
+            run()
+            if turn >= 0:  # the first two warm up
+                samples[i][way].append((time.perf_counter() - begin) * 1e3)
+        if turn + 1 >= 2 * LEAST_SAMPLES and time.perf_counter() > end:
+            break
+    for call, ways in zip(calls, samples, strict=True):
+        at = call.at(density)
+        yield {way: Timing.of(taken) for way, taken in ways.items()}, at.kept() / at.work
 
 
 def sites_at(density: float, like: Tensor) -> ActiveSites:
     """Sites for a bool mask of the shape of `like` [N, 1, H, W], about that share of them active, in blobs."""
     samples, _, height, width = like.shape
-    mask = blob_mask(samples, height, width, density, torch.Generator().manual_seed(0))
-    return ActiveSites._of(mask.to(like.device))
+    return ActiveSites._of(_mask_at(samples, height, width, density, like.device))
+
+
+@functools.lru_cache(256)
+def _mask_at(samples: int, height: int, width: int, density: float, device: torch.device) -> Tensor:
+    return blob_mask(samples, height, width, density, torch.Generator().manual_seed(0)).to(device)

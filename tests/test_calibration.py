@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import dynconv
-from dynconv import _timing, calibration
+from dynconv import calibration
 from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
 from dynconv.ops import masked_conv
 
@@ -181,7 +181,7 @@ def _calibrated(monkeypatch, sparse, dense):
     monkeypatch.setattr(
         calibration,
         "_measured",
-        lambda call, densities, seconds: calibration.Times(call.name(), [0.1, 1.0], sparse, dense),
+        lambda calls, *_: [calibration.Times(call.name(), [0.1, 1.0], sparse, dense) for call in calls],
     )
     input, weight = torch.randn(1, 4, 10, 10), torch.randn(4, 4, 3, 3)
 
@@ -240,7 +240,7 @@ def test_calibrations_add_up(monkeypatch, own_file):
 
 def test_calibrate_measures(own_file, monkeypatch):
     # In CPU time, and the best of three: other work on the machine slows some measurements down, but not all.
-    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=time.process_time))
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=time.process_time))
     input, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3, requires_grad=True)
 
     def step():
@@ -254,11 +254,10 @@ def test_calibrate_measures(own_file, monkeypatch):
             dynconv.calibrate(
                 step, densities=(0.01, 1.0), seconds=0.01, progress=lambda *args, told=told: told.append(args)
             )
-        assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2)]
-        assert told[1][2] == "conv 64x64 64->64 3x3, batch 1, float32, gradients of weight"
+        assert told == [(0, 2, "2 calls at density 0.01"), (1, 2, "2 calls at density 1")]
         (entries,) = json.loads(own_file.read_text()).values()
         for entry in entries:
-            assert entry["densities"] == [0.01, 1.0]
+            assert entry["densities"] == [round(41 / 64**2, 6), 1.0]
             assert min(entry["sparse_ms"] + entry["dense_ms"]) > 0
         ratios.append([entry["sparse_ms"][1] / entry["sparse_ms"][0] for entry in entries])
     # A hundred times the sites: were the masks not what they are called, this would be about 1.

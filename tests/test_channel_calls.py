@@ -218,7 +218,7 @@ def automatic_calls():
 def test_the_calibration_decides_by_the_share_of_the_products(name, monkeypatch, own_file):
     call = automatic_calls()[name]
     given = calibration.Times("", [0.1, 1.0], [1.0, 10.0], [5.5, 5.5])  # the crossover is at 0.55 of the products
-    monkeypatch.setattr(calibration, "_measured", lambda call, *rest: given)
+    monkeypatch.setattr(calibration, "_measured", lambda calls, *rest: [given] * len(calls))
 
     def decision(share):
         with dynconv.backend("cpu"), torch.no_grad(), dynconv.explain() as explanation:
@@ -286,7 +286,7 @@ def test_the_bitwise_product_is_where(dtype):
 
 def test_a_compiled_graph_decides_when_it_runs(monkeypatch):
     given = calibration.Times("", [0.1, 1.0], [1.0, 10.0], [5.5, 5.5])
-    monkeypatch.setattr(calibration, "_measured", lambda call, *rest: given)
+    monkeypatch.setattr(calibration, "_measured", lambda calls, *rest: [given] * len(calls))
     x, weight = torch.randn(4, 32, 6, 6), torch.randn(32, 32, 1, 1)
     call = lambda mask: gathered_conv2d(x, weight, out_mask=mask)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

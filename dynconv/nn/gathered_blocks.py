@@ -261,7 +261,8 @@ class _BlockCall:
             sites = calibration.sites_at(share, self.sites.mask)
             sites.gate = None if self.sites.gate is None else sites.mask.to(self.sites.gate.dtype)
         others = (self.used, self.sizes, self.geometries)
-        return _BlockCall(self.block, self.input, self.folded, channels, self.is_chosen, sites, *others)
+        input = self.input.clone(memory_format=torch.preserve_format)  # as from the layer before
+        return _BlockCall(self.block, input, self.folded, channels, self.is_chosen, sites, *others)
 
 
 class GatheredBasicBlock(BasicBlock, GatheredBlock):

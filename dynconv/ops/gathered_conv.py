@@ -320,7 +320,9 @@ class _Forward(_Call):
         sets = self._sets_at(density)
         if gate is not None:
             gate = sets[1].keep(torch.ones_like(gate), 1)
-        return _Forward(self.operands, sets, (gate, *others), self.geometry)
+        input, *parameters = self.operands
+        operands = (input.clone(memory_format=torch.preserve_format), *parameters)  # as from the layer before
+        return _Forward(operands, sets, (gate, *others), self.geometry)
 
 
 class _Backward(_Call):

@@ -115,7 +115,7 @@ class _Forward(_Call):
         return self.outs.keep(F.linear(self.ins.keep(self.input, 2), self.weight, self.bias), 2)
 
     def at(self, density: float) -> _Forward:
-        return _Forward(self.input, self.weight, self.bias, *self._sets_at(density))
+        return _Forward(self.input.clone(), self.weight, self.bias, *self._sets_at(density))
 
 
 class _Backward(_Call):

@@ -234,6 +234,7 @@ class _Call(calibration.SiteCall):
             has_all = len(shared) > 1 or backend != "cpu"
             shared = _shared_tables(sites, tuple(input.shape[2:]), None, geometry, backend, has_all)
         gate = None if gate is None else sites.mask.to(gate.dtype)
+        input = input.clone(memory_format=torch.preserve_format)  # as from the layer before
         return input, weight, bias, sites, shared, source, gate
 
 
