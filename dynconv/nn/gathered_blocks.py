@@ -179,8 +179,13 @@ class _BlockCall:
 
     @property
     def has_choice(self) -> bool:
-        """F.conv2d pads both sides alike. Half types it would round twice, before the shortcut."""
-        return self.input.element_size() > 2 and all(g.padding == g.padding_end for g in self.geometries)
+        """F.conv2d pads both sides alike. Half types it would round twice, before the shortcut.
+
+        A branch that ends in an activation of its own is merged behind it by the sparse way alone.
+        """
+        if self.input.element_size() == 2 or self.block._activates_branch:
+            return False
+        return all(g.padding == g.padding_end for g in self.geometries)
 
     @property
     def _products(self) -> list[int]:
@@ -212,7 +217,11 @@ class _BlockCall:
             layers.append(f"{list(weight.shape)} {where} {stage.activation}")
         chosen = [f"{c.granularity} {c.gate is not None}" if is_chosen else "" for c, is_chosen in self._chosen()]
         shape = (self.used, str(self.input.dtype), *self.input.shape)
-        shortcut = (self.block.shortcut is None, self.block.shortcut == "identity", self.block.activation)
+        shortcut = (
+            self.block.shortcut_path is None,
+            self.block.shortcut_path == "identity",
+            self.block.last_activation,
+        )
         masked = (self.sites is not None, self.sites is not None and self.sites.gate is not None)
         return "gathered block", *shape, "; ".join(layers), *shortcut, "; ".join(chosen), *masked
 
@@ -242,8 +251,8 @@ class _BlockCall:
                     value = Kept.of(channels, self.is_chosen[number]).keep(value, 1)
                     value = activate_(value, stage.activation)
             block = self.block
-            shortcut = None if block.shortcut is None else block._dense_shortcut(self.input)
-            activation = stage.activation if shortcut is None else block.activation
+            shortcut = None if block.shortcut_path is None else block._dense_shortcut(self.input)
+            activation = stage.activation if shortcut is None else block.last_activation
             if self.sites is not None:
                 gate = gate_of(self.sites, value.dtype)
                 return settle(value, self.sites, gate, shortcut, shortcut, activation, None)
