@@ -178,7 +178,7 @@ def block_case(name, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "downsampling"])
 def test_blocks_have_a_dense_way(name, masks):
     block, input = block_case(name)
-    widths = [block.get_submodule(stage.conv).out_channels for stage in block.stages[:-1]]
+    widths = [block._submodule(stage.conv).out_channels for stage in block.stages[:-1]]
     channels = [some(3, width, seed) for seed, width in enumerate(widths)]
     channels = [c * torch.rand(c.shape) for c in channels] if "gates" in masks else channels
     channels = [channels[0], *[None] * (len(channels) - 1)] if masks == "first" else channels

@@ -50,7 +50,7 @@ def test_networks_are_the_published_ones(name):
     network = make(name)
     blocks, shortcuts, millions = PUBLISHED[name]
     assert len(network.blocks) == blocks
-    assert sum(block.shortcut is not None for block in network.blocks) == shortcuts
+    assert sum(block.shortcut_path is not None for block in network.blocks) == shortcuts
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
     with torch.no_grad():
         output = network(torch.randn(1, 3, 64, 64))

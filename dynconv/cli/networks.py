@@ -18,7 +18,7 @@ import dynconv
 
 from .._timing import LEAST_SAMPLES, Timing
 from ..nn.blocks import MaskedBlock
-from ..nn.residual import Stage
+from ..nn.recognition import Chain, Stage
 from ..ops._common import activate_
 from . import console, table
 from .bounds import Arithmetic, BoundedChain, Link, Verdict, arithmetic, judge, worst_of
@@ -36,7 +36,8 @@ class Block(MaskedBlock):
 
     def __init__(self, convolutions: Sequence[nn.Conv2d], activations, shortcut: str | nn.Conv2d | None, last) -> None:
         path = "downsample" if isinstance(shortcut, nn.Conv2d) else shortcut
-        super().__init__([Stage(f"conv{i}", None, a) for i, a in enumerate(activations)], path, last, "active")
+        stages = tuple(Stage(f"conv{i}", None, activation) for i, activation in enumerate(activations))
+        super().__init__(Chain(stages, path, last), "active")
         for number, conv in enumerate(convolutions):
             self.add_module(f"conv{number}", conv)
         if path == "downsample":
@@ -53,9 +54,9 @@ class Block(MaskedBlock):
         value = input
         for stage in self.stages:
             value = activate_(self._submodule(stage.conv)(value), stage.activation)
-        if self.shortcut is None:
+        if self.shortcut_path is None:
             return value
-        return activate_(value.add_(self._dense_shortcut(input)), self.activation)
+        return activate_(value.add_(self._dense_shortcut(input)), self.last_activation)
 
 
 class Network(nn.Module):
@@ -240,12 +241,12 @@ def _links(block: Block, numbers: Sequence[int]) -> list[Link]:
 
 
 def _block_unit(block: Block, name: str) -> Unit:
-    if block.shortcut is None:  # DynConv leaves these dense: there is nothing to take in the place of what is skipped
+    if block.shortcut_path is None:  # DynConv leaves these dense: nothing takes the place of what is skipped
         return Unit(name, None, lambda value, _: (block.dense(value), None))
 
     def chain(value: Tensor, _, rules: Arithmetic) -> tuple:
         shortcut, links = block._dense_shortcut(value), _links(block, range(len(block.stages)))
-        return BoundedChain(rules, links, value, block.activation, shortcut=shortcut).output, shortcut
+        return BoundedChain(rules, links, value, block.last_activation, shortcut=shortcut).output, shortcut
 
     return Unit(
         name,
@@ -258,12 +259,12 @@ def _block_unit(block: Block, name: str) -> Unit:
 
 def _layer_units(block: Block, name: str) -> Iterator[Unit]:
     """The convolutions of a block, each masked by itself, for a network that is converted layer by layer."""
-    if block.shortcut is not None:
+    if block.shortcut_path is not None:
         yield Unit(f"{name} shortcut", None, lambda value, _: (value, block._dense_shortcut(value)))
     last = len(block.stages) - 1
     for number, (conv, stage) in enumerate(zip(block.convolutions, block.stages, strict=True)):
-        joins = number == last and block.shortcut is not None
-        activation = block.activation if joins else stage.activation
+        joins = number == last and block.shortcut_path is not None
+        activation = block.last_activation if joins else stage.activation
         layer = f"{conv.in_channels}->{conv.out_channels} {conv.kernel_size[0]}x{conv.kernel_size[1]}"
         if conv.groups > 1:
             layer = f"{conv.in_channels} {conv.kernel_size[0]}x{conv.kernel_size[1]} in {conv.groups} groups"
