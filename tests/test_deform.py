@@ -454,7 +454,7 @@ def test_other_derivatives_are_refused(op, normalization):
 BAD = {
     "input: expected a tensor, got int": dict(input=1),
     "input: expected a strided tensor, got torch.sparse_coo": dict(input=torch.ones(2, 6, 6, 7).to_sparse()),
-    "input: expected shape [N, C, H, W] with at least one channel, got [6, 6, 7]": dict(input=torch.ones(6, 6, 7)),
+    "input: expected shape [N, C, H, W] with at least one channel, got [6, 7]": dict(input=torch.ones(6, 7)),
     "offset: expected shape [2, G * 18, 6, 7], got [2, 18, 6, 6]": dict(offset=torch.ones(2, 18, 6, 6)),
     "offset: expected G * 18 channels for a G that divides C = 6, got 9": dict(offset=torch.ones(2, 9, 6, 7)),
     "offset: expected G * 18 channels for a G that divides C = 6, got 72": dict(offset=torch.ones(2, 72, 6, 7)),

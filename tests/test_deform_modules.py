@@ -221,7 +221,9 @@ ERRORS = {
     "input: expected shape [N, 4, H, W], got [1, 8, 5, 5]": lambda: DeformConv2d(4, 4, 3, padding=1)(
         torch.zeros(1, 8, 5, 5), torch.zeros(1, 18, 5, 5)
     ),
-    "input: expected shape [N, 4, H, W], got [4, 5, 5]": lambda: DCNv2(4, 4, 3)(torch.zeros(4, 5, 5)),
+    "input: expected shape [N, 4, H, W], got [4, 5, 5]; input.unsqueeze(0) makes a batch of one image": lambda: DCNv2(
+        4, 4, 3
+    )(torch.zeros(4, 5, 5)),
     "input: expected shape [N, 8, H, W], got [1, 4, 5, 5]": lambda: DCNv4(8)(torch.zeros(1, 4, 5, 5)),
 }
 

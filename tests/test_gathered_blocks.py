@@ -322,7 +322,7 @@ class TestLayers:
         layer = GatheredBatchNorm2d.from_dense(copy.deepcopy(dense))
         again = GatheredBatchNorm2d.from_dense(copy.deepcopy(dense))
         assert torch.equal(layer(everywhere, mask).features, again(features, mask).features)
-        with pytest.raises(TypeError, match="features: expected PackedChannels, got Tensor"):
+        with pytest.raises(TypeError, match=r"features: expected PackedChannels .*, got Tensor"):
             layer(input)
         with pytest.raises(TypeError, match=r"mask: expected a bool tensor or ActiveSites, got torch\.float32"):
             layer(features, mask.float())
