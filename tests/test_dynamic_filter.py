@@ -518,7 +518,7 @@ BAD = {
     "input: expected float32, float64, float16 or bfloat16, got torch.int64": dict(
         input=torch.ones(2, 10, 6, 7).long()
     ),
-    "input: expected shape [N, C, H, W] with at least one channel, got [10, 6, 7]": dict(input=torch.ones(10, 6, 7)),
+    "input: expected shape [N, C, H, W] with at least one channel, got [6, 7]": dict(input=torch.ones(6, 7)),
     "input: expected shape [N, C, H, W] with at least one channel, got [2, 0, 6, 7]": dict(
         input=torch.ones(2, 0, 6, 7)
     ),
@@ -540,8 +540,11 @@ BAD = {
     "scale_factor: expected an int, got 2.0": dict(scale_factor=2.0),
     "scale_factor: expected at least 1, got 0": dict(scale_factor=0),
     "normalization: expected None, softmax, sigmoid or l2, got 'max'": dict(normalization="max"),
-    "mask: expected a bool or floating tensor, got torch.int64": dict(mask=torch.ones(2, 1, 6, 7).long()),
-    "mask: expected a shape that broadcasts to [2, 1, 6, 7], got [2, 1, 6, 6]": dict(mask=torch.ones(2, 1, 6, 6) > 0),
+    "mask: expected a bool or floating tensor, got torch.int64 (.bool() makes a bool one)": dict(
+        mask=torch.ones(2, 1, 6, 7).long()
+    ),
+    "mask: expected a shape that broadcasts to [2, 1, 6, 7], got [2, 1, 6, 6]; "
+    "a mask has the height and width of the output, not of the input": dict(mask=torch.ones(2, 1, 6, 6) > 0),
     "mask: expected sites of [2, 1, 6, 7], got (2, 6, 6)": dict(mask=ActiveSites(torch.ones(2, 1, 6, 6) > 0)),
 }
 
