@@ -11,6 +11,14 @@ from .channels import ActiveChannels
 from .sites import ActiveSites
 
 
+def _lacks(self, name: str):
+    """Say what took packed features for a tensor: `nn.BatchNorm2d`, or what a conversion has made of a layer."""
+    raise AttributeError(
+        f"{type(self).__name__} is no tensor and has no attribute {name!r}: expected a layer of dynconv.nn, such as "
+        "MaskedBatchNorm2d (which dynconv.nn.convert_sync_batchnorm converts, and PyTorch's function of that name not)"
+    )
+
+
 class PackedFeatures(NamedTuple):
     """Features at the active sites of an `ActiveSites`, the others being zero: dense [N, C, H, W] without its zeros.
 
@@ -25,6 +33,8 @@ class PackedFeatures(NamedTuple):
 
     rows: Tensor
     sites: ActiveSites
+
+    __getattr__ = _lacks
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -73,6 +83,8 @@ class PackedChannels(NamedTuple):
 
     features: Tensor
     channels: ActiveChannels
+
+    __getattr__ = _lacks
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -6,7 +6,13 @@ from .dynamic_filter import CARAFE, DDF, DDFUp, DynamicFilter2d, FilterNorm, Inv
 from .gathered_blocks import GatheredBasicBlock, GatheredBlock, GatheredBottleneck
 from .gathered_conv import GatheredConv2d, GatheredLinear
 from .masked_conv import MaskedConv2d
-from .normalization import GatheredBatchNorm2d, MaskedBatchNorm2d
+from .normalization import (
+    GatheredBatchNorm2d,
+    GatheredSyncBatchNorm2d,
+    MaskedBatchNorm2d,
+    MaskedSyncBatchNorm2d,
+    convert_sync_batchnorm,
+)
 from .pixel_adaptive import PacConv2d, PacPool2d, pac_kernel
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "GatheredBottleneck",
     "GatheredConv2d",
     "GatheredLinear",
+    "GatheredSyncBatchNorm2d",
     "Involution2d",
     "MaskedBasicBlock",
     "MaskedBatchNorm2d",
@@ -31,7 +38,9 @@ __all__ = [
     "MaskedBottleneck",
     "MaskedConv2d",
     "MaskedInvertedResidual",
+    "MaskedSyncBatchNorm2d",
     "PacConv2d",
     "PacPool2d",
+    "convert_sync_batchnorm",
     "pac_kernel",
 ]

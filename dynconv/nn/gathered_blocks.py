@@ -20,7 +20,7 @@ from ..packed import PackedChannels
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
 from .gathered_conv import Channels
-from .normalization import gathered_batch_norm, uses_batch_statistics
+from .normalization import gathered_batch_norm, process_group, uses_batch_statistics
 from .recognition import Stage
 from .residual import BasicBlock, Bottleneck, ResidualBlock, check_input, fold, geometry_of, needs_grad, normalise
 
@@ -134,7 +134,7 @@ class GatheredBlock(ResidualBlock):
         if not packed:
             channels = ActiveChannels._all(tuple(made.shape[:2]), made.device)
             made = PackedChannels(made, channels)
-        if not packed and sites is None:
+        if not packed and sites is None and process_group(norm) is None:
             rows = normalise(norm, made.features)
         else:
             rows = gathered_batch_norm(norm, made, None if sites is None else sites.mask).features

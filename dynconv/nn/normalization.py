@@ -86,8 +86,62 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
         return _share(cls, module)
 
 
+class MaskedSyncBatchNorm2d(nn.SyncBatchNorm):
+    """A `MaskedBatchNorm2d` whose statistics are those of all processes, as `nn.SyncBatchNorm`'s.
+
+    Every process of the group has to call it, with sites or without. `convert_sync_batchnorm` makes it.
+    """
+
+    forward = MaskedBatchNorm2d.forward
+
+
+class GatheredSyncBatchNorm2d(nn.SyncBatchNorm):
+    """A `GatheredBatchNorm2d` whose statistics are those of all processes, as `nn.SyncBatchNorm`'s.
+
+    Every process of the group has to call it. `convert_sync_batchnorm` makes it.
+    """
+
+    forward = GatheredBatchNorm2d.forward
+
+
+def convert_sync_batchnorm(model: nn.Module, process_group=None) -> nn.Module:
+    """Convert the batch normalisation in a model, that of packed features as well, to statistics of all processes.
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does the same for `nn.BatchNorm2d`, alone or in a block of
+    `dynconv.nn`, but makes layers of `MaskedBatchNorm2d` and `GatheredBatchNorm2d` that do not take packed features.
+
+    Args:
+        model: the model, changed in place, or one layer.
+        process_group: over which to take the statistics; None is the whole world.
+
+    Returns the model, or the converted layer. Parameters and buffers are shared. Raises TypeError where `model` is not
+    a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for masked, synchronised in (
+        (MaskedBatchNorm2d, MaskedSyncBatchNorm2d),
+        (GatheredBatchNorm2d, GatheredSyncBatchNorm2d),
+    ):
+        if isinstance(model, masked):
+            converted = _shared(synchronised, model)
+            converted.process_group = process_group
+            return converted
+    if isinstance(model, (MaskedSyncBatchNorm2d, GatheredSyncBatchNorm2d)):
+        return model
+    if isinstance(model, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
+    for name, child in model.named_children():
+        model.add_module(name, convert_sync_batchnorm(child, process_group))
+    return model
+
+
 def _share(cls, module: nn.BatchNorm2d) -> nn.BatchNorm2d:
     check_layer(module, nn.BatchNorm2d)
+    return _shared(cls, module)
+
+
+def _shared(cls, module: nn.BatchNorm2d) -> nn.Module:
     shared = cls(
         module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
     )
@@ -111,7 +165,8 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
         """[N, capacity, H, W], zeros where nothing is -> [C], one sample after the other."""
         sums = values.sum((2, 3))
         if sums.shape[1] == 0:
-            return sums.new_zeros(channels.shape[1])
+            # Part of the graph all the same: other processes may wait for this one's part of a gradient.
+            return sums.new_zeros(channels.shape[1]) + sums.sum()
         kept = sums.gather(1, channels.inverse.clamp(min=0).long())
         return torch.where(channels.mask, kept, 0).sum(0)
 
@@ -122,10 +177,12 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
         sites = wide.new_full((channels.shape[0],), rows.shape[2] * rows.shape[3])
         if mask is not None:
             sites = mask.expand(rows.shape[0], 1, *rows.shape[2:]).sum((1, 2, 3)).to(wide.dtype)
+        group = process_group(norm)
         count = torch.where(channels.mask, sites[:, None], 0).sum(0)
-        mean = total(torch.where(computed, wide, 0)) / count.clamp(min=1)
+        sums, count = _summed(torch.stack([total(torch.where(computed, wide, 0)), count]), group).unbind()
+        mean = sums / count.clamp(min=1)
         centred = torch.where(computed, wide - spread(mean), 0)
-        variance = total(centred * centred) / count.clamp(min=1)
+        variance = _summed(total(centred * centred), group) / count.clamp(min=1)
         if norm.training and norm.track_running_stats:
             _track(norm, mean.detach(), variance.detach(), count)
     else:
@@ -151,24 +208,108 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
 def batch_norm(norm: nn.BatchNorm2d, features: PackedFeatures, **finish) -> PackedFeatures | Tensor:
     """What `norm` does, over the active sites of `features`, and then the epilogue."""
     if uses_batch_statistics(norm):
-        result, mean, variance = ops.batch_norm(features, norm.weight, norm.bias, norm.eps, **finish)
+        group, count = process_group(norm), features.sites.count
+        if group is None:
+            result, mean, variance = ops.batch_norm(features, norm.weight, norm.bias, norm.eps, **finish)
+        else:
+            mean, variance, count = _synchronised_moments(features, group)
+            result = _normalised(norm, features, mean, variance, finish)
         if norm.training and norm.track_running_stats:
-            _track(norm, mean, variance, features.sites.count)
+            _track(norm, mean.detach(), variance.detach(), count)
         return result
-    mean, scale = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+    return _normalised(norm, features, norm.running_mean, norm.running_var, finish)
+
+
+def _normalised(norm: nn.BatchNorm2d, features: PackedFeatures, mean: Tensor, variance: Tensor, finish: dict):
+    scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
     shift = None if norm.bias is None else norm.bias.to(scale.dtype)
     return ops.epilogue(features, mean=mean.to(scale.dtype), scale=scale, shift=shift, **finish)
 
 
+def process_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm):
+    """The processes over which the layer takes its statistics together; None where there is nobody else."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """Each process has a loss of its own, so the gradient is a sum over the processes as well."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        ctx.group = group
+        total = values.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOfProcesses.apply(grad, ctx.group), None
+
+
+@torch.compiler.disable(reason="statistics of SyncBatchNorm are exchanged between processes outside of graphs")
+def _exchanged(values: Tensor, group) -> Tensor:
+    return _SumOfProcesses.apply(values, group)
+
+
+def _summed(values: Tensor, group) -> Tensor:
+    """The sum over the processes of a group; differentiable."""
+    return values if group is None else _exchanged(values, group)
+
+
+def _synchronised_moments(features: PackedFeatures, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance [C] over the active sites of all processes, and how many sites these are [1].
+
+    Differentiable. In steps of PyTorch's own, in two passes: sums of squares would lose what the mean is large beside.
+    """
+    rows, sites = features
+    active = torch.arange(rows.shape[0], device=rows.device)[:, None] < sites.count
+    wide = torch.where(active, rows.to(torch.promote_types(rows.dtype, torch.float32)), 0)
+    total = _summed(torch.cat([wide.sum(0), sites.count.to(wide.dtype)]), group)
+    count = total[-1:].detach()
+    mean = total[:-1] / count.clamp(min=1)
+    centred = torch.where(active, wide - mean, 0)
+    return mean, _summed((centred * centred).sum(0), group) / count.clamp(min=1), count
+
+
 @torch.no_grad()
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-    """Move the running statistics towards these, which are of `count` sites; no wait for the device."""
-    norm.num_batches_tracked.add_(1)
+    """Move the running statistics towards these, which are of `count` sites, [1] or [C]; no wait for the device.
+
+    A batch without a site is no batch, and one in which no sample keeps a channel is none of that channel: neither
+    counts in the cumulative average of `momentum=None`, which `torch.optim.swa_utils.update_bn` asks for.
+    """
+    kept = count > 0
+    norm.num_batches_tracked.add_(kept.any())
+    momentum = norm.momentum
+    if momentum is None:
+        batches = norm.num_batches_tracked if count.numel() == 1 else norm.num_batches_tracked - _missed(norm, kept)
+        momentum = 1 / batches.clamp(min=1).to(mean.dtype)
     sites = count.to(mean.dtype)
-    momentum = 1 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
-    share = momentum * (sites > 0).to(mean.dtype)
+    share = momentum * kept.to(mean.dtype)
     unbiased = variance * (sites / (sites - 1).clamp(min=1))
     for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         running.add_((share * (value - running)).to(running.dtype))
+
+
+def _missed(norm: nn.BatchNorm2d, kept: Tensor) -> Tensor:
+    """Of the batches that the layer has tracked, this one included, how many did not have each channel: int64 [C].
+
+    `num_batches_tracked` is one number for all channels, and the `state_dict` stays that of `nn.BatchNorm2d`: so the
+    rest is a buffer that is not saved. A counter below the last one seen has been reset or loaded: with it begins a new
+    average, in which all batches so far have all channels.
+    """
+    tracked = norm.num_batches_tracked
+    if not hasattr(norm, "_missed_batches"):
+        norm.register_buffer("_missed_batches", kept.new_zeros(kept.shape, dtype=torch.int64), persistent=False)
+        norm.register_buffer("_missed_until", torch.zeros_like(tracked), persistent=False)
+    is_new = tracked - kept.any().long() < norm._missed_until
+    norm._missed_batches.copy_(torch.where(is_new, 0, norm._missed_batches) + (kept.any() & ~kept))
+    norm._missed_until.copy_(tracked)
+    return norm._missed_batches
