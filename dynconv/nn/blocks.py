@@ -12,8 +12,10 @@ from torch.nn.utils import parametrize
 from .. import calibration
 from .._backend import backend_for
 from ..ops._common import activate_, gate_of, settle
+from ..ops.epilogue import epilogue
 from ..ops.masked_chain import Layer, masked_chain, prepare
 from ..ops.masked_conv import masked_conv2d
+from ..packed import PackedFeatures
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
 from .normalization import batch_norm, uses_batch_statistics
@@ -113,6 +115,13 @@ class MaskedBlock(ResidualBlock):
         return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
 
     def _run(self, stage: Stage, layer: Layer | None, features, sites: ActiveSites, **finish):
+        residual, out = finish.get("residual"), finish.get("out")
+        if self._is_promoted(residual):
+            made = self._run(stage, layer, features, sites.ungated, packed=True)
+            dtype = torch.promote_types(made.rows.dtype, residual.dtype) if out is None else out.dtype
+            finish.update({name: finish[name].to(dtype) for name in ("residual", "inactive") if name in finish})
+            with torch.autocast(made.rows.device.type, enabled=False):
+                return epilogue(PackedFeatures(made.rows.to(dtype), sites), **finish)
         conv, norm = self._submodule(stage.conv), self._norm(stage)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if layer is not None:

@@ -119,6 +119,14 @@ class GatheredBlock(ResidualBlock):
         residual: Tensor | None = None, inactive: Tensor | None = None,
     ) -> Tensor | PackedChannels:  # fmt: skip
         """A stage: packed for the next one where it is told its `channels`, with all of them and dense without."""
+        if self._is_promoted(residual):
+            made = self._run(stage, parameters, features, None, None if sites is None else sites.ungated, None)
+            dtype, every = (
+                torch.promote_types(made.dtype, residual.dtype),
+                ActiveChannels._all(made.shape[:2], made.device),
+            )
+            with torch.autocast(made.device.type, enabled=False):
+                return finish(made.to(dtype), every, sites, activation, residual, inactive)
         conv, norm, packed = self._submodule(stage.conv), self._norm(stage), channels is not None
         where = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if norm is None or not uses_batch_statistics(norm):

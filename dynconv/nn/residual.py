@@ -160,6 +160,16 @@ class ResidualBlock(nn.Module):
         plain = [stage.norm for stage in self.stages if stage.norm and _is_plain(self._submodule(stage.norm))]
         return path in [*plain, *(stage.conv for stage in self.stages)]
 
+    @staticmethod
+    def _is_promoted(residual: Tensor | None) -> bool:
+        """Whether autocast leaves the shortcut in another type than the branch, so that their sum is in the wider one.
+
+        The ops would take both in autocast's type, and round the shortcut.
+        """
+        if residual is None or not torch.is_autocast_enabled(residual.device.type):
+            return False
+        return residual.dtype not in (torch.get_autocast_dtype(residual.device.type), torch.float64)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
 
