@@ -11,6 +11,7 @@ from ._warmup import warmup
 from .calibration import calibrate, calibration_file, execution, explain
 from .channels import ActiveChannels
 from .nn.ponder import ponder_map
+from .nn.residual import prepare
 from .ops.deform import deform_aggregate2d, deform_conv2d
 from .ops.dynamic_filter import dynamic_filter2d
 from .ops.gathered_conv import gathered_conv2d
@@ -39,5 +40,6 @@ __all__ = [
     "masked_conv2d",
     "pack",
     "ponder_map",
+    "prepare",
     "warmup",
 ]

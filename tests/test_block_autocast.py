@@ -11,7 +11,7 @@ from dynconv.nn import GatheredBottleneck, MaskedBottleneck, MaskedInvertedResid
 
 
 def branch_and_shortcut(block, input):
-    shortcut = None if block.shortcut is None else block._dense_shortcut(input)
+    shortcut = None if block.shortcut_path is None else block._dense_shortcut(input)
     return block._dense_branch(input), shortcut
 
 

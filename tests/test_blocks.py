@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynconv import ActiveSites, backend
+from dynconv import ActiveSites, backend, prepare
 from dynconv.nn import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedInvertedResidual
 
 
@@ -445,13 +445,13 @@ def test_opcheck_of_the_chain():
     layers = block._frozen(input, "cpu")
     geometry = [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 16, 1, 1, 0, 0, 1, 1, 1]
     operands = (
-        sites.mask, None, [layer.weight for layer in layers], [t for layer in layers for t in layer.prepared], geometry,
-        ["relu6", "relu6", "none"],
+        sites.mask, None, [layer.conv.weight for layer in layers], [t for layer in layers for t in layer.sparse],
+        geometry, ["relu6", "relu6", "none"],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dynconv.masked_chain.default, (input, *operands, input, None))
     torch.library.opcheck(torch.ops.dynconv.masked_chain_.default, (input, *operands))
     for layer in layers:
-        arguments = (layer.weight, torch.randn(layer.weight.shape[0]), layer.groups)
+        arguments = (layer.conv.weight, torch.randn(layer.conv.out_channels), layer.groups)
         torch.library.opcheck(torch.ops.dynconv.prepare_chain.default, arguments)
 
 
@@ -502,7 +502,7 @@ def test_launches_of_a_block(monkeypatch, shared):
         launched.append(getattr(self, "fn", self).__name__)
         return original(self, *arguments, **options)
 
-    block = MaskedInvertedResidual(8, 8, 1, 2).eval().requires_grad_(False).to(target.device)
+    block = prepare(MaskedInvertedResidual(8, 8, 1, 2).eval().requires_grad_(False).to(target.device))
     input = torch.randn(1, 8, 6, 5, device=target.device).contiguous(memory_format=torch.channels_last)
     mask = torch.rand(1, 1, 6, 5, device=target.device) < 0.5
     seen = []

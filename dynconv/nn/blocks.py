@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -94,7 +95,7 @@ class MaskedBlock(ResidualBlock):
         return self._merge(output, features, sites) if merges else output
 
     def _packed(
-        self, features, layers: list[Layer] | None, sites: ActiveSites, sizes: list, geometries: list, inplace: bool
+        self, features, layers: list[_Folded] | None, sites: ActiveSites, sizes: list, geometries: list, inplace: bool
     ) -> Tensor:
         """Stage by stage: features are packed from the first convolution to the last."""
         computed = self._computed(sites, sizes, geometries)
@@ -107,14 +108,15 @@ class MaskedBlock(ResidualBlock):
             features = self._run(self.stages[number], layer, features, active, packed=number < last, **after)
         return features
 
-    def _chain(self, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace: bool) -> Tensor:
+    def _chain(self, input: Tensor, layers: list[_Folded], sites: ActiveSites, inplace: bool) -> Tensor:
         """In one kernel, on the CPU."""
+        layers = [layer.layer for layer in layers]
         if inplace:
             return masked_chain(input, layers, sites, inplace=True)
         shortcut = None if self._fused_shortcut is None else self._dense_shortcut(input)
         return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
 
-    def _run(self, stage: Stage, layer: Layer | None, features, sites: ActiveSites, **finish):
+    def _run(self, stage: Stage, layer: _Folded | None, features, sites: ActiveSites, **finish):
         residual, out = finish.get("residual"), finish.get("out")
         if self._is_promoted(residual):
             made = self._run(stage, layer, features, sites.ungated, packed=True)
@@ -125,7 +127,7 @@ class MaskedBlock(ResidualBlock):
         conv, norm = self._submodule(stage.conv), self._norm(stage)
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if layer is not None:
-            return masked_conv2d(features, *layer.prepared, *geometry, mask=sites, **finish)
+            return masked_conv2d(features, *layer.sparse, *geometry, mask=sites, **finish)
         if norm is None or not uses_batch_statistics(norm):
             return masked_conv2d(features, *fold(conv, norm), *geometry, mask=sites, **finish)
         features = masked_conv2d(features, conv.weight, conv.bias, *geometry, mask=sites.ungated, packed=True)
@@ -166,19 +168,49 @@ class MaskedBlock(ResidualBlock):
             branch = ACTIVATIONS[self.last_activation](branch + shortcut)
         return torch.where(sites.mask, branch, 0 if shortcut is None else shortcut)
 
-    def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str) -> Layer:
-        weight, bias = fold(conv, norm)
-        made = prepare(weight, bias, conv.groups) if used == "cpu" else (_as_read(weight, conv.groups), bias)
+    def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str) -> _Folded:
         activation = stage.activation
         if stage is self.stages[-1] and self._fused_shortcut is not None:
             activation = self.last_activation
-        return Layer(weight, made, geometry_of(conv), conv.groups, activation)
+        return _Folded(conv, norm, used, activation)
+
+
+class _Folded:
+    """A stage in inference, the normalisation folded into its convolution.
+
+    Both forms of the parameters are as large as the parameters themselves, and most blocks always go the same way: each
+    is made when it is first needed.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str, activation: str | None) -> None:
+        self.conv, self.norm, self.used, self.activation = conv, norm, used, activation
+        self.geometry, self.groups = geometry_of(conv), conv.groups
+
+    @functools.cached_property
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for F.conv2d."""
+        with torch.no_grad():
+            return fold(self.conv, self.norm)
+
+    @functools.cached_property
+    def sparse(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the backend's sparse kernels read them."""
+        with torch.no_grad():
+            if self.used == "cpu":
+                return prepare(*fold(self.conv, self.norm), self.groups)
+            weight, bias = self.dense
+            return _as_read(weight, self.groups), bias
+
+    @functools.cached_property
+    def layer(self) -> Layer:
+        """For the CPU's one kernel."""
+        return Layer(self.conv.weight, self.sparse, self.geometry, self.groups, self.activation)
 
 
 class _BlockCall(calibration.SiteCall):
     """A block in inference, as `dynconv.calibration.Call`."""
 
-    def __init__(self, block, input: Tensor, layers: list[Layer], sites: ActiveSites, inplace, used, shapes) -> None:
+    def __init__(self, block, input: Tensor, layers: list[_Folded], sites: ActiveSites, inplace, used, shapes) -> None:
         self.block, self.input, self.layers, self.active = block, input, layers, sites
         self.inplace, self.used, self.shapes = inplace, used, shapes
 
@@ -191,7 +223,7 @@ class _BlockCall(calibration.SiteCall):
         block, layers = self.block, []
         for layer in self.layers:
             where = [*layer.geometry.stride, *layer.geometry.padding, *layer.geometry.dilation]
-            layers.append(f"{list(layer.weight.shape)} {where} {layer.groups} {layer.activation}")
+            layers.append(f"{list(layer.conv.weight.shape)} {where} {layer.groups} {layer.activation}")
         what = "block in place" if self.inplace else "block"
         gated = self.active.gate is not None
         shape = (self.used, str(self.input.dtype), *self.input.shape)
@@ -200,7 +232,7 @@ class _BlockCall(calibration.SiteCall):
 
     def name(self) -> str:
         samples, channels, height, width = self.input.shape
-        what = [f"{type(self.block).__name__} {height}x{width} {channels}->{self.layers[-1].weight.shape[0]}"]
+        what = [f"{type(self.block).__name__} {height}x{width} {channels}->{self.layers[-1].conv.out_channels}"]
         what += [f"batch {samples}", str(self.input.dtype)[6:]] + ["in place"] * self.inplace
         return ", ".join(what + ["gate"] * (self.active.gate is not None))
 
@@ -213,9 +245,8 @@ class _BlockCall(calibration.SiteCall):
         with torch.no_grad():
             value = self.input
             for layer in self.layers:
-                weight, bias, where = layer.weight, layer.prepared[1], layer.geometry
-                bias = None if bias is None else bias.to(weight.dtype)
-                value = F.conv2d(value, weight, bias, where.stride, where.padding, where.dilation, layer.groups)
+                where = layer.geometry
+                value = F.conv2d(value, *layer.dense, where.stride, where.padding, where.dilation, layer.groups)
                 if layer is not self.layers[-1]:
                     value = activate_(value, layer.activation)
             shortcut = None if self.block._fused_shortcut is None else self.block._dense_shortcut(self.input)
@@ -240,9 +271,9 @@ def _as_read(weight: Tensor, groups: int) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
-def _check_sites(sites: ActiveSites, input: Tensor, layers: list[Layer]) -> None:
+def _check_sites(sites: ActiveSites, input: Tensor, layers: list[_Folded]) -> None:
     """What `masked_conv2d` checks of its operands."""
-    channels = layers[0].weight.shape[1] * layers[0].groups
+    channels = layers[0].conv.in_channels
     if input.dim() != 4 or input.shape[1] != channels:
         raise ValueError(f"input: expected shape [N, {channels}, H, W], got {list(input.shape)}")
     size = tuple(input.shape[2:])

@@ -115,7 +115,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group=None) -> nn.Module:
         process_group: over which to take the statistics; None is the whole world.
 
     Returns the model, or the converted layer. Parameters and buffers are shared. Raises TypeError where `model` is not
-    a module.
+    a module; TypeError, ValueError where a layer of packed features has a forward of its own, or hooks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -124,7 +124,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group=None) -> nn.Module:
         (GatheredBatchNorm2d, GatheredSyncBatchNorm2d),
     ):
         if isinstance(model, masked):
-            converted = _shared(synchronised, model)
+            converted = _share(synchronised, model)
             converted.process_group = process_group
             return converted
     if isinstance(model, (MaskedSyncBatchNorm2d, GatheredSyncBatchNorm2d)):
@@ -138,10 +138,6 @@ def convert_sync_batchnorm(model: nn.Module, process_group=None) -> nn.Module:
 
 def _share(cls, module: nn.BatchNorm2d) -> nn.BatchNorm2d:
     check_layer(module, nn.BatchNorm2d)
-    return _shared(cls, module)
-
-
-def _shared(cls, module: nn.BatchNorm2d) -> nn.Module:
     shared = cls(
         module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
     )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._backend import backend
+from .._backend import backend, module
 from .._geometry import Geometry
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
@@ -37,7 +37,8 @@ class ResidualBlock(nn.Module):
         # Names that no child of a dense block has: `shortcut` and `activation` are common ones.
         self.stages, self.shortcut_path, self.last_activation = tuple(chain.stages), chain.shortcut, chain.activation
         self.statistics = statistics
-        self._kept: tuple[list, list, list] | None = None
+        self._is_prepared = False
+        self._kept: tuple[tuple, list, list | None] | None = None
 
     def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str):
         """What inference on the backend `used` keeps of a stage."""
@@ -50,26 +51,55 @@ class ResidualBlock(nn.Module):
         """
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type) or needs_grad(input):
             return None
-        layers, key, held = [], [used], []
-        for stage in self.stages:
-            conv, norm = self._submodule(stage.conv), self._norm(stage)
-            operands = _operands(conv, norm)
+        modules = [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
+        operands, settings = [], [used]
+        for conv, norm in modules:
             if conv.weight.dtype != input.dtype or (norm is not None and uses_batch_statistics(norm)):
                 return None
-            if needs_grad(*operands) or any(t is not None and t.is_inference() for t in operands):
-                return None
-            eps = None if norm is None else norm.eps
-            where = (conv.stride, conv.padding, conv.dilation, conv.groups, eps)
-            key.append((where, [None if t is None else (t.data_ptr(), t._version) for t in operands]))
-            held += operands
-        if self._kept is None or self._kept[0] != key:
-            with torch.no_grad():
-                for stage in self.stages:
-                    conv, norm = self._submodule(stage.conv), self._norm(stage)
-                    layers.append(self._prepare(stage, conv, norm, used))
-            # Held, so that no other tensor can come to lie at their addresses.
-            self._kept = key, layers, [None if t is None else t.detach() for t in held]
-        return self._kept[1]
+            operands += _operands(conv, norm)
+            settings += (conv, conv.stride, conv.padding, conv.dilation, conv.groups)
+            settings += (norm, None if norm is None else norm.eps)
+        if needs_grad(*operands):
+            return None
+        state = self._state(operands, [getattr(norm, "num_batches_tracked", None) for _, norm in modules], used)
+        key = None if state is None else (settings, state)
+        if key is not None and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        with torch.no_grad():
+            layers = [
+                self._prepare(stage, conv, norm, used) for stage, (conv, norm) in zip(self.stages, modules, strict=True)
+            ]
+        # What is compared by its address is held, so that no other tensor can come to lie there.
+        held = [t.detach() for t in operands if t is not None] if self._is_prepared else None
+        self._kept = None if key is None else (key, layers, held)
+        return layers
+
+    def _state(self, operands: list[Tensor | None], counters: list[Tensor | None], used: str):
+        """What changes when an operand does; None where that cannot be told, or not without waiting for the device.
+
+        Versions alone are not enough: `Tensor.data`, NumPy, fused optimizers and batch normalisation itself write past
+        them. So the values are compared, but in a block that `prepare` has been told about.
+        """
+        tensors = [t for t in operands if t is not None]
+        is_plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        if not is_plain or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        layout = [None if t is None else (t.dtype, t.shape, t.stride()) for t in operands]
+        if self._is_prepared and not any(t.is_inference() for t in tensors):
+            # Batch normalisation writes its statistics past their versions, and then counts the batch.
+            tensors += [t for t in counters if t is not None]
+            return layout, [(t.data_ptr(), t._version) for t in tensors]
+        return (layout, module(".cpu.fingerprint").fingerprint(tensors)) if used == "cpu" else None
+
+    def train(self, mode: bool = True) -> ResidualBlock:
+        """As `nn.Module.train`; training ends what `dynconv.prepare` began."""
+        if mode:
+            self._is_prepared, self._kept = False, None
+        return super().train(mode)
+
+    def _apply(self, *arguments, **options) -> ResidualBlock:
+        self._kept = None
+        return super()._apply(*arguments, **options)
 
     def _computed(self, sites: ActiveSites, sizes: list, geometries: list[Geometry]) -> list[ActiveSites]:
         """The sites that each stage computes: the last one `sites`, the others what the next one reads.
@@ -171,7 +201,7 @@ class ResidualBlock(nn.Module):
         return residual.dtype not in (torch.get_autocast_dtype(residual.device.type), torch.float64)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_is_prepared": False}
 
     @classmethod
     def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> ResidualBlock:
@@ -308,6 +338,36 @@ def check_input(input: Tensor) -> None:
         raise TypeError(f"input: expected a tensor [N, C, H, W], got {type(input).__name__}")
     if input.dim() != 4:
         raise ValueError(f"input: expected a tensor [N, C, H, W], got shape {list(input.shape)}")
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Let the blocks of a model keep their folded parameters without looking at the values again; for inference.
+
+    In eval mode a block keeps its parameters with the normalisation folded in, in the order in which its kernels read
+    them. Unprepared, a block on the CPU reads all its parameters at each call, to see whether they have changed; one on
+    a GPU folds them anew at each call. A prepared block looks at the addresses and the version counters alone. That
+    notices what PyTorch counts (in-place operations, optimizers but fused ones, `load_state_dict`, another device or
+    type, another submodule), and not what is written through `Tensor.data`, NumPy or a fused optimizer, or by
+    `F.batch_norm` to statistics: after such a write, prepare the model again.
+
+    `model.train()` ends it, as does a copy or a pickle of the block.
+
+    Args:
+        model: a module with blocks of `dynconv.nn` in it, or one of these, in eval mode.
+
+    Returns the model. Raises TypeError where it is not a module, ValueError where it has no such block, or one in
+    training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    blocks = [part for part in model.modules() if isinstance(part, ResidualBlock)]
+    if not blocks:
+        raise ValueError(f"model: expected a masked or gathered block of dynconv.nn in it, got {type(model).__name__}")
+    if any(part.training for block in blocks for part in block.modules()):
+        raise ValueError("model: expected blocks in eval mode, got one in training mode (call model.eval() first)")
+    for block in blocks:
+        block._is_prepared, block._kept = True, None
+    return model
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
