@@ -341,18 +341,32 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_entry_that_is_no_times_is_ignored_with_one_warning(monkeypatch, own_file, fault):
+def test_an_entry_that_is_no_times_is_ignored_with_one_warning(own_file, fault):
     """Whatever is wrong with one of them: the warning names the file and the fault, and the other entries count."""
+    good = {
+        "key": ["conv", 1, True],
+        "call": "a",
+        "densities": [0.1, 1.0],
+        "sparse_ms": [1, 10.0],
+        "dense_ms": [5.5, 5.5],
+    }
+    change, named = FAULTS[fault]
+    own_file.parent.mkdir(parents=True)
+    own_file.write_text(json.dumps({"another machine": [], "m": [change(good), good, change(good)]}))
+    with pytest.warns(UserWarning, match=f"^{re.escape(str(own_file))} has entries .*{named}.*, and 1 more$") as told:
+        tables = calibration._read()
+    assert len(told) == 1
+    assert tables == {"m": {("conv", 1, True): calibration.Times("a", [0.1, 1.0], [1, 10.0], [5.5, 5.5])}}
+
+
+def test_calls_go_by_the_entries_that_are_times(monkeypatch, own_file):
     call = _calibrated(monkeypatch, sparse=[1.0, 10.0], dense=[5.5, 5.5])
     dynconv.calibrate(lambda: call(0.5))
-    content = json.loads(own_file.read_text())
-    ((machine, (entry,)),) = content.items()
-    change, named = FAULTS[fault]
-    bad = change(entry)
-    for entries, path in (([bad], "sparse"), ([bad, entry], "dense"), ([entry, bad], "dense")):
-        own_file.write_text(json.dumps({"another machine": [], machine: entries}))
+    ((machine, (entry,)),) = json.loads(own_file.read_text()).items()
+    for entries, path in (([entry | {"sparse_ms": ["1", "2"]}], "sparse"), ([entry, {}], "dense")):
+        own_file.write_text(json.dumps({machine: entries}))
         calibration.forget()
-        with pytest.warns(UserWarning, match=f"^{re.escape(str(own_file))} has entries .*{named}") as told:
+        with pytest.warns(UserWarning, match="has entries that are not times") as told:
             assert [call(0.6).path for _ in range(2)] == [path] * 2
         assert len(told) == 1
 
