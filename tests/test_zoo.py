@@ -505,6 +505,8 @@ ZOO = [
     ("timm", "MobileNetV1", "DepthwiseSeparableConv, pw_act", 8,
      own("models._efficientnet_blocks.DepthwiseSeparableConv", 8, 8, pw_act=True), None),
     ("timm", "MobileNetV2", "InvertedResidual", 8, own("models._efficientnet_blocks.InvertedResidual", 8, 8), None),
+    ("timm", "MobileNetV2", "InvertedResidual, frozen", 8,
+     lambda t: t.layers.freeze_batch_norm_2d(own("models._efficientnet_blocks.InvertedResidual", 8, 8)(t)), None),
     ("timm", "MobileNetV2", "InvertedResidual, drop path", 8,
      own("models._efficientnet_blocks.InvertedResidual", 8, 8, drop_path_rate=0.1), "in `drop_path`"),
     ("timm", "MobileNetV3", "InvertedResidual, SE", 8,

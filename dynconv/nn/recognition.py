@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import math
 import operator
 import random
 import sys
@@ -99,7 +100,7 @@ def stand_in(module: nn.Module) -> nn.Module:
         if tensor.dim() < 2:  # scales, shifts and variances: positive
             return torch.rand(tensor.shape, dtype=torch.float64, device="cpu", generator=generator) + 0.5
         values = torch.randn(tensor.shape, dtype=torch.float64, device="cpu", generator=generator)
-        return values / max(tensor[0].numel(), 1) ** 0.5
+        return values / max(math.prod(tensor.shape[1:]), 1) ** 0.5
 
     memo = {}
     for part in module.modules():
@@ -318,6 +319,8 @@ class _Reader:
         prefix = f"{owner}." if owner else ""
         expected = {name: None if getattr(norm, name) is None else f"{prefix}{name}" for name in names}
         agrees = paths == expected and given["training"] == batch and given["eps"] == norm.eps
+        if batch and norm.momentum is not None:
+            agrees = agrees and given["momentum"] == norm.momentum
         return owner if agrees and owner else None
 
     def _activate(self, node: fx.Node, chain: Chain, activation: str) -> Chain | _Refusal:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._arguments import kind_of
 from .._backend import backend, module
 from .._geometry import Geometry
 from ..reference import ACTIVATIONS
@@ -162,7 +163,7 @@ class ResidualBlock(nn.Module):
         if sites is not None and sites.gate is not None:
             branch = (branch * sites.gate).to(branch.dtype)
         if self.shortcut_path is None:
-            return branch
+            return branch.contiguous(memory_format=torch.channels_last)
         shortcut = self._dense_shortcut(input)
         merged = ACTIVATIONS[self.last_activation](branch + shortcut)
         if sites is not None and self.last_activation is not None:
@@ -219,8 +220,9 @@ class ResidualBlock(nn.Module):
         if isinstance(module, ResidualBlock):
             chain, dense = Chain(module.stages, module.shortcut_path, module.last_activation), None
         else:
-            dense = _copy_of(module)
-            chain = recognise(dense)
+            with torch.inference_mode(False):
+                dense = _copy_of(module)
+                chain = recognise(dense)
             own = [*module._parameters, *module._buffers]
             if own:
                 raise ValueError(f"module: expected a block whose layers have all tensors, got `{own[0]}` of its own")
@@ -335,7 +337,7 @@ def normalise(norm: nn.Module, input: Tensor) -> Tensor:
 def check_input(input: Tensor) -> None:
     """Raise where a block's input is no dense tensor [N, C, H, W]."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a tensor [N, C, H, W], got {type(input).__name__}")
+        raise TypeError(f"input: expected a tensor [N, C, H, W], got {kind_of(input)}")
     if input.dim() != 4:
         raise ValueError(f"input: expected a tensor [N, C, H, W], got shape {list(input.shape)}")
 
