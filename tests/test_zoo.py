@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from test_blocks import CLOSE, Dense, downsample
 from torch import nn
 
-from dynconv.nn import MaskedBlock
+from dynconv.nn import GatheredBlock, MaskedBlock
 
 C = 6
 
@@ -404,6 +404,32 @@ def test_a_last_activation_comes_before_gate_and_shortcut(shortcut):
     exact = MaskedBlock.from_dense(dense, statistics="dense").train()
     assert torch.allclose(exact(input, gate), expected(input, gate), **CLOSE)
     assert torch.allclose(block.train()(input, torch.ones_like(gate)), expected(input, torch.ones_like(gate)), **CLOSE)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_gathered_branch_ends_in_its_activation_too(training):
+    """All channels kept: what the masked block computes, with sites and without."""
+    dense = settled(Dense(activated_branch, **layers())).train(training)
+    input, kept = torch.randn(2, C, 7, 6, dtype=torch.float64), torch.ones(2, C, dtype=torch.bool)
+    gate = torch.where(torch.rand(2, 1, 7, 6) < 0.5, torch.rand(2, 1, 7, 6).double() + 0.5, 0)
+    for statistics in ("active", "dense"):
+        masked, gathered = (kind.from_dense(dense, statistics=statistics) for kind in (MaskedBlock, GatheredBlock))
+        for mask in (gate, None):
+            start = copy.deepcopy(dense.state_dict())
+            expected = masked(input, mask)
+            dense.load_state_dict(start)
+            assert torch.allclose(gathered(input, kept, mask), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu"),
+                                     lambda: torch.device("meta")])  # fmt: skip
+def test_a_conversion_is_the_same_in_every_context(context):
+    make = written_by(functional)
+    expected, outside = MaskedBlock.from_dense(make()), make()
+    with context():
+        for dense in (make(), outside):
+            block = MaskedBlock.from_dense(dense)
+            assert (block.stages, block.shortcut_path) == (expected.stages, expected.shortcut_path)
 
 
 def torchvision():
