@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -37,14 +38,25 @@ def main(arguments: argparse.Namespace) -> int:
     begin, failed = time.perf_counter(), 0
     pieces = [(op, dtype) for op in arguments.ops for dtype in arguments.dtypes]
     context = multiprocessing.get_context("spawn")  # a process that has used threads must not be forked
-    with ProcessPoolExecutor(min(arguments.jobs, len(pieces)), context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(min(arguments.jobs, len(pieces)), context, initializer=_begin) as pool:
         running = {pool.submit(_compile, *piece): piece for piece in pieces}
-        for number, done in enumerate(as_completed(running), 1):
-            error, name = done.exception(), " ".join(running[done])
-            failed += error is not None
-            print(f"{number} of {len(pieces)}: {name}" + (f" FAILED: {error}" if error else ""), flush=True)
+        try:
+            for number, done in enumerate(as_completed(running), 1):
+                error, name = done.exception(), " ".join(running[done])
+                failed += error is not None
+                print(f"{number} of {len(pieces)}: {name}" + (f" FAILED: {error}" if error else ""), flush=True)
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()  # what it has compiled is kept
+            raise
     print(f"{time.perf_counter() - begin:.0f} s; kept in {folder}")
     return 1 if failed else 0
+
+
+def _begin() -> None:
+    """Set up a process that compiles: in one thread, and stopped by this one alone."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _compile(op: str, dtype: str) -> None:
