@@ -33,7 +33,7 @@ def masked_conv2d(
     mask: Tensor | ActiveSites | None = None,
     activation: str | None = None,
     residual: Tensor | PackedFeatures | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     out: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor | PackedFeatures:
@@ -68,7 +68,7 @@ def gathered_conv2d(
     mask: Tensor | ActiveSites | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     packed: bool = False,
 ) -> Tensor | PackedChannels:
     """where(mask, activation(kept + residual), inactive), see `dynconv.gathered_conv2d`.
@@ -301,7 +301,7 @@ def epilogue(
     shift: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | PackedFeatures | None = None,
-    inactive: Tensor | None = None,
+    inactive: Tensor | float | None = None,
     out: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor | PackedFeatures:
