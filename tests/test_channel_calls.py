@@ -199,6 +199,17 @@ def test_blocks_have_a_dense_way(name, masks):
         assert torch.equal(results["dense"][skipped], results["sparse"][skipped])
 
 
+def test_a_branch_with_an_activation_of_its_own_has_no_dense_way():
+    block, input = block_case("basic")
+    block.stages = (*block.stages[:-1], block.stages[-1]._replace(activation="relu"))
+    results = []
+    for name in ("cpu", "reference"):
+        with dynconv.backend(name), dynconv.execution("dense"), dynconv.explain() as explanation:
+            results.append(block(input, some(3, 8, 0)))
+        assert explanation.decisions == []
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def automatic_calls():
     """name -> a function of the share of channels (and sites) to keep that runs one call."""
     conv, weight = torch.randn(4, 32, 6, 6), torch.randn(32, 32, 1, 1)

@@ -884,3 +884,22 @@ class TestDispatch:
                 self.call(mask=random_mask(1, 6, 6), out=out)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 product.backward()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_pointwise_layer_makes_no_table(monkeypatch, strided):
+    """Its sites read the pixels where they are; with a stride they do not."""
+    from dynconv.cpu import sites
+
+    made, right = [], sites.neighbours
+    monkeypatch.setattr(sites, "neighbours", lambda *arguments: made.append(arguments) or right(*arguments))
+    input, weight = torch.randint(-3, 4, (2, 5, 6, 6)).float(), torch.randint(-3, 4, (7, 5, 1, 1)).float()
+    weight.requires_grad_()
+    stride = 2 if strided else 1
+    mask = torch.rand(2, 1, 6 // stride, 6 // stride) < 0.5
+    with dynconv.backend("cpu"), dynconv.execution("sparse"):
+        output = dynconv.masked_conv2d(input, weight, stride=stride, mask=mask)
+        (grad,) = torch.autograd.grad(output.sum(), weight)
+    expected = torch.where(mask, torch.nn.functional.conv2d(input, weight, stride=stride), 0)
+    assert torch.equal(output, expected) and torch.equal(grad, torch.autograd.grad(expected.sum(), weight)[0])
+    assert len(made) == (2 if strided else 0)

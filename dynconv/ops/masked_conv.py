@@ -59,6 +59,9 @@ _library.define(
 )
 
 
+_POINTWISE = (1, 1, 1, 1, 0, 0)  # kernel, stride and padding of a 1x1 convolution
+
+
 def _input_size(input: Tensor, source: list[Tensor]) -> tuple[int, int]:
     return tuple((source[0] if source else input).shape[2:])
 
@@ -74,6 +77,8 @@ def _table(reads, index, count, shared) -> Tensor | None:
     if shared:
         return shared[0] if shared[0].dim() == 2 else None
     lookup, geometry = reads
+    if lookup is None and geometry[:2] == geometry[2:4] and geometry[4:10] == _POINTWISE:
+        return index.view(-1, 1)  # each site reads the pixel where it is
     return module(".cpu.sites").neighbours(index, count, geometry, lookup)
 
 
