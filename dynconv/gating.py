@@ -362,7 +362,9 @@ def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """In 0..1; at least float32, as half types come too close to 0 and 1."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.rand(like.shape, generator=generator, dtype=dtype, device=like.device)
+    # Without the keyword where there is none: with it, PyTorch's rand takes no symbolic batch size.
+    options = {} if generator is None else {"generator": generator}
+    return torch.rand(like.shape, dtype=dtype, device=like.device, **options)
 
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -274,7 +274,7 @@ def _synchronised_moments(features: PackedFeatures, group) -> tuple[Tensor, Tens
     return mean, _summed((centred * centred).sum(0), group) / count.clamp(min=1), count
 
 
-@torch.no_grad()
+# Without torch.no_grad(), which an export cannot save here: none of the operands has a gradient.
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
     """Move the running statistics towards these, which are of `count` sites, [1] or [C]; no wait for the device.
 
