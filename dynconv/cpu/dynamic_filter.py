@@ -860,12 +860,12 @@ class Filters:
     Args:
         input: [N, C, H, W] in channels_last, as `filters` [N, G * K, Ho, Wo].
         channel_filters: [N, C, kH, kW], or None.
-        sites: nothing, or the mask [N, 1, Ho, Wo], index and count of an ActiveSites.
+        sites: None, or the mask [N, 1, Ho, Wo], index and count of an ActiveSites.
     """
 
     def __init__(
-        self, input: Tensor, filters: Tensor, channel_filters: Tensor | None, sites: list[Tensor], geometry: Geometry,
-        scale: int, normalization: str,
+        self, input: Tensor, filters: Tensor, channel_filters: Tensor | None, sites: list[Tensor] | None,
+        geometry: Geometry, scale: int, normalization: str,
     ) -> None:  # fmt: skip
         self.input, self.filters, self.sites = input, filters, sites
         self.dtype, self.compute = input.dtype, compute_type(input.dtype)

@@ -26,12 +26,12 @@ from ._common import (
     sites_of,
 )
 
-# `sites`: nothing, or the mask, index and count of an ActiveSites.
+# `sites`: None (AOTInductor makes that of an empty list), or the mask, index and count of an ActiveSites.
 _GEOMETRY = (
     "SymInt[2] size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int scale_factor, "
     "str normalization, str backend"
 )
-_OPERANDS = "Tensor input, Tensor filters, Tensor? channel_filters, Tensor[] sites"
+_OPERANDS = "Tensor input, Tensor filters, Tensor? channel_filters, Tensor[]? sites"
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define(f"dynamic_filter2d({_OPERANDS}, {_GEOMETRY}) -> Tensor")
 _library.define(
@@ -152,14 +152,14 @@ class _DynamicFilter2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, filters, channel_filters, sites, *geometry):
         out = below_autograd("dynamic_filter2d", _forward, input, filters, channel_filters, sites, *geometry)
-        ctx.save_for_backward(input, filters, channel_filters, *sites)
+        ctx.save_for_backward(input, filters, channel_filters, *(sites or ()))
         ctx.geometry = geometry
         return out
 
     @staticmethod
     def backward(ctx, grad):
         wanted = list(ctx.needs_input_grad[:3])
-        operands, sites = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+        operands, sites = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:]) or None
         run = _backward if unwatched(grad, *operands) else torch.ops.dynconv.dynamic_filter2d_backward
         results = run(grad, *operands, sites, *ctx.geometry, wanted)
         grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
@@ -251,7 +251,7 @@ def dynamic_filter2d(
             scale_factor=scale_factor, normalization=normalization,
             channel_filters=channel_filters, mask=sites,
         )  # fmt: skip
-    listed = [] if sites is None else [sites.mask, sites.index, sites.count]
+    listed = None if sites is None else [sites.mask, sites.index, sites.count]
     run = _forward if unwatched(input, filters, channel_filters) else torch.ops.dynconv.dynamic_filter2d
     result = run(
         input, filters, channel_filters, listed, size, geometry.kernel, geometry.stride, geometry.padding,

@@ -38,9 +38,10 @@ from ._common import (
 )
 from .masked_conv import masked_conv2d
 
-# `sites`: nothing, or the mask, index and count of an ActiveSites. `capacity`: the channels of a packed output, or -1.
+# `sites`: None (AOTInductor makes that of an empty list), or the mask, index and count of an ActiveSites.
+# `capacity`: the channels of a packed output, or -1.
 # `is_chosen`: whether a mask was given for the input's channels, and for the output's.
-_SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count, Tensor[] sites"
+_SETS = "Tensor in_index, Tensor in_count, Tensor out_index, Tensor out_count, Tensor[]? sites"
 _GEOMETRY = (
     "SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation, int groups, int granularity, str backend, "
     "str execution, bool[2] is_chosen"
@@ -407,7 +408,7 @@ class _GatheredConv2d(torch.autograd.Function):
             out = torch.ops.dynconv.gathered_conv2d(
                 input, weight, bias, in_index, in_count, out_index, out_count, sites, *rest
             )
-        ctx.save_for_backward(*operands, *sites)
+        ctx.save_for_backward(*operands, *(sites or ()))
         ctx.is_finished = any(f is not None for f in finish[:3]) or finish[3] != "none"
         ctx.geometry = (packed_input, capacity >= 0, *where)
         ctx.rest = len(rest)
@@ -420,7 +421,7 @@ class _GatheredConv2d(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         (*operands,) = ctx.saved_tensors[:6]
         results = torch.ops.dynconv.gathered_conv2d_backward(
-            grad, *operands, list(ctx.saved_tensors[6:]), *ctx.geometry, wanted
+            grad, *operands, list(ctx.saved_tensors[6:]) or None, *ctx.geometry, wanted
         )
         grads = [result if want else None for result, want in zip(results, wanted, strict=True)]
         return (*grads, None, None, None, None, None, *(None,) * ctx.rest)
@@ -557,7 +558,7 @@ def gathered_conv2d(
         kept = torch.where(kept, input, 0)
         input = (kept * ins.gate[:, :, None, None]).to(input.dtype)
     gates = [outs.gate, None if sites is None else sites.gate]
-    listed = [] if sites is None else [sites.mask, sites.index, sites.count]
+    listed = None if sites is None else [sites.mask, sites.index, sites.count]
     operands = (input, weight, bias, ins.index, ins.count, outs.index, outs.count, listed)
     where = (is_packed, outs.capacity if packed else -1)
     where += (size, geometry.stride, geometry.padding, geometry.dilation, groups)

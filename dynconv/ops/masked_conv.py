@@ -39,11 +39,12 @@ from ._common import (
 from .epilogue import epilogue
 
 # A packed input brings `source`: the packed row of each pixel [N, 1, H, W] (-1: none), its sites' index and count.
-# `shared` is what layers with the same sites share, or nothing: what `_shared` returns.
+# `shared` is what layers with the same sites share, or None: what `_shared` returns. Neither is ever an empty list,
+# which AOTInductor hands to an op as None.
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend, str execution"
 _OPERANDS = (
-    "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[] shared, "
-    "Tensor[] source, Tensor? gate"
+    "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[]? shared, "
+    "Tensor[]? source, Tensor? gate"
 )
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define(
@@ -62,7 +63,7 @@ _library.define(
 _POINTWISE = (1, 1, 1, 1, 0, 0)  # kernel, stride and padding of a 1x1 convolution
 
 
-def _input_size(input: Tensor, source: list[Tensor]) -> tuple[int, int]:
+def _input_size(input: Tensor, source: list[Tensor] | None) -> tuple[int, int]:
     return tuple((source[0] if source else input).shape[2:])
 
 
@@ -150,8 +151,8 @@ def _cpu_backward(grad, input, weight, bias, sites, shared, source, gate, stride
     # A stencil's own gradient alone reads a table.
     needs_table = wanted[1] or not is_stencil(weight.shape, groups)
     table = _table(reads, index, count, shared) if needs_table else None
-    readers, pixels = None, source[1:]
-    if wanted[0] and is_stencil(weight.shape, groups) and len(shared) > 1:
+    readers, pixels = None, source[1:] if source else []
+    if wanted[0] and is_stencil(weight.shape, groups) and shared and len(shared) > 1:
         readers, *pixels = shared[1:]
     elif wanted[0] and is_stencil(weight.shape, groups):
         kernels, size = module(".cpu.sites"), _input_size(input, source)
@@ -178,8 +179,9 @@ def _triton_backward(grad, input, weight, bias, sites, shared, source, gate, str
         if not source:
             grad_input.zero_()
         if not shared:
-            pixels = source[1:]
-            if not source:
+            if source:
+                pixels = source[1:]
+            else:
                 where = (stride, padding, dilation)
                 touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
                 pixels = compaction.compact(touched)
@@ -217,7 +219,7 @@ class _Call(calibration.SiteCall):
         stride, padding, dilation, groups, backend = self.geometry
         return (
             backend, str(input.dtype), *input.shape, *weight.shape, *sites.mask.shape[2:], *stride, *padding, *dilation,
-            groups, len(shared), len(source), gate is not None,
+            groups, len(shared or ()), len(source or ()), gate is not None,
         )  # fmt: skip
 
     def _name(self, *details: str) -> str:
@@ -401,15 +403,15 @@ class _MaskedConv2d(torch.autograd.Function):
                 input, weight, bias, mask, index, count, shared, source, gate, residual, inactive, activation, packed,
                 *geometry,
             )  # fmt: skip
-        ctx.save_for_backward(input, weight, bias, mask, index, count, gate, *shared, *source)
-        ctx.geometry, ctx.shared = geometry, len(shared)
+        ctx.save_for_backward(input, weight, bias, mask, index, count, gate, *(shared or ()), *(source or ()))
+        ctx.geometry, ctx.shared = geometry, len(shared or ())
         return out
 
     @staticmethod
     def backward(ctx, grad):
         # Once: checkpointing recomputes what it unpacks.
         input, weight, bias, mask, index, count, gate, *tables = ctx.saved_tensors
-        shared, source = tables[: ctx.shared], tables[ctx.shared :]
+        shared, source = tables[: ctx.shared] or None, tables[ctx.shared :] or None
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[1], needs[2], needs[8]]
         grads = [None] * 4
@@ -615,10 +617,12 @@ class _Passed:
                 sites = mask if is_shared else ActiveSites._of(mask)
                 return settle(result, sites, None, None, None, self.activation, None)
         sites = mask if is_shared else ActiveSites._of(mask)
-        shared = []
+        shared = None
         if is_shared and self.has_table:
             shared = [sites._neighbours(input.shape[2:], self.taps)]
-        return _sparse(input, weight, bias, sites, shared, [], None, None, None, self.activation, False, *self.geometry)
+        return _sparse(
+            input, weight, bias, sites, shared, None, None, None, None, self.activation, False, *self.geometry
+        )
 
 
 _passed: dict[tuple, _Passed] = {}
@@ -676,7 +680,7 @@ def _shared(
     weight: Tensor,
     groups: int,
     backend: str,
-) -> list[Tensor]:
+) -> list[Tensor] | None:
     """What layers with the same sites share; a call with a mask of its own makes it inside the op.
 
     The CPU kernels read addresses from the neighbour table, but for stencils in inference. The Triton kernels compute
@@ -687,7 +691,7 @@ def _shared(
     needs_grad = _needs_grad(input)
     if is_stencil(weight.shape, groups):
         if backend == "cpu" and not _needs_grad(input, weight):
-            return []
+            return None
     elif backend == "cpu":
         needs_grad = False
     return _shared_tables(sites, size, source, geometry, backend, needs_grad)
@@ -700,14 +704,14 @@ def _shared_tables(
     geometry: Geometry,
     backend: str,
     with_input_grad: bool,
-) -> list[Tensor]:
+) -> list[Tensor] | None:
     shared = []
     if backend == "cpu":
         shared.append(
             sites._neighbours(size, geometry) if source is None else sites._packed_neighbours(source, geometry)
         )
     if not with_input_grad:
-        return shared
+        return shared or None
     pixels = sites._touched_by(size, geometry) if source is None else source
     shared.append(sites._readers(pixels, geometry) if backend == "cpu" else sites.inverse)
     return [*shared, pixels.index, pixels.count]
