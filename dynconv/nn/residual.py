@@ -50,7 +50,12 @@ class ResidualBlock(nn.Module):
 
         None where a gradient, autocast, a compiler or the batch's own statistics stand against it.
         """
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type) or needs_grad(input):
+        if (
+            torch.compiler.is_compiling()
+            or input.is_meta
+            or torch.is_autocast_enabled(input.device.type)
+            or needs_grad(input)
+        ):
             return None
         modules = [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
         operands, settings = [], [used]
