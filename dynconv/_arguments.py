@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._backend import check_tracer
+
 
 def kind_of(value: object) -> str:
     """Name the kind of an argument that should be a tensor, and how to make one of it where that is known."""
+    check_tracer(value)
     kind = type(value).__name__
     return f"{kind} (torch.from_numpy makes a tensor of it)" if type(value).__module__ == "numpy" else kind
 
@@ -24,6 +27,7 @@ def check_size(size: Sequence[int], names: str) -> None:
 
 def check_mask(mask: Tensor) -> None:
     """Raise TypeError where a mask is neither a bool nor a floating tensor."""
+    check_tracer(mask)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a bool or floating tensor, got {kind_of(mask)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():

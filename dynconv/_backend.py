@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -28,7 +29,8 @@ def backend(name: str) -> Iterator[None]:
 
     Without it, and without the environment variable `DYNCONV_BACKEND`, CUDA tensors take "triton" and CPU tensors
     "cpu". "triton" takes CPU tensors only under Triton's interpreter (`TRITON_INTERPRET=1`), "cpu" CPU tensors
-    only; "reference" is plain PyTorch and takes any. Raises ValueError for another name.
+    only; "reference" is plain PyTorch and takes any; a program exported under it holds PyTorch's own operators alone,
+    which `torch.onnx.export` gets without being told. Raises ValueError for another name.
     """
     global _forced
     before, _forced = _forced, _checked(name)
@@ -43,14 +45,45 @@ def forced_backend() -> str | None:
     return _forced
 
 
+def in_onnx_export() -> bool:
+    """Whether `torch.onnx.export(..., dynamo=True)` records what runs."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def is_reference() -> bool:
+    """Whether ops are plain PyTorch: where that is forced, and for ONNX, which knows no op of this package."""
+    return forced_backend() == "reference" or in_onnx_export()
+
+
 def backend_for(device: torch.device) -> str:
-    """The backend that runs an op on tensors of that device; raises ValueError where the forced one cannot."""
+    """The backend that runs an op on tensors of that device.
+
+    Raises ValueError where the forced one cannot, RuntimeError as `check_tracer`.
+    """
+    check_tracer(device)
+    if is_reference():
+        return "reference"
     name = _forced or ("cpu" if device.type == "cpu" else "triton")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' takes CPU tensors, got tensors on {device}")
     if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend: 'triton' takes CPU tensors under TRITON_INTERPRET=1 only")
     return name
+
+
+def check_tracer(value: object) -> None:
+    """Refuse what records plain operators, or the active set of its example alone: TorchScript and `torch.fx`."""
+    if torch.jit.is_tracing():
+        refuse_tracer("torch.jit.trace, or torch.onnx.export(dynamo=False)")
+    if isinstance(value, torch.fx.Proxy):
+        refuse_tracer("torch.fx.symbolic_trace")
+
+
+def refuse_tracer(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name}: cannot record dynconv, whose work depends on the values of masks; expected torch.export.export, "
+        "torch.compile or torch.onnx.export(..., dynamo=True)"
+    )
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:

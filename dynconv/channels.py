@@ -46,10 +46,11 @@ def _places(mask: Tensor) -> Tensor:
 def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.is_cpu and unwatched(mask):
         return module(".cpu.channels").compact(mask.contiguous())
-    count = mask.sum(1, dtype=torch.int32)
-    order = mask.byte().argsort(stable=True, dim=1, descending=True)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(place < count[:, None], order, -1).int(), count
+    width = mask.shape[1]
+    # In int32 and of numbers that differ: ONNX has no stable sort.
+    own = torch.arange(width, dtype=torch.int32, device=mask.device)
+    index = torch.where(mask, own, width).sort(1).values
+    return torch.where(index < width, index, -1), mask.sum(1, dtype=torch.int32)
 
 
 class ActiveChannels:

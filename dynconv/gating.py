@@ -18,12 +18,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._arguments import kind_of
+from ._backend import refuse_tracer
 from .channels import ActiveChannels, check_int
 
 __all__ = [
@@ -68,6 +70,9 @@ class _Selector(nn.Module):
         self.channels = check_int("channels", channels)
         self.granularity = check_int("granularity", granularity)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_tracer("torch.jit.script")
+
     @property
     def groups(self) -> int:
         """How many groups of channels there are; the last may be smaller."""
@@ -79,7 +84,7 @@ class _Selector(nn.Module):
     def _squeeze(self, input: Tensor, magnitude: bool = False) -> Tensor:
         """Global average pooling: [N, in_channels, H, W] -> [N, in_channels]."""
         if not isinstance(input, Tensor):
-            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+            raise TypeError(f"input: expected a tensor, got {kind_of(input)}")
         if input.dim() != 4 or input.shape[1] != self.in_channels:
             raise ValueError(f"input: expected shape [N, {self.in_channels}, H, W], got {list(input.shape)}")
         return (input.abs() if magnitude else input).mean((2, 3))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import check_mask, check_size
-from ._backend import backend_for, keeps_tensors, kept, module, saveable, unwatched
+from ._backend import backend_for, is_reference, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -29,12 +30,26 @@ _library.define(
 
 
 def _compact(mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        active = mask.flatten()
+        return _scattered(torch.where(active, active.cumsum(0) - 1, -1), 0), active.sum(dtype=torch.int32).view(1)
     if backend == "cpu":
         return module(".cpu.sites").compact(mask)
     return module(".kernels.compaction").compact(mask)
 
 
+def _scattered(places: Tensor, fill: int) -> Tensor:
+    """int32: i at places[i], where that is not negative, and `fill` at the places that are left."""
+    last = places.numel()  # one more, for what has no place
+    result = places.new_full((last + 1,), fill, dtype=torch.int32)
+    own = torch.arange(last, dtype=torch.int32, device=places.device)
+    return result.scatter(0, torch.where(places < 0, last, places), own)[:last]
+
+
 def _inverse_map(index: Tensor, count: Tensor, backend: str) -> Tensor:
+    if backend == "reference":
+        listed = torch.arange(index.numel(), device=index.device) < count
+        return _scattered(torch.where(listed, index.long(), -1), -1)
     if backend == "cpu":
         return module(".cpu.sites").inverse(index, count)
     return module(".kernels.compaction").inverse_map(index, count, index.numel())
@@ -46,7 +61,7 @@ def _neighbours(
     if backend == "cpu":
         geometry = (*output_size, *input_size, *kernel_size, *stride, *padding, *dilation)
         return module(".cpu.sites").neighbours(index, count, geometry, lookup)
-    # The Triton kernels compute addresses in registers; this is for those who read the table.
+    # The Triton kernels compute addresses in registers; this is for those who read the table, and for the reference.
     (height, width), site = input_size, index.long()
     y = site // output_size[1] % output_size[0] * stride[0] - padding[0]
     x = site % output_size[1] * stride[1] - padding[1]
@@ -71,6 +86,13 @@ _library.impl("readers", _readers, "CPU")
 
 
 def _touched(mask, input_size, kernel_size, stride, padding, dilation, backend) -> Tensor:
+    if backend == "reference":
+        # Every site adds to the pixels that it reads, as in the gradient of a convolution with a filter of ones.
+        ones = torch.ones(1, 1, *kernel_size, device=mask.device)
+        sums = F.conv_transpose2d(mask.to(ones.dtype), ones, stride=tuple(stride), dilation=tuple(dilation))
+        (top, left), (height, width) = padding, input_size
+        beyond = (-left, left + width - sums.shape[3], -top, top + height - sums.shape[2])
+        return F.pad(sums, beyond) > 0.5
     if backend == "cpu":
         return module(".cpu.sites").touched(mask, input_size, kernel_size, stride, padding, dilation)
     return module(".kernels.compaction").touched(
@@ -114,6 +136,14 @@ def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
 
 
 _POINTWISE = Geometry.of(1, 1, 0, 1)
+_FUNCTIONS = {"compact": _compact, "inverse_map": _inverse_map, "neighbours": _neighbours, "touched": _touched}
+
+
+def _run(name: str, *operands_and_backend):
+    """Run `dynconv::{name}`, or its plain PyTorch for the reference: then no graph holds an op of this package."""
+    if is_reference():
+        return _FUNCTIONS[name](*operands_and_backend[:-1], "reference")
+    return getattr(torch.ops.dynconv, name)(*operands_and_backend)
 
 
 def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
@@ -241,8 +271,11 @@ class ActiveSites:
 
     def _compact(self) -> list[Tensor]:
         if not self._compacted:
-            compact = _compact if unwatched(self.mask) else torch.ops.dynconv.compact
-            self._compacted.extend(kept(compact, self.mask, self._backend))
+            if unwatched(self.mask) and not is_reference():
+                made = kept(_compact, self.mask, self._backend)
+            else:
+                made = kept(_run, "compact", self.mask, self._backend)
+            self._compacted.extend(made)
         return self._compacted
 
     @property
@@ -290,7 +323,7 @@ class ActiveSites:
     def inverse(self) -> Tensor:
         """int32 [N * Ho * Wo]: each site's position in `index`, or -1 where it is not active."""
         if not self._inverse:
-            self._inverse.append(kept(torch.ops.dynconv.inverse_map, self.index, self.count, self._backend))
+            self._inverse.append(kept(_run, "inverse_map", self.index, self.count, self._backend))
         return self._inverse[0]
 
     def neighbours(
@@ -316,7 +349,7 @@ class ActiveSites:
         table = _find(self._tables, input_size, geometry)
         if table is None:
             table = kept(
-                torch.ops.dynconv.neighbours, self.index, self.count, self.shape[1:], input_size,
+                _run, "neighbours", self.index, self.count, self.shape[1:], input_size,
                 geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, None, self._backend,
             )  # fmt: skip
             self._tables.append((tuple(input_size), geometry, table))
@@ -330,7 +363,7 @@ class ActiveSites:
             if of is source.index and by == geometry:
                 return table
         table = kept(
-            torch.ops.dynconv.neighbours, self.index, self.count, self.shape[1:], source.shape[1:],
+            _run, "neighbours", self.index, self.count, self.shape[1:], source.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, source.inverse, self._backend,
         )  # fmt: skip
         self._packed_tables.append((source.index, geometry, table))
@@ -368,7 +401,7 @@ class ActiveSites:
         touched = _find(self._touched, input_size, geometry)
         if touched is None:
             mask = kept(
-                torch.ops.dynconv.touched, self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding,
+                _run, "touched", self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding,
                 geometry.dilation, self._backend,
             )  # fmt: skip
             touched = ActiveSites._of(mask)

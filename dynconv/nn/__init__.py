@@ -1,5 +1,6 @@
 """Drop-in modules over the ops."""
 
+from .._backend import refuse_tracer
 from .blocks import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedInvertedResidual
 from .deform import DCNv2, DCNv4, DeformConv2d
 from .dynamic_filter import CARAFE, DDF, DDFUp, DynamicFilter2d, FilterNorm, Involution2d
@@ -44,3 +45,13 @@ __all__ = [
     "convert_sync_batchnorm",
     "pac_kernel",
 ]
+
+
+def _refuse_script(module) -> None:
+    """TorchScript asks a module's hook of this name first, and would otherwise fail at some line of its `forward`."""
+    refuse_tracer("torch.jit.script")
+
+
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__prepare_scriptable__ = _refuse_script

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import calibration
-from .._backend import backend_for
+from .._backend import backend_for, in_onnx_export
 from ..ops._common import activate_, gate_of, settle
 from ..ops.epilogue import epilogue
 from ..ops.masked_chain import Layer, masked_chain, prepare
@@ -83,6 +83,8 @@ class MaskedBlock(ResidualBlock):
         sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *sizes[-1]))
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._masked_dense(input, sites)
+        if in_onnx_export() and not inplace and not any(self._uses_batch_statistics(stage) for stage in self.stages):
+            return self._masked_dense(input, sites)  # nothing to pack: a graph of what the dense block has, and a mask
         features = input.contiguous(memory_format=torch.channels_last)
         merges = self._activates_branch  # the gate, too, then multiplies what the epilogue has made
         computed = sites.ungated if merges else sites

@@ -6,6 +6,7 @@ import functools
 
 from torch import Tensor, nn
 
+from .._backend import check_tracer
 from ..channels import ActiveChannels
 from ..ops.gathered_conv import gathered_conv2d
 from ..ops.gathered_linear import gathered_linear
@@ -36,6 +37,7 @@ class GatheredConv2d(nn.Conv2d):
 
         `options` are its keywords `mask`, `activation`, `residual`, `inactive` and `packed`.
         """
+        check_tracer(input)  # here, as torch.fx passes `options` that cannot be unpacked
         return gathered_conv2d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, in_mask=in_mask,
             out_mask=out_mask, **options,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import kind_of
-from .._backend import module, unwatched
+from .._backend import check_tracer, module, unwatched
 from .._geometry import Geometry
 from ..packed import PackedFeatures
 from ..reference import NORMALIZATIONS
@@ -140,6 +140,7 @@ def _check_layout(name: str, tensor: Tensor) -> None:
 
 def check_map(input: Tensor) -> None:
     """That the input is a floating tensor [N, C, H, W] with a channel."""
+    check_tracer(input)
     check_operand("input", input, input)
     if input.dim() != 4 or input.shape[1] == 0:
         cure = unsqueezed("input", input)
@@ -156,6 +157,7 @@ def check_convolution(
     groups: int,
 ) -> tuple[Geometry, tuple[int, int]]:
     """Return the convolution's geometry and its (Ho, Wo); the last four arguments are those of `_geometry.plain`."""
+    check_tracer(input)
     tensor = check_features("input", input)
     check_operand("weight", weight, tensor)
     if bias is not None:

@@ -551,21 +551,20 @@ def masked_conv2d(
     gate = None if sites is None else gate_of(sites, tensor.dtype)
     if out is not None:
         check_out(out, inactive, packed, tensor, weight, bias, gate, addend)
+    if sites is None:
+        result = _dense(tensor, weight, bias, stride, padding, dilation, groups, activation, addend, inactive)
+        return result if out is None else out.copy_(result)
     backend = backend_for(tensor.device)
     if backend == "reference":
         return reference.masked_conv2d(
             tensor if source is None else PackedFeatures(tensor, source), weight, bias, stride, padding, dilation,
             groups, mask=sites, activation=activation, residual=residual, inactive=inactive, out=out, packed=packed,
         )  # fmt: skip
-    if sites is None:
-        result = _dense(tensor, weight, bias, stride, padding, dilation, groups, activation, addend, inactive)
-        return result if out is None else out.copy_(result)
-    shared = []
+    shared = packed_source = None
     if sites is mask or source is not None:
         shared = _shared(sites, tensor, source, geometry, weight, groups, backend)
-    packed_source = [] if source is None else [source.inverse.view(samples, 1, *source.shape[1:])]
     if source is not None:
-        packed_source += [source.index, source.count]
+        packed_source = [source.inverse.view(samples, 1, *source.shape[1:]), source.index, source.count]
     rest = (shared, packed_source, gate)
     where = (geometry.stride, geometry.padding, geometry.dilation, groups, backend, calibration.mode())
     kind = activation or "none"
