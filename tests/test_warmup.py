@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,11 +62,13 @@ def test_errors(options, named):
 
 
 def test_what_the_command_compiled_no_process_compiles_again(tmp_path):
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    shutil.copytree(ROOT / "dynconv", tmp_path / "dynconv", ignore=shutil.ignore_patterns("__pycache__"))
+    # No folder of the user's, and none beside the source, which is read as well.
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
 
     def process(*arguments):
         done = subprocess.run(
-            [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+            [sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
         )
         return done.stdout, done.stderr
 
