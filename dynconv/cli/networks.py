@@ -152,14 +152,14 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 
 
 def make(name: str) -> Network:
-    """A network with random parameters, of which each layer keeps the size of the values."""
+    """A network with random parameters, of which each layer keeps the size of the values; frozen on every side."""
     torch.manual_seed(0)
     network = NETWORKS[name]()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
             nn.init.normal_(module.bias, std=0.1)
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return dynconv.prepare(network.to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
 @dataclass
