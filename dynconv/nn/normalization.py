@@ -36,6 +36,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
         The keywords and errors of `dynconv.masked_conv2d`; the gate is that of the sites, if they have one.
         """
+        if not isinstance(features, PackedFeatures):
+            raise TypeError(f"features: expected PackedFeatures (dynconv.pack makes them), got {kind_of(features)}")
         return batch_norm(self, features, activation=activation, residual=residual, inactive=inactive, packed=packed)
 
     @classmethod

@@ -370,8 +370,6 @@ def batch_norm(
 def _check(features, activation, residual, inactive, out, packed):
     """The features' rows, the residual's, and both in autocast's type with what is inactive."""
     rows = check_features("features", features)
-    if not isinstance(features, PackedFeatures):
-        raise TypeError(f"features: expected PackedFeatures (dynconv.pack makes them), got {kind_of(features)}")
     check_activation(activation)
     rows, inactive, residual = autocast(rows, inactive, residual)
     shape = features.shape
