@@ -182,7 +182,7 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
         centred = torch.where(computed, wide - spread(mean), 0)
         variance = _summed(total(centred * centred), group) / count.clamp(min=1)
         if norm.training and norm.track_running_stats:
-            _track(norm, mean.detach(), variance.detach(), count)
+            _track(norm, mean, variance, count)
     else:
         mean, variance = norm.running_mean, norm.running_var
         centred = torch.where(computed, wide - spread(mean.to(wide.dtype)), 0)
@@ -213,7 +213,7 @@ def batch_norm(norm: nn.BatchNorm2d, features: PackedFeatures, **finish) -> Pack
             mean, variance, count = _synchronised_moments(features, group)
             result = _normalised(norm, features, mean, variance, finish)
         if norm.training and norm.track_running_stats:
-            _track(norm, mean.detach(), variance.detach(), count)
+            _track(norm, mean, variance, count)
         return result
     return _normalised(norm, features, norm.running_mean, norm.running_var, finish)
 
@@ -276,13 +276,14 @@ def _synchronised_moments(features: PackedFeatures, group) -> tuple[Tensor, Tens
     return mean, _summed((centred * centred).sum(0), group) / count.clamp(min=1), count
 
 
-# Without torch.no_grad(), which an export cannot save here: none of the operands has a gradient.
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
     """Move the running statistics towards these, which are of `count` sites, [1] or [C]; no wait for the device.
 
     A batch without a site is no batch, and one in which no sample keeps a channel is none of that channel: neither
     counts in the cumulative average of `momentum=None`, which `torch.optim.swa_utils.update_bn` asks for.
     """
+    # Not under torch.no_grad(), which an exported program cannot be saved with.
+    mean, variance, count = mean.detach(), variance.detach(), count.detach()
     kept = count > 0
     norm.num_batches_tracked.add_(kept.any())
     momentum = norm.momentum
