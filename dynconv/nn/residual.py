@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .._arguments import kind_of
 from .._backend import backend, module
 from .._geometry import Geometry
+from ..ops._common import is_autocast
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
 from .dense import computes_as, has_hooks, hook_of, is_frozen_norm
@@ -50,12 +51,7 @@ class ResidualBlock(nn.Module):
 
         None where a gradient, autocast, a compiler or the batch's own statistics stand against it.
         """
-        if (
-            torch.compiler.is_compiling()
-            or input.is_meta
-            or torch.is_autocast_enabled(input.device.type)
-            or needs_grad(input)
-        ):
+        if torch.compiler.is_compiling() or input.is_meta or is_autocast(input.device.type) or needs_grad(input):
             return None
         modules = [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
         operands, settings = [], [used]
@@ -202,7 +198,7 @@ class ResidualBlock(nn.Module):
 
         The ops would take both in autocast's type, and round the shortcut.
         """
-        if residual is None or not torch.is_autocast_enabled(residual.device.type):
+        if residual is None or not is_autocast(residual.device.type):
             return False
         return residual.dtype not in (torch.get_autocast_dtype(residual.device.type), torch.float64)
 

@@ -342,13 +342,18 @@ def placed(kernel_size, stride, padding, dilation) -> Geometry:
     return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), (0, 0), tuple(dilation))
 
 
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is on for a type of device; it raises for "meta"."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(*operands, dtype: torch.dtype | None = None):
     """What autocast does for F.conv2d: everything but float64 in its lower precision, packed rows as well.
 
     Or, where it is on, in another `dtype`.
     """
     kind = operands[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not is_autocast(kind):
         return operands
     dtype = dtype or torch.get_autocast_dtype(kind)
 
