@@ -10,7 +10,6 @@ import dynconv
 from dynconv import roofline
 from dynconv.__main__ import main
 from dynconv._masks import blob_mask
-from dynconv.cli import roofline as command
 from dynconv.cli.blocks import BlockBench
 from dynconv.cli.floors import estimate, together
 from dynconv.cli.layers import FILTERS, LAYERS, Block, Filter, Layer, Width
@@ -193,13 +192,3 @@ def test_the_command(tmp_path, capsys):
     record = json.loads(results.read_text())
     assert {row["family"] for row in record["rows"]} == {"resnet50", "dcn"}
     assert record["ceilings"]["measured"] == []
-    if not torch.cuda.is_available():
-        assert command.main(command_arguments("cuda")) == 1
-
-
-def command_arguments(device):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(["--device", device])
