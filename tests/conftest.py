@@ -1,6 +1,8 @@
 """Where the op tests run: the CPU backend, and the Triton kernels natively or, without a GPU, interpreted."""
 
 import os
+import pickle
+import sys
 import tempfile
 from pathlib import Path
 
@@ -50,6 +52,28 @@ def pytest_xdist_make_scheduler(config, log):
             return group(nodeid)
 
     return GroupScheduling(config, log)
+
+
+def can_raise(kernel) -> bool:
+    """Whether a compiled kernel of the CPU backend holds a pickled exception: what a `raise` in it would report."""
+    code = kernel._library._compiled_object
+    if code is None:  # read from its file, and given to the linker
+        (_, _, (code, _)), *_ = pickle.loads(kernel._cache.read())
+    return b"\x80\x04\x95" in code
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_kernel_can_raise():
+    """Look at every Numba kernel that the tests have compiled or loaded.
+
+    An exception in a kernel is printed and ignored, and the result stays unwritten. (One that happens all the same
+    fails its test: pytest hands what is printed so to the warnings, which are errors here.)
+    """
+    yield
+    threads = sys.modules.get("dynconv.cpu._threads")
+    if threads is not None:
+        compiled = [kernel for of_types in threads.KERNELS.values() for kernel in of_types.values()]
+        assert not [kernel._cache.name for kernel in compiled if can_raise(kernel)]
 
 
 class Target:

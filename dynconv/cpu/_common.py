@@ -18,6 +18,7 @@ from ._llvm import (
     load,
     multiply_tile,
     pointer,
+    positive,
     store,
     transpose_vectors,
 )
@@ -35,7 +36,7 @@ def array(address, dtype):
 def copy(source, at, count, target, to, lanes, compute):
     """`count` contiguous elements, widened. Whole vectors explicitly: LLVM's own loop first checks for overlap."""
     whole = count - count % lanes
-    for c in range(0, whole, lanes):
+    for c in range(0, whole, positive(lanes)):
         copy_vector(source, at + c, target, to + c)
     for c in range(whole, count):
         store(target, to + c, load(source, at + c, compute))
@@ -51,7 +52,7 @@ def clear(target, at, count, compute):
 def add(source, at, count, scale, target, to, lanes, compute):
     """target += scale * source over `count` contiguous elements, both in the compute type."""
     whole = count - count % lanes
-    for c in range(0, whole, lanes):
+    for c in range(0, whole, positive(lanes)):
         add_vector(source, at + c, scale, target, to + c)
     for c in range(whole, count):
         store(target, to + c, load(target, to + c, compute) + scale * load(source, at + c, compute))

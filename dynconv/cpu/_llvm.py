@@ -65,6 +65,19 @@ def fetch_add(typingctx, array, value):
     return types.int64(array, types.int64), codegen
 
 
+@intrinsic
+def positive(typingctx, step):
+    """The step of a `range`, promised to be above zero: Numba then has no check of it left that could raise."""
+
+    def codegen(context, builder, signature, args):
+        kind, name = ir.FunctionType(ir.VoidType(), [ir.IntType(1)]), "llvm.assume"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [builder.icmp_signed(">", args[0], _i64(0))])
+        return args[0]
+
+    return types.int64(types.int64), codegen
+
+
 def _widen(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
     """A loaded element, or a vector of them, in the type to compute in."""
     if storage == types.uint16:  # bfloat16 is the upper half of a float32

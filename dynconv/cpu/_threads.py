@@ -60,6 +60,10 @@ def kernel(body: Callable) -> Callable[..., None]:
     The body sees an int64 array: elements 0 and 1 are shared counters that start at zero (the next chunk of work
     and the next worker's number), the caller's sizes and addresses follow from element 2. Compiled at the first
     call for each element type, then kept on disk.
+
+    Nothing in a body can raise: Numba would print the exception and go on. A division by zero gives zero, in every
+    function that the entry calls (they inherit its error model), `positive` is the step of a `range`, and memory comes
+    from the caller.
     """
     full_name = f"{body.__module__}.{body.__qualname__}".removeprefix("dynconv.cpu.")
     KERNELS[full_name] = {}
@@ -74,7 +78,7 @@ def kernel(body: Callable) -> Callable[..., None]:
         entry = FunctionType(_entry.__code__, names)
         # Numba names the symbol after it, and every process numbers its symbols anew.
         entry.__qualname__ = re.sub(r"\W", "_", name)
-        KERNELS[full_name][dtype] = _cache.compiled(name, entry, _SIGNATURE)
+        KERNELS[full_name][dtype] = _cache.compiled(name, entry, _SIGNATURE, error_model="numpy")
         return KERNELS[full_name][dtype].address
 
     def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:

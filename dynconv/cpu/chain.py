@@ -40,6 +40,7 @@ from ._llvm import (
     finish_row,
     merge_bytes,
     pointer,
+    positive,
     stencil_rows,
 )
 from ._threads import compute_type, kernel, workers
@@ -233,7 +234,7 @@ def _chain_kernel(arguments, storage, compute):
             is_clamp = is_clamp and (is_depthwise or block_taps >= taps)
             low, high = compute(-np.inf) if activation == 0 else compute(0), compute(6 if activation == 2 else np.inf)
             sites = array(lists[s], np.int32)
-            for first in range(0, counts[s], chunk_rows):
+            for first in range(0, counts[s], positive(chunk_rows)):
                 rows = min(chunk_rows, counts[s] - first)
                 if is_input or not is_pointwise or is_depthwise:
                     in_first = 0 if is_input else firsts[s - 1]
@@ -276,7 +277,7 @@ def _chain_kernel(arguments, storage, compute):
                         panels * depth * lanes, panels, groups, scratch, products, width, lanes,
                     )  # fmt: skip
                 else:
-                    for first_tap in range(0, taps, block_taps):
+                    for first_tap in range(0, taps, positive(block_taps)):
                         tap_count = min(block_taps, taps - first_tap)
                         depth, stride = tap_count * channels, taps * channels * lanes
                         if is_input:

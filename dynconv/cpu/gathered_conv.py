@@ -49,6 +49,7 @@ from ._llvm import (
     finish_row,
     load,
     multiply_transposed_tile,
+    positive,
     prefetch,
     store,
     transpose_vectors,
@@ -133,7 +134,7 @@ def _pack_kernel(arguments, storage, compute):
             # Rows with gaps are no stream that the hardware would see: it waits for each line.
             for r in range(runs, runs + 2 * number, 2):
                 ahead = (row + AHEAD) * width + np.int64(index[at + all_runs[r]])
-                for c in range(0, np.int64(all_runs[r + 1]), lanes):
+                for c in range(0, np.int64(all_runs[r + 1]), positive(lanes)):
                     prefetch(source, ahead + c)
             if is_packed:
                 copy(source, row * width, count, packed, target, lanes, compute)
@@ -167,7 +168,7 @@ def _pack_weight(
                 k = tap * ins
                 for r in range(run_at, run_at + 2 * run_count, 2):
                     at = source + np.int64(in_index[in_at + runs[r]])
-                    for c in range(0, np.int64(runs[r + 1]), lanes):
+                    for c in range(0, np.int64(runs[r + 1]), positive(lanes)):
                         transpose_vectors(weight, at + c, row, target, to + k * lanes)
                         k += lanes
             continue
@@ -283,11 +284,11 @@ def _products_kernel(arguments, storage, compute):
         # A list's table counts the rows of the batch, the other one those of a sample.
         begins = np.int64(source_starts[sample]) if is_compact else sample * from_rows
         source_at = first + begins * (from_stride - (stride if has_list else 0))
-        for first_row in range(begin, end_row, chunk_rows):
+        for first_row in range(begin, end_row, positive(chunk_rows)):
             rows = min(chunk_rows, end_row - first_row)
             if kept == 0:
                 clear(scratch, products, rows * width, compute)
-            for first_tap in range(0, taps if kept > 0 and filters > 0 else 0, block_taps):
+            for first_tap in range(0, taps if kept > 0 and filters > 0 else 0, positive(block_taps)):
                 tap_count = min(block_taps, taps - first_tap)
                 entry = first_row * taps + first_tap
                 gather_scattered(
@@ -381,7 +382,7 @@ def _weight_grad_kernel(arguments, storage, compute):
                 begin, end_row = np.int64(starts[sample]), np.int64(starts[sample + 1])
                 source_at -= sample * pixels * in_stride
                 grad_at += begin * (out_most - out_stride) - sample * sites * out_most
-            for column in range(0, kept if outs > 0 else 0, TILE_VECTORS * lanes):
+            for column in range(0, kept if outs > 0 else 0, positive(TILE_VECTORS * lanes)):
                 valid = min(TILE_VECTORS * lanes, kept - column)
                 vectors = (valid + lanes - 1) // lanes
                 width = vectors * lanes

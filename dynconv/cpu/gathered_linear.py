@@ -23,7 +23,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from ._common import SERIAL, array, ceil, clear, copy, lower_bound, vector_lanes
-from ._llvm import SUMMED_VECTORS, add_row_products, dot_rows, fetch_add, load, store
+from ._llvm import SUMMED_VECTORS, add_row_products, dot_rows, fetch_add, load, positive, store
 from ._threads import compute_type, kernel, workers
 
 # Output features, in the forward and in the gradients, and columns of a tile of the weight, which stays in the cache
@@ -203,7 +203,7 @@ def _weight_grad_kernel(arguments, storage, compute):
                     place = np.int64(list_counts[counted + feature])
                     lists[listed + feature * rows + place] = position
                     list_counts[counted + feature] = place + 1
-        for column in range(0, width, strip):
+        for column in range(0, width, positive(strip)):
             number = (min(width, column + strip) - column) // lanes
             for feature in range(end - begin):
                 count = np.int64(list_counts[counted + feature])

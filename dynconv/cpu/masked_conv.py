@@ -53,6 +53,7 @@ from ._llvm import (
     load,
     multiply_tile,
     multiply_transposed_tile,
+    positive,
     store,
 )
 from ._threads import compute_type, kernel, workers
@@ -94,7 +95,7 @@ def _forward_kernel(arguments, storage, compute):
         item_groups, item_panels = min(split_groups, groups - first_group), min(split_panels, panels - first_panel)
         group_width = item_panels * lanes
         width = item_groups * group_width
-        for first_tap in range(0, taps, block_taps):
+        for first_tap in range(0, taps, positive(block_taps)):
             tap_count = min(block_taps, taps - first_tap)
             depth = tap_count * channels
             entry = first * taps + first_tap if has_table else first
@@ -216,7 +217,7 @@ def _input_grad_kernel(arguments, storage, compute):
         valid = min(width, channels - tile * TILE_VECTORS * lanes)
         begin = lower_bound(index, sites, band * band_sites)
         end = lower_bound(index, sites, (band + 1) * band_sites)
-        for first in range(begin, end, chunk_rows):
+        for first in range(begin, end, positive(chunk_rows)):
             rows = min(chunk_rows, end - first)
             for tap in range(taps):
                 weight_at = ((group * panels + tile * TILE_VECTORS) * taps + tap) * filters * lanes
@@ -274,7 +275,7 @@ def _weight_grad_kernel(arguments, storage, compute):
         end_out = group * filters + min(filters, (split + 1) * split_filters)
         size = (end_out - first_out) * width
         clear(scratch, totals, size, compute)
-        for first in range(0, sites, chunk_rows):
+        for first in range(0, sites, positive(chunk_rows)):
             # A sum over all sites, one by one, would lose what sums of sums keep.
             is_start = first % (_SUMMED_CHUNKS * chunk_rows) == 0
             if is_start and first > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,17 +57,13 @@ def _inverse(arguments, storage, compute):
 @njit
 def _neighbours(arguments, storage, compute):
     a = carray(arguments, (24,))
-    index, table, lookup = _entries(a[2]), _entries(a[3]), _entries(a[18])
+    index, table, lookup, offsets = _entries(a[2]), _entries(a[3]), _entries(a[18]), _entries(a[19])
     is_packed = a[18] != 0
     count, chunk = a[4], a[5]
     out_height, out_width, height, width = a[6], a[7], a[8], a[9]
     kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
     pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
     taps = kernel_height * kernel_width
-    offsets = np.empty(taps, np.int32)
-    for ky in range(kernel_height):
-        for kx in range(kernel_width):
-            offsets[ky * kernel_width + kx] = ky * dilation_y * width + kx * dilation_x
     last_y, last_x = height - (kernel_height - 1) * dilation_y, width - (kernel_width - 1) * dilation_x
     while True:
         first = fetch_add(a, 1) * chunk
@@ -181,7 +178,16 @@ def neighbours(
     index: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ...], lookup: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[capacity, taps]: the pixel, or what `lookup` has for it; see `dynconv.sites.ActiveSites.neighbours`."""
-    return _table(_run_neighbours, index, count, geometry, lookup)
+    _, _, _, width, *kernel_size, _, _, _, _, dilation_y, dilation_x = geometry
+    offsets = _tap_offsets(*kernel_size, dilation_y * width, dilation_x)
+    return _table(_run_neighbours, index, count, geometry, lookup, offsets)
+
+
+@functools.lru_cache(256)
+def _tap_offsets(height: int, width: int, line: int, column: int) -> torch.Tensor:
+    """int32 [taps]: how far each tap reads from the first one, in pixels."""
+    offsets = [ky * line + kx * column for ky in range(height) for kx in range(width)]
+    return torch.tensor(offsets, dtype=torch.int32)
 
 
 def readers(
@@ -191,11 +197,11 @@ def readers(
     return _table(_run_readers, pixels, count, geometry, inverse)
 
 
-def _table(run, index, count, geometry, lookup) -> torch.Tensor:
+def _table(run, index, count, geometry, lookup, offsets=None) -> torch.Tensor:
     taps = geometry[4] * geometry[5]
     table = torch.empty(index.numel(), taps, dtype=torch.int32)
     n = int(count)
-    arguments = (index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry, address(lookup))
+    arguments = (index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry, address(lookup), address(offsets))
     run(torch.float32, workers(n * taps // _SERIAL), *arguments)
     return table
 

@@ -30,6 +30,7 @@ from ._llvm import (
     group_rows,
     group_weight,
     load,
+    positive,
     stencil_rows,
     stencil_weight,
     store,
@@ -193,7 +194,7 @@ def _weight_grad_kernel(arguments, storage, compute):
         channel = item * block_channels
         width = min(block_channels, channels - channel)
         clear(scratch, sums, taps * width, compute)
-        for first in range(0, sites, block_sites):
+        for first in range(0, sites, positive(block_sites)):
             rows = min(block_sites, sites - first)
             tap = 0
             while tap < taps:
@@ -225,7 +226,7 @@ def _group_weight_grad_kernel(arguments, storage, compute):
         group, panel = item // panels, item % panels
         first_filter = group * outer + panel * lanes
         clear(totals, 0, taps * inner * lanes, compute)
-        for first in range(0, sites, block_sites):
+        for first in range(0, sites, positive(block_sites)):
             rows, grad_at = min(block_sites, sites - first), first * groups * outer + first_filter
             for tap in range(taps):
                 group_weight(
