@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 import torch
@@ -20,29 +21,42 @@ def _checked(name: str) -> str:
     return name
 
 
-_forced: str | None = _checked(os.environ["DYNCONV_BACKEND"]) if os.environ.get("DYNCONV_BACKEND") else None
+class Setting(threading.local):
+    """A value that `with` blocks change, each for its own thread: those of other threads may overlap it in any way.
+
+    Thread-local rather than a ContextVar, which torch.compile cannot read; of this it guards on the value.
+    """
+
+    def __init__(self, value) -> None:
+        self.value = value
+
+    @contextmanager
+    def using(self, value) -> Iterator[None]:
+        before, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = before
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force a backend inside the `with` block, in the whole process: "triton", "cpu" or "reference".
+_forced = Setting(_checked(os.environ["DYNCONV_BACKEND"]) if os.environ.get("DYNCONV_BACKEND") else None)
+
+
+def backend(name: str) -> AbstractContextManager[None]:
+    """Force a backend inside the `with` block, for the calls of its thread: "triton", "cpu" or "reference".
 
     Without it, and without the environment variable `DYNCONV_BACKEND`, CUDA tensors take "triton" and CPU tensors
     "cpu". "triton" takes CPU tensors only under Triton's interpreter (`TRITON_INTERPRET=1`), "cpu" CPU tensors
     only; "reference" is plain PyTorch and takes any; a program exported under it holds PyTorch's own operators alone,
-    which `torch.onnx.export` gets without being told. Raises ValueError for another name.
+    which `torch.onnx.export` gets without being told. A backward pass, in whatever thread, takes the backend of its
+    forward pass. Raises ValueError for another name.
     """
-    global _forced
-    before, _forced = _forced, _checked(name)
-    try:
-        yield
-    finally:
-        _forced = before
+    return _forced.using(_checked(name))
 
 
 def forced_backend() -> str | None:
     """The backend of the innermost `backend` block, or of the environment variable."""
-    return _forced
+    return _forced.value
 
 
 def in_onnx_export() -> bool:
@@ -63,7 +77,7 @@ def backend_for(device: torch.device) -> str:
     check_tracer(device)
     if is_reference():
         return "reference"
-    name = _forced or ("cpu" if device.type == "cpu" else "triton")
+    name = _forced.value or ("cpu" if device.type == "cpu" else "triton")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' takes CPU tensors, got tensors on {device}")
     if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -86,6 +100,11 @@ def refuse_tracer(name: str) -> NoReturn:
     )
 
 
+def is_transformed() -> bool:
+    """Whether something is differentiated in forward mode, or transformed by torch.func, at the moment."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def unwatched(*tensors: torch.Tensor | None) -> bool:
     """Whether an op on these tensors may run as the function behind it, without PyTorch's dispatcher.
 
@@ -94,9 +113,7 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
-        return False
-    if torch.autograd._profiler_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed() or torch.jit.is_tracing() or torch.autograd._profiler_enabled():
         return False
     is_grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a generator costs more than all that it does here

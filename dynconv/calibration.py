@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._backend import Setting
 from ._folders import user_cache
 from ._masks import blob_mask
 from ._timing import LEAST_SAMPLES, Timing, cpu_model, take_turns
@@ -44,12 +45,11 @@ def _checked(mode: str) -> str:
     return mode
 
 
-_mode = _checked(os.environ.get("DYNCONV_EXECUTION") or "automatic")
+_mode = Setting(_checked(os.environ.get("DYNCONV_EXECUTION") or "automatic"))
 
 
-@contextmanager
-def execution(mode: str) -> Iterator[None]:
-    """Choose between dense and sparse inside the `with` block, in the whole process.
+def execution(mode: str) -> AbstractContextManager[None]:
+    """Choose between dense and sparse inside the `with` block, for the calls of its thread.
 
     "automatic" (the default, but for the environment variable `DYNCONV_EXECUTION`) takes what `calibrate` measured to
     be faster at the mask's density, and the sparse way where nothing was measured. "sparse" and "dense" force one:
@@ -61,22 +61,17 @@ def execution(mode: str) -> Iterator[None]:
     On the GPU the mask's count is not waited for: a call goes by the last count that has arrived from earlier calls of
     its shape, and is sparse where there is none, and in the capture of a graph. Raises ValueError for another mode.
     """
-    global _mode
-    before, _mode = _mode, _checked(mode)
-    try:
-        yield
-    finally:
-        _mode = before
+    return _mode.using(_checked(mode))
 
 
 def mode() -> str:
     """The mode that calls take now."""
-    return _mode
+    return _mode.value
 
 
 def version() -> tuple | None:
     """Another one when a call may have to go another way; None where each call has to be looked at."""
-    return None if _explanations or _recorded is not None else (_mode, _version)
+    return None if _explanations.value or _recorded.value is not None else (_mode.value, _version)
 
 
 class Call(Protocol):
@@ -194,8 +189,8 @@ class Explanation:
         return "\n".join([heading, *map(str, self.decisions)])
 
 
-_explanations: list[Explanation] = []
-_recorded: dict[tuple, Call] | None = None
+_explanations = Setting(())  # each an Explanation, the innermost last
+_recorded = Setting(None)  # while `calibrate` runs a model: its calls by key
 _tables: dict[str, dict[tuple, Times]] | None = None  # by machine; None: not read yet
 _arriving: dict[tuple, tuple[Tensor, object]] = {}  # counts on their way from the GPU, and the events to ask
 _known: dict[tuple, int] = {}
@@ -210,11 +205,13 @@ def explain() -> Iterator[Explanation]:
     features, blocks in training) is not listed.
     """
     explanation = Explanation()
-    _explanations.append(explanation)
-    try:
+    with _explanations.using((*_explanations.value, explanation)), _backward_in_this_thread():
         yield explanation
-    finally:
-        _explanations.remove(explanation)
+
+
+def _backward_in_this_thread() -> AbstractContextManager:
+    """Keeps backward passes of CUDA tensors out of threads of PyTorch's own, which see no setting of this one."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def run(execution: str, call: Call):
@@ -241,7 +238,7 @@ def _watched(execution: str, call: Call):
         return call.sparse()
     decision = _decide(call) if execution == "automatic" else Decision(execution, "forced")
     way = call.dense if decision.path == "dense" else call.sparse
-    return _explained(call, decision, way) if _explanations else way()
+    return _explained(call, decision, way) if _explanations.value else way()
 
 
 def _has_choice(call: Call) -> bool:
@@ -257,18 +254,22 @@ def _times(call: Call) -> Times | None:
 
 def _explained(call: Call, decision: Decision, way: Callable):
     decision.call = call.name()
+    if decision.density is None and call.device.type == "cpu":
+        decision.density = call.kept() / call.work
+    if decision.density == 1:
+        decision.reason += ", no mask skips anything"
     begin = time.perf_counter()
     result = way()
     if call.device.type == "cpu":
         decision.measured = (time.perf_counter() - begin) * 1e3
-    for explanation in _explanations:
+    for explanation in _explanations.value:
         explanation.decisions.append(decision)
     return result
 
 
 def _decide(call: Call) -> Decision:
-    if _recorded is not None:
-        _recorded.setdefault(call.key(), call)
+    if _recorded.value is not None:
+        _recorded.value.setdefault(call.key(), call)
         return Decision("sparse", "being calibrated")
     times = _times(call)
     if times is None:
@@ -419,15 +420,11 @@ def calibrate(
     Raises TypeError where a density is no number, ValueError where one is not in (0, 1] or `run` has no call with a
     dense way.
     """
-    global _recorded, _tables, _version
+    global _tables, _version
     densities = _checked_densities(densities)
-    before, _recorded = _recorded, {}
-    try:
-        with execution("automatic"):
-            run()
-        recorded = _recorded
-    finally:
-        _recorded = before
+    recorded: dict[tuple, Call] = {}
+    with _recorded.using(recorded), execution("automatic"), _backward_in_this_thread():
+        run()
     if not recorded:
         raise ValueError("run: expected at least one masked or gathered layer or block with a dense way, got none")
     if _tables is None or store:

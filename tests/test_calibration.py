@@ -1,8 +1,10 @@
 """Dense or sparse: both ways give the same, and what was measured decides."""
 
+import contextlib
 import json
 import math
 import re
+import threading
 import time
 from types import SimpleNamespace
 
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import dynconv
-from dynconv import calibration
+from dynconv import backend, calibrate, calibration, execution, explain, masked_conv2d
+from dynconv._backend import forced_backend
 from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
 from dynconv.ops import masked_conv
 
@@ -468,7 +471,7 @@ def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():
         spread = first[:1]  # one sample's mask for both
         both = torch.where(spread, F.conv2d(x, weight, padding=1), 0)
         assert torch.allclose(call(spread), both, atol=1e-4)
-        assert call(first, packed=True).rows.shape == (2 * 9 * 7, 6)
+        assert call(first, packed=True).rows.shape == (int(first.sum()), 6)
         with torch.autocast("cpu", torch.bfloat16):
             assert call(first).dtype == torch.bfloat16
         with dynconv.execution("dense"), dynconv.explain() as explanation:
@@ -491,3 +494,78 @@ def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():
     with torch.no_grad():
         assert call(first).isfinite().all()
         assert torch.allclose(call(first.clone().fill_(False)), torch.zeros(()))
+
+
+def test_settings_of_overlapping_threads_are_their_own(own_file):
+    """Two threads enter and leave their blocks in turn, the first one out first."""
+    step, seen = threading.Barrier(2, timeout=60), {}
+    x, weight, mask = _integers(1, 3, 6, 6), _integers(4, 3, 3, 3), _mask(1, 1, 6, 6)
+    conv = dynconv.nn.MaskedConv2d(3, 4, 3)
+
+    def run(number, leaves_first):
+        name, mode = (("reference", "dense"), ("cpu", "sparse"))[number]
+        with contextlib.ExitStack() as stack:
+            if number:
+                step.wait()
+            stack.enter_context(backend(name))
+            stack.enter_context(execution(mode))
+            explanation = stack.enter_context(explain())
+            ponder = stack.enter_context(dynconv.ponder_map())
+            if not number:
+                step.wait()
+            step.wait()  # both are inside
+            masked_conv2d(x, weight, mask=mask[..., :4, :4])
+            conv(x, mask[..., :4, :4])
+            inside = forced_backend(), calibration.mode(), len(explanation.decisions), len(ponder.masks)
+            step.wait()
+            if not leaves_first:
+                step.wait()
+        if leaves_first:
+            step.wait()
+        seen[number] = inside, forced_backend(), calibration.mode()
+
+    threads = [threading.Thread(target=run, args=(number, number == 0)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # The reference has no ways to explain.
+    assert seen == {
+        0: (("reference", "dense", 0, 1), None, "automatic"),
+        1: (("cpu", "sparse", 2, 1), None, "automatic"),
+    }
+    assert forced_backend() is None and calibration.mode() == "automatic" and calibration.version() is not None
+
+
+def test_calibrating_threads_record_their_own_calls(own_file):
+    step, found = threading.Barrier(2, timeout=60), {}
+    x = _integers(1, 3, 6, 6)
+
+    def run(channels):
+        def model():
+            step.wait()
+            masked_conv2d(x, _integers(channels, 3, 3, 3), mask=_mask(1, 1, 4, 4))
+            step.wait()
+
+        found[channels] = list(calibrate(model, densities=[0.5], seconds=0.001, store=False))
+
+    threads = [threading.Thread(target=run, args=(channels,)) for channels in (4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [(len(found[c]), f"3->{c}" in found[c][0]) for c in (4, 5)] == [(1, True)] * 2
+
+
+@pytest.mark.parametrize("setting", ("backend", "execution"))
+def test_a_compiled_graph_follows_the_settings(setting, own_file):
+    x, weight, mask = _integers(1, 3, 6, 6), _integers(4, 3, 3, 3), _mask(1, 1, 4, 4)
+    call = torch.compile(lambda x: masked_conv2d(x, weight, mask=mask), fullgraph=True, backend="eager")
+    use = {"backend": lambda: backend("reference"), "execution": lambda: execution("dense")}[setting]
+    expected = call(x)
+    with explain() as explanation:
+        for context in (use, contextlib.nullcontext, use):
+            with context():
+                assert torch.equal(call(x), expected)
+    ways = [decision.path for decision in explanation.decisions]
+    assert ways == (["sparse"] if setting == "backend" else ["dense", "sparse", "dense"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook
 
+from .._backend import Setting
 from ..sites import ActiveSites
 from .blocks import MaskedBlock
 from .masked_conv import MaskedConv2d
@@ -47,7 +48,7 @@ class PonderMap:
         return total
 
     def _record(self, module, arguments, keywords, output) -> None:
-        if not isinstance(module, (MaskedBlock, MaskedConv2d)):
+        if self not in _recording.value or not isinstance(module, (MaskedBlock, MaskedConv2d)):
             return
         mask = arguments[1] if len(arguments) > 1 else keywords.get("mask")
         *samples, _, height, width = output.shape  # no samples where the input was one image
@@ -65,9 +66,12 @@ def _device(output) -> torch.device:
     return output.device if isinstance(output, Tensor) else output.rows.device
 
 
+_recording = Setting(())  # the maps of this thread
+
+
 @contextmanager
 def ponder_map() -> Iterator[PonderMap]:
-    """Record where the modules of `dynconv.nn` compute inside the `with` block, in the whole process.
+    """Record where the modules of `dynconv.nn` compute inside the `with` block, in its thread.
 
         with dynconv.ponder_map() as ponder:
             model(photo)
@@ -80,7 +84,8 @@ def ponder_map() -> Iterator[PonderMap]:
     ponder = PonderMap()
     handle = register_module_forward_hook(ponder._record, with_kwargs=True)
     try:
-        yield ponder
+        with _recording.using((*_recording.value, ponder)):
+            yield ponder
     finally:
         handle.remove()
         # PyTorch 2.13 forgets this entry, and torch.compile warns of a hook as long as it is there.
