@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from ._arguments import check_mask, check_size
 from ._backend import keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import integer
+from .sites import warn_if_nothing_is_skipped
 
 
 def check_int(name: str, value: int, least: int = 1, most: int | None = None) -> int:
@@ -111,8 +112,10 @@ class ActiveChannels:
         if granularity != 1:
             mask = mask.repeat_interleave(granularity, 1)[:, : size[1]]
         self.gate = None if mask.dtype == torch.bool else saveable(mask)
-        # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
-        self.mask = mask.clone(memory_format=torch.contiguous_format) if self.gate is None else mask.detach() != 0
+        # A copy: whoever refills the mask afterwards must not change half of what is derived from it. Compared, as the
+        # bytes behind a bool tensor may be others than zeros and ones.
+        self.mask = (mask.detach() != 0).contiguous()
+        warn_if_nothing_is_skipped(self.mask, self.gate)
         self.granularity, self._capacity, self._inverse = granularity, None, []
         self.index, self.count = _compact(self.mask)
         if capacity is not None and capacity < size[1]:

@@ -26,8 +26,9 @@ class PackedFeatures(NamedTuple):
     out again.
 
     Attributes:
-        rows: [capacity, C] with capacity >= the number of active sites, known without waiting for the device; row m
-            belongs to the site sites.index[m]. Rows past `sites.count` are unspecified, NaN included.
+        rows: [M, C] with M >= the number of active sites, and no more than that on a CPU, outside of compiled graphs;
+            sites.capacity elsewhere, known without waiting for the device. Row m belongs to the site sites.index[m];
+            what dynconv makes has zeros past `sites.count`, and what lies there is not read.
         sites: where the rows belong, in an [N, 1, H, W] mask.
     """
 
@@ -59,7 +60,7 @@ class PackedFeatures(NamedTuple):
             residual: broadcastable to [N, C, H, W], added at the active sites.
             inactive: broadcastable to [N, C, H, W], or a number: the values elsewhere; None is zeros.
             out: inference only: channels_last, updated in place at the active sites and nowhere else; may be the
-                residual.
+                residual, and otherwise has no memory in common with what is read.
 
         Raises:
             TypeError, ValueError: as `masked_conv2d` does for these arguments.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def _inverse_map(index: Tensor, count: Tensor, backend: str) -> Tensor:
         listed = torch.arange(index.numel(), device=index.device) < count
         return _scattered(torch.where(listed, index.long(), -1), -1)
     if backend == "cpu":
-        return module(".cpu.sites").inverse(index, count)
+        return module(".cpu.sites").inverse(index, count, index.numel())
     return module(".kernels.compaction").inverse_map(index, count, index.numel())
 
 
@@ -135,6 +136,19 @@ def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
     return mask.new_empty(mask.shape[0], 1, *input_size)
 
 
+def warn_if_nothing_is_skipped(mask: Tensor, gate: Tensor | None) -> None:
+    """Warn of a floating mask of logits or probabilities, whose values all keep something; on a CPU, without a wait."""
+    if gate is None or not mask.is_cpu or not unwatched(mask) or not mask.numel() or not mask.all():
+        return
+    low, high = gate.detach().aminmax()
+    if low != high:
+        warnings.warn(
+            "mask: a floating mask keeps all that is not zero, and here nothing is; to skip where a score is low, "
+            "multiply it by the decision: score * (score > threshold)",
+            stacklevel=2,
+        )
+
+
 _POINTWISE = Geometry.of(1, 1, 0, 1)
 _FUNCTIONS = {"compact": _compact, "inverse_map": _inverse_map, "neighbours": _neighbours, "touched": _touched}
 
@@ -144,6 +158,17 @@ def _run(name: str, *operands_and_backend):
     if is_reference():
         return _FUNCTIONS[name](*operands_and_backend[:-1], "reference")
     return getattr(torch.ops.dynconv, name)(*operands_and_backend)
+
+
+# Tables that sites keep of one kind. A network's layers share theirs within a forward pass, which has fewer; over
+# hundreds of frames, whose sources are new ones, they must not pile up.
+_KEPT = 16
+
+
+def _keep(kept: list[tuple], *entry) -> None:
+    """Append, and drop the oldest where there are too many."""
+    kept.append(entry)
+    del kept[:-_KEPT]
 
 
 def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
@@ -214,11 +239,10 @@ class ActiveSites:
         mask = mask.expand(full)
         if cell != (1, 1):
             mask = mask.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3)[:, :, : size[1], : size[2]]
-        if mask.dtype == torch.bool:
-            # A copy: whoever refills the mask afterwards must not change half of what is derived from it.
-            self._make(mask.clone(memory_format=torch.contiguous_format), None)
-        else:
-            self._make((mask.detach() != 0).contiguous(), saveable(mask))
+        # A copy: whoever refills the mask afterwards must not change half of what is derived from it. Compared, as the
+        # bytes behind a bool tensor may be others than zeros and ones.
+        self._make((mask.detach() != 0).contiguous(), None if mask.dtype == torch.bool else saveable(mask))
+        warn_if_nothing_is_skipped(self.mask, self.gate)
 
     @classmethod
     @keeps_tensors
@@ -260,6 +284,7 @@ class ActiveSites:
             self._backend = "cpu" if mask.device.type == "cpu" else "triton"
         self._length: int | None = None
         self._compacted: list[Tensor] = []
+        self._active: list[Tensor] = []
         if self._backend != "cpu":  # now, not in the capture of a graph that only uses it
             self._compact()
         self._inverse: list[Tensor] = []
@@ -316,8 +341,20 @@ class ActiveSites:
 
     @property
     def capacity(self) -> int:
-        """The most sites there can be: what is packed for them has that many rows."""
+        """The most sites there can be: what is packed for them has no more rows."""
         return self.mask.numel()
+
+    def _packed_index(self, backend: str) -> Tensor:
+        """The index, whose length is that of what is packed for these sites.
+
+        On the CPU without its unspecified entries, where nobody records the call for another mask: a packed result has
+        then no row that nobody writes. Elsewhere that would wait for the device.
+        """
+        if backend != "cpu" or not unwatched(self.mask):
+            return self.index
+        if not self._active:
+            self._active.append(kept(self.index.narrow, 0, 0, len(self)))
+        return self._active[0]
 
     @property
     def inverse(self) -> Tensor:
@@ -352,7 +389,7 @@ class ActiveSites:
                 _run, "neighbours", self.index, self.count, self.shape[1:], input_size,
                 geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, None, self._backend,
             )  # fmt: skip
-            self._tables.append((tuple(input_size), geometry, table))
+            _keep(self._tables, tuple(input_size), geometry, table)
         return table
 
     def _packed_neighbours(self, source: ActiveSites, geometry: Geometry) -> Tensor:
@@ -366,7 +403,7 @@ class ActiveSites:
             _run, "neighbours", self.index, self.count, self.shape[1:], source.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, source.inverse, self._backend,
         )  # fmt: skip
-        self._packed_tables.append((source.index, geometry, table))
+        _keep(self._packed_tables, source.index, geometry, table)
         return table
 
     def _readers(self, pixels: ActiveSites, geometry: Geometry) -> Tensor:
@@ -378,7 +415,7 @@ class ActiveSites:
             torch.ops.dynconv.readers, pixels.index, pixels.count, self.shape[1:], pixels.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self.inverse,
         )  # fmt: skip
-        self._reader_tables.append((pixels.index, geometry, table))
+        _keep(self._reader_tables, pixels.index, geometry, table)
         return table
 
     def touched(
@@ -405,7 +442,7 @@ class ActiveSites:
                 geometry.dilation, self._backend,
             )  # fmt: skip
             touched = ActiveSites._of(mask)
-            self._touched.append((tuple(input_size), geometry, touched))
+            _keep(self._touched, tuple(input_size), geometry, touched)
         return touched
 
     def _check(self, input_size: tuple[int, int], geometry: Geometry) -> None:

@@ -802,8 +802,8 @@ def test_forced_backends_are_checked(monkeypatch):
     with dynconv.backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         masked_conv2d(*operands[:2], padding=1, mask=mask)
     with dynconv.backend("reference"), dynconv.backend("cpu"):
-        assert dynconv._backend._forced == "cpu"
-    assert dynconv._backend._forced is None
+        assert dynconv._backend.forced_backend() == "cpu"
+    assert dynconv._backend.forced_backend() is None
 
 
 def test_backends_agree():
@@ -886,3 +886,38 @@ def test_a_pointwise_layer_makes_no_table(monkeypatch, strided):
     expected = torch.where(mask, torch.nn.functional.conv2d(input, weight, stride=stride), 0)
     assert torch.equal(output, expected) and torch.equal(grad, torch.autograd.grad(expected.sum(), weight)[0])
     assert len(made) == (2 if strided else 0)
+
+
+def maps(memory, n, channels, height, width):
+    """A channels_last view of a buffer's beginning."""
+    return memory[: n * channels * height * width].view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("mode", ("sparse", "dense"))
+@pytest.mark.parametrize("shift", (-33, -1, 0, 1, 42))
+@pytest.mark.parametrize("operand", ("input", "residual", "weight", "bias", "gate"))
+def test_out_shares_no_memory_with_what_is_read(operand, shift, mode):
+    """But for a residual that is `out` itself; what only touches its ends is fine."""
+    size = 2 * 4 * 6 * 5
+    memory = torch.randn(3 * size)
+    out = maps(memory[size:], 2, 4, 6, 5)
+    operands = dict(input=torch.randn(2, 4, 6, 5), weight=torch.randn(4, 4, 3, 3), bias=torch.randn(4), residual=None)
+    mask = random_mask(2, 6, 5, 0.5)
+    at = memory[size + shift :]
+    operands[operand] = {
+        "input": maps(at, 2, 4, 6, 5), "residual": maps(at, 2, 4, 6, 5), "weight": at[:144].view(4, 4, 3, 3),
+        "bias": at[:4], "gate": at[:60].view(2, 1, 6, 5),
+    }[operand]  # fmt: skip
+    mask = operands.pop("gate", mask)
+    residual, before = operands.pop("residual"), memory.clone()
+    call = lambda **keywords: masked_conv2d(*operands.values(), padding=1, mask=mask, residual=residual, **keywords)
+    is_apart = shift < 0 and size + shift + operands.get(operand, at[:60]).numel() <= size
+    with dynconv.execution(mode), torch.no_grad():
+        if is_apart or (operand == "residual" and shift == 0):
+            expected = torch.where(mask != 0, call(), out)
+            assert torch.equal(call(out=out), out)
+            torch.testing.assert_close(out, expected)
+        else:
+            with pytest.raises(ValueError, match="out: expected memory of its own, got a tensor that overlaps"):
+                call(out=out)
+            assert torch.equal(memory, before)

@@ -25,11 +25,16 @@ def random_mask(n, height, width, density=0.5, seed=0):
     return torch.rand(n, 1, height, width, generator=torch.Generator().manual_seed(seed)) < density
 
 
+def packed_rows(sites, target):
+    """How many rows features packed for these sites have."""
+    return len(sites) if target.backend == "cpu" else sites.capacity
+
+
 def poisoned(features):
-    """The same features with NaN in the rows past the count, where nothing may look."""
-    rows = features.rows.clone()
-    rows[len(features.sites) :] = float("nan")
-    return PackedFeatures(rows, features.sites)
+    """The same features with rows for every site, those past the count NaN: nothing may look there."""
+    active = len(features.sites)
+    nothing = features.rows.new_full((features.sites.capacity - active, features.rows.shape[1]), float("nan"))
+    return PackedFeatures(torch.cat([features.rows[:active], nothing]), features.sites)
 
 
 def test_pack_and_unpack_undo_each_other(target):
@@ -38,7 +43,7 @@ def test_pack_and_unpack_undo_each_other(target):
     with target.use():
         sites = ActiveSites(mask)
         features = pack(input, sites)
-        assert features.shape == (2, 5, 6, 7) and features.rows.shape == (sites.capacity, 5)
+        assert features.shape == (2, 5, 6, 7) and features.rows.shape == (packed_rows(sites, target), 5)
         assert torch.equal(features.rows[: len(sites)], input.permute(0, 2, 3, 1)[mask[:, 0]])
         dense = poisoned(features).unpack(inactive=inactive)
         assert dense.is_contiguous(memory_format=torch.channels_last)
@@ -413,3 +418,71 @@ def test_compiled_chain(target):
                 expected, actual = (torch.autograd.grad(output.sum(), [x, *weights]) for output in outputs)
                 assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     torch._dynamo.reset()
+
+
+def everything_finite(tensors):
+    return all(t.isfinite().all() for t in tensors if t is not None and t.is_floating_point())
+
+
+@pytest.fixture
+def new_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("density", (0, 0.3, 1))
+@pytest.mark.parametrize("groups", (1, 6))
+def test_no_op_leaves_a_value_unwritten(target, groups, density, new_memory_is_nan):
+    """Rows past the count and all other results, forward and backward, of the ops as graphs call them as well."""
+    x, weight = integers(2, 6, 5, 5).to(target.device), integers(6, 6 // groups, 3, 3).to(target.device)
+    vector, gate = integers(6).to(target.device), torch.full((2, 1, 5, 5), 0.5).to(target.device)
+    mask = random_mask(2, 5, 5, density).to(target.device)
+    results = []
+
+    def leaf(tensor):
+        return tensor.clone().requires_grad_()
+
+    def note(*values):
+        results.extend(v.rows if isinstance(v, PackedFeatures) else v for v in values)
+        return values[0]
+
+    name = target.backend
+    with target.use():
+        sites = ActiveSites(gate * mask)
+        operands = [leaf(t) for t in (x, weight, vector, vector, x)]
+        features = note(pack(operands[0], sites))
+        features = note(masked_conv2d(features, *operands[1:3], 1, 1, 1, groups, mask=sites, packed=True))
+        after = {"activation": "silu", "residual": pack(operands[4], sites), "packed": True}
+        features = note(*batch_norm(features, *operands[2:4], **after))
+        features = note(epilogue(features, shift=operands[3], activation="gelu", packed=True))
+        dense = note(masked_conv2d(features, *operands[1:3], 1, 1, 1, groups, mask=sites))
+        note(*torch.autograd.grad(dense.square().sum(), operands))
+        # As a compiled graph calls them: with room for every site.
+        ops, sets, nothing = torch.ops.dynconv, (mask, sites.index, sites.count), (None, None, None, None)
+        packed = note(ops.pack(x, *sets, name))
+        grad, wanted = torch.ones_like(packed), [True, True, False, True]
+        where = ([1, 1], [1, 1], [1, 1], groups, name, "sparse")
+        source = [sites.inverse.view(mask.shape), sites.index, sites.count]
+        call = (packed, weight, vector, *sets, [], source, None)
+        note(ops.masked_conv2d(*call, None, None, "none", True, *where))
+        note(*ops.masked_conv2d_backward(grad, *call, *where, [True, True, True, False]))
+        call = (packed, *sets, *nothing, packed)
+        note(ops.epilogue(*call, None, "relu", True, name))
+        note(*ops.epilogue_backward(grad, *call, "relu", name, False, wanted))
+        call = (packed, *sets, *nothing[1:], packed)
+        normalised = ops.batch_norm(*call, None, 1e-5, "relu", True, name)
+        note(*normalised)
+        note(*ops.batch_norm_backward(grad, *normalised[1:], *call, 1e-5, "relu", name, False, wanted))
+    assert everything_finite(results)
+
+
+def test_rows_that_are_too_few_are_refused():
+    sites = ActiveSites(random_mask(1, 6, 7, 0.9))
+    features = pack(integers(1, 5, 6, 7), sites)
+    short = features._replace(rows=features.rows[:-1])
+    with pytest.raises(ValueError, match="expected rows"):
+        short.unpack()
+    call = (short.rows, sites.mask, sites.index, sites.count, *[None] * 6, "none", False, "cpu")
+    with pytest.raises(ValueError, match="expected rows"):
+        torch.ops.dynconv.epilogue(*call)  # as a compiled graph calls it

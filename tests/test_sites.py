@@ -176,3 +176,92 @@ def test_touched_pixels_of_a_kernel_wider_than_the_image(target):
         with target.use():
             touched = ActiveSites(mask).touched((1, width), (1, kernel), 1, (0, padding))
         assert touched.mask.all() and touched.shape == (2, 1, width)
+
+
+def byte_mask(shape, one, seed=0):
+    """A bool tensor whose true elements are the byte `one`."""
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5).byte().mul(one).view(torch.bool)
+
+
+X, WEIGHT = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3)
+BASIC = dynconv.nn.MaskedBasicBlock(8, 8).eval().requires_grad_(False)
+INVERTED = dynconv.nn.MaskedInvertedResidual(8, 8, 1, 2).eval().requires_grad_(False)
+
+
+def conv(mask, **keywords):
+    return dynconv.masked_conv2d(X, WEIGHT, None, 1, 1, mask=mask, **keywords)
+
+
+def gathered(**keywords):
+    return dynconv.gathered_conv2d(X, WEIGHT, None, 1, 1, **keywords)
+
+
+OF_SITES = {
+    "masked_conv2d": conv,
+    "masked_conv2d inactive": lambda mask: conv(mask, inactive=X, residual=X),
+    "masked_conv2d out": lambda mask: conv(mask, out=X.clone(memory_format=torch.channels_last)),
+    "masked_conv2d packed": lambda mask: conv(mask, packed=True).unpack(),
+    "gathered_conv2d": lambda mask: gathered(mask=mask, residual=X),
+    "dynamic_filter2d": lambda mask: dynconv.dynamic_filter2d(X, X[:, :1], kernel_size=1, mask=mask),
+    "shared": lambda mask: conv(ActiveSites(mask)),
+    "pack": lambda mask: dynconv.pack(X, ActiveSites(mask)).unpack(),
+    "sites": lambda mask: ActiveSites(mask).mask.view(torch.uint8),
+    "touched": lambda mask: ActiveSites(mask).touched((9, 9), 3, padding=1).mask.view(torch.uint8),
+    "coarse": lambda mask: ActiveSites(mask[..., :5, :5], (2, 9, 9), granularity=2).mask.view(torch.uint8),
+    "basic block": lambda mask: BASIC(X, mask),
+    "inverted residual": lambda mask: INVERTED(X.clone(memory_format=torch.channels_last), mask),
+}
+OF_CHANNELS = {
+    "gathered_conv2d in": lambda mask: gathered(in_mask=mask),
+    "gathered_conv2d out": lambda mask: gathered(out_mask=mask, packed=True).unpack(),
+    "gathered_linear": lambda mask: dynconv.gathered_linear(
+        X[..., 0, 0], WEIGHT[..., 0, 0], in_mask=mask, out_mask=mask
+    ),
+    "channels": lambda mask: dynconv.ActiveChannels(mask).mask.view(torch.uint8),
+    "from_groups": lambda mask: dynconv.ActiveChannels.from_groups(mask.repeat_interleave(8, 1)).mask.view(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("one", (2, 255))
+@pytest.mark.parametrize("mode", ("sparse", "dense"))
+@pytest.mark.parametrize("with_grad", (False, True))
+@pytest.mark.parametrize("call", [*OF_SITES, *OF_CHANNELS])
+def test_any_byte_but_zero_is_true(call, with_grad, mode, one):
+    """A view of a byte image as bool: NumPy's masks come so."""
+    run, shape = (OF_SITES[call], (2, 1, 9, 9)) if call in OF_SITES else (OF_CHANNELS[call], (2, 8))
+    with dynconv.execution(mode), torch.set_grad_enabled(with_grad):
+        for _ in range(2):  # the second time from what is remembered
+            assert torch.equal(run(byte_mask(shape, one)), run(byte_mask(shape, 1)))
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_tables_do_not_pile_up_over_frames(packed):
+    """Sites that stay, a region of interest, and a source of features that is new in every frame."""
+    roi = ActiveSites(random_mask(1, 12, 12, 0.5))
+    weight = torch.randn(8, 1, 3, 3).requires_grad_()  # depthwise: with tables of readers for the backward as well
+    kept = ("_tables", "_packed_tables", "_reader_tables", "_touched")
+
+    def frame(seed):
+        source = ActiveSites(random_mask(1, 12, 12, 0.5, seed))
+        features = dynconv.pack(torch.randn(1, 8, 12, 12).requires_grad_(), source)
+        for _ in range(2):
+            dynconv.masked_conv2d(features, weight, None, 1, 1, 1, 8, mask=roi, packed=packed)
+        return [len(getattr(roi, name)) for name in kept]
+
+    held = [frame(seed) for seed in range(300)]
+    assert held[0] == [0, 1, 1, 0]  # two layers share a frame's tables
+    assert held[-1] == held[50] and max(held[-1]) <= 16
+
+
+def test_a_floating_mask_that_skips_nothing_is_told():
+    logits = torch.randn(2, 1, 9, 9)
+    with pytest.warns(UserWarning, match="keeps all that is not zero"):
+        conv(logits.sigmoid())
+    with pytest.warns(UserWarning, match="keeps all that is not zero"):
+        gathered(out_mask=torch.rand(2, 8) + 0.1)
+    for silent in (torch.ones(2, 1, 9, 9), logits.sigmoid() * (logits > 0), torch.zeros(2, 1, 9, 9), logits[:0]):
+        ActiveSites(silent)
+    with dynconv.explain() as explanation:
+        conv(torch.ones(2, 1, 9, 9))
+    assert explanation.decisions[0].density == 1
+    assert "no mask skips anything" in str(explanation)

@@ -896,7 +896,7 @@ class Filters:
 
     def input_grad(self, grad: Tensor, grad_input: Tensor) -> None:
         """Into `grad_input`, like the input, from `grad`, like the output."""
-        inverse = site_tables.inverse(self.index, self.sites[2]) if self.sites else None
+        inverse = site_tables.inverse(self.index, self.sites[2], self.index.numel()) if self.sites else None
         area = grad_input.shape[2] * grad_input.shape[3]
         rows = self.samples * area
         self._stencil(grad, grad_input, self.weights, None, inverse, area, rows, True, False)

@@ -53,15 +53,15 @@ def _forward_kernel(arguments, storage, compute):
 def _settle_kernel(arguments, storage, compute):
     a = carray(arguments, (16,))
     out, other, mask = array(a[2], storage), array(a[3], storage), array(a[4], np.uint8)
-    sites, channels, chunk, copied, is_large = a[5], a[6], a[7], a[8], a[9] != 0
+    sites, channels, chunk, copied, is_large = a[5], a[6], a[7], a[8] != 0, a[9] != 0
     while True:
         begin = fetch_add(a, 1) * chunk
         if begin >= sites:
             return
         end, site = min(sites, begin + chunk), begin
         while site < end:  # run by run
-            first, is_copied = site, mask[site] == copied
-            while site < end and (mask[site] == copied) == is_copied:
+            first, is_copied = site, (mask[site] != 0) == copied  # any byte but zero is true
+            while site < end and ((mask[site] != 0) == copied) == is_copied:
                 site += 1
             if is_copied:
                 fill_elements(other, out, first * channels, site * channels, is_large)
@@ -223,7 +223,7 @@ def backward(
         if sites == 0:
             fill_all(grad_residual, elsewhere, False)
     partial = torch.empty(ceil(sites, _BLOCK), 2, channels, dtype=compute) if wanted[0] else None
-    gate_grad = torch.zeros(index.numel(), dtype=compute) if wanted[1] else None
+    gate_grad = torch.zeros(gate.numel(), dtype=compute) if wanted[1] else None
     _run_backward(
         rows.dtype, threads, grad.data_ptr(), rows.data_ptr(), address(residual), mean.data_ptr(), scale.data_ptr(),
         shift.data_ptr(), address(gate), index.data_ptr(), address(grad_rows), address(grad_residual),

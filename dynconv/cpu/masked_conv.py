@@ -404,15 +404,17 @@ def backward(
     count: Tensor,
     gate: Tensor | None,
     wanted: Sequence[bool],
+    site_count: int,
     overlap_sites: int,
     groups: int,
     reads: tuple[Tensor | None, Sequence[int]],
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients of `input`, `weight`, `bias` and `gate`, None for the others.
 
-    `grad` and `input` are channels_last, or packed rows. `overlap_sites`: sites that far apart, whole lines of them,
-    read no common row of the input. `pixels`: the index and count of packed features' sites, or of the pixels that
-    `readers` is for; `readers`, for depthwise filters alone, is the table of `cpu.sites.readers`.
+    `grad` and `input` are channels_last, or packed rows. `site_count`: of all sites, active or not. `overlap_sites`:
+    sites that far apart, whole lines of them, read no common row of the input. `pixels`: the index and count of packed
+    features' sites, or of the pixels that `readers` is for; `readers`, for depthwise filters alone, is the table of
+    `cpu.sites.readers`.
     """
     active = int(count)
     input_wanted, weight_wanted, bias_wanted, gate_wanted = wanted
@@ -421,8 +423,7 @@ def backward(
     grad_input = grad_weight = grad_bias = products = None
     if input_wanted:
         layout = torch.channels_last if input.dim() == 4 else torch.contiguous_format
-        grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout)
-        grad_input[: int(pixels[1]) if input.dim() == 2 else None].zero_()
+        grad_input = torch.empty(input.shape, dtype=compute, memory_format=layout).zero_()
     if is_stencil(weight.shape, groups):
         if gate_wanted:
             products = stencil.gate_grad(rows, input, weight, bias, groups, reads, index, active)
@@ -431,7 +432,7 @@ def backward(
             stencil.input_grad(scaled, weight, groups, readers, pixels[0], int(pixels[1]), grad_input)
     elif (input_wanted or gate_wanted) and active:
         products = _input_grad(
-            rows, weight, gate, input, table, index, active, overlap_sites, grad_input, gate_wanted, groups
+            rows, weight, gate, input, table, index, active, site_count, overlap_sites, grad_input, gate_wanted, groups
         )
         if gate_wanted and bias is not None:
             products += (rows[:active] * bias.to(compute)).sum(1)
@@ -490,6 +491,7 @@ def _input_grad(
     table: Tensor | None,
     index: Tensor,
     count: int,
+    site_count: int,
     overlap_sites: int,
     grad_input: Tensor | None,
     gate_grad_wanted: bool,
@@ -507,8 +509,8 @@ def _input_grad(
     strips = groups * ceil(ceil(channels, lanes), TILE_VECTORS)
     gate_grad = torch.zeros(strips, count, dtype=compute) if gate_grad_wanted else None
     bands = max(1, min(64, count // 48))
-    band_sites = ceil(ceil(index.numel(), bands), overlap_sites) * overlap_sites
-    bands = ceil(index.numel(), band_sites)
+    band_sites = ceil(ceil(site_count, bands), overlap_sites) * overlap_sites
+    bands = ceil(site_count, band_sites)
     chunk_rows = 8 * ROWS
     threads = workers(ceil(bands, 2) * strips)
     size = chunk_rows * TILE_VECTORS * lanes

@@ -166,9 +166,9 @@ def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index, count
 
 
-def inverse(index: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Each site's position in the index, or -1."""
-    inverse = torch.full_like(index, -1)
+def inverse(index: torch.Tensor, count: torch.Tensor, sites: int) -> torch.Tensor:
+    """Each of so many sites' position in the index, or -1."""
+    inverse = torch.full((sites,), -1, dtype=torch.int32)
     n = int(count)
     _run_inverse(torch.float32, workers(n // _SERIAL), index.data_ptr(), inverse.data_ptr(), n, _CHUNK)
     return inverse

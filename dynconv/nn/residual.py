@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._arguments import kind_of
-from .._backend import backend, module
+from .._backend import backend, is_transformed, module
 from .._geometry import Geometry
 from ..ops._common import is_autocast
 from ..reference import ACTIVATIONS
@@ -49,9 +49,11 @@ class ResidualBlock(nn.Module):
     def _frozen(self, input: Tensor, used: str) -> list | None:
         """In inference, what `_prepare` makes of each stage, which is kept until a parameter or a statistic changes.
 
-        None where a gradient, autocast, a compiler or the batch's own statistics stand against it.
+        None where a gradient, a tangent, autocast, a compiler or the batch's own statistics stand against it.
         """
-        if torch.compiler.is_compiling() or input.is_meta or is_autocast(input.device.type) or needs_grad(input):
+        if torch.compiler.is_compiling() or input.is_meta or is_transformed():
+            return None
+        if is_autocast(input.device.type) or needs_grad(input):
             return None
         modules = [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
         operands, settings = [], [used]

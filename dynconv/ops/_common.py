@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import kind_of
-from .._backend import check_tracer, module, unwatched
+from .._backend import check_tracer, is_transformed, module, unwatched
 from .._geometry import Geometry
 from ..packed import PackedFeatures
 from ..reference import NORMALIZATIONS
@@ -34,6 +34,19 @@ class Compacted:
 def channels_last(shape, like: Tensor) -> Tensor:
     """An uninitialised channels_last tensor of `like`'s type, on its device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def new_rows(rows: int, channels: int, like: Tensor, count: Tensor) -> Tensor:
+    """Packed rows of `like`'s type that are uninitialised up to `count` and zeros from there on.
+
+    All are zeros on a GPU, where the count is not known.
+    """
+    packed = like.new_empty(rows, channels)
+    if not packed.is_cpu:
+        return packed.zero_()
+    if (active := int(count)) < rows:
+        packed[active:].zero_()
+    return packed
 
 
 def allow_tf32() -> bool:
@@ -112,13 +125,25 @@ def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
     if isinstance(features, PackedFeatures):
         if not isinstance(features.sites, ActiveSites):
             raise TypeError(f"{name}: expected sites in an ActiveSites, got {type(features.sites).__name__}")
-        if tensor.dim() != 2 or tensor.shape[0] < features.sites.capacity:
-            raise ValueError(
-                f"{name}: expected rows [{features.sites.capacity} or more, C], got shape {list(tensor.shape)}"
-            )
+        least = _least_rows(features.sites)
+        if tensor.dim() != 2 or tensor.shape[0] < least:
+            raise ValueError(f"{name}: expected rows [{least} or more, C], got shape {list(tensor.shape)}")
         if tensor.device != features.sites.mask.device:
             raise ValueError(f"{name}: expected rows on {features.sites.mask.device}, where the sites are")
     return tensor
+
+
+def _least_rows(sites: ActiveSites) -> int:
+    """How many rows features packed for these sites have at least, as far as that is known without a wait."""
+    if not sites.mask.is_cpu:
+        return sites.capacity
+    return len(sites) if unwatched(sites.mask) else 0  # the ops look again
+
+
+def check_rows(rows: Tensor, count: Tensor) -> None:
+    """That packed rows in a compiled graph, or given to an op itself, are as many as their sites; on the CPU."""
+    if rows.shape[0] < int(count):
+        raise ValueError(f"input: expected rows [{int(count)} or more, C], got shape {list(rows.shape)}")
 
 
 def check_operand(name: str, operand: Tensor, input: Tensor) -> None:
@@ -205,6 +230,42 @@ def below_autograd(name: str, function: Callable, *arguments):
         return function(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.dynconv, name)(*arguments)
+
+
+def register_autograd(library: torch.library.Library, name: str, function: Callable | None = None) -> None:
+    """Let `dynconv::{name}` run `function` under autograd; None: it has no derivative, and runs as it is.
+
+    Refuses forward mode and the transforms of torch.func, which would take an op that drops a tangent for a constant.
+    """
+    op = getattr(torch.ops.dynconv, name)
+
+    def run(*arguments):
+        if is_transformed():
+            refuse_transforms(op, arguments)
+        if function is not None:
+            return function(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    library.impl(name, run, "Autograd")
+
+
+def refuse_transforms(op, arguments: Sequence) -> None:
+    """Raise where an operand of an op carries a tangent, or is one of a transform of torch.func."""
+    for argument, value in zip(op.default._schema.arguments, arguments):
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(tensor, Tensor):
+                continue
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                what = "the transforms of torch.func (grad, vjp, jvp, vmap, ...)"
+            elif torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+                what = "forward mode AD (jvp, jacfwd, linearize, ...)"
+            else:
+                continue
+            raise RuntimeError(
+                f"{op}: expected `{argument.name}` outside of {what}, got one inside; differentiate in reverse mode "
+                "with torch.autograd, or under dynconv.backend('reference')"
+            )
 
 
 class _Once(torch.autograd.Function):
@@ -328,6 +389,18 @@ def check_out(out, inactive, packed: bool, *operands: Tensor | None) -> None:
     tracked = [t for t in (out, *operands) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and tracked:
         raise ValueError("out: expected torch.no_grad() (it is for inference only), got tensors that need gradients")
+
+
+def check_overlap(name: str, out: Tensor, **operands: Tensor | None) -> None:
+    """That a tensor to write to, of elements without gaps, has no memory in common with what is read."""
+    begin = out.data_ptr()
+    end = begin + out.numel() * out.element_size()
+    for read, tensor in operands.items():
+        if tensor is None or (first := tensor.data_ptr()) >= end or tensor.numel() == 0:
+            continue
+        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
+        if first + (last + 1) * tensor.element_size() > begin:
+            raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps `{read}`")
 
 
 def is_same_memory(residual: Tensor | None, out: Tensor) -> bool:

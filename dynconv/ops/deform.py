@@ -21,6 +21,7 @@ from ._common import (
     in_rows,
     once_differentiable,
     placed,
+    register_autograd,
 )
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str backend"
@@ -282,9 +283,9 @@ class _DeformAggregate2d(torch.autograd.Function):
         return (*(r if want else None for r, want in zip(results, wanted)), *(None,) * len(ctx.geometry))
 
 
-_library.impl("normalize_taps", _NormalizeTaps.apply, "Autograd")
-_library.impl("deform_conv2d", _DeformConv2d.apply, "Autograd")
-_library.impl("deform_aggregate2d", _DeformAggregate2d.apply, "Autograd")
+register_autograd(_library, "normalize_taps", _NormalizeTaps.apply)
+register_autograd(_library, "deform_conv2d", _DeformConv2d.apply)
+register_autograd(_library, "deform_aggregate2d", _DeformAggregate2d.apply)
 once_differentiable(_library, "normalize_taps")
 once_differentiable(_library, "deform_conv2d")
 once_differentiable(_library, "deform_aggregate2d")

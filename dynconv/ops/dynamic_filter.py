@@ -23,6 +23,7 @@ from ._common import (
     in_rows,
     once_differentiable,
     placed,
+    register_autograd,
     sites_of,
 )
 
@@ -166,7 +167,7 @@ class _DynamicFilter2d(torch.autograd.Function):
         return (*grads, None, *(None,) * len(ctx.geometry))
 
 
-_library.impl("dynamic_filter2d", _DynamicFilter2d.apply, "Autograd")
+register_autograd(_library, "dynamic_filter2d", _DynamicFilter2d.apply)
 once_differentiable(_library, "dynamic_filter2d")
 
 

@@ -20,14 +20,18 @@ from ._common import (
     check_activation,
     check_features,
     check_out,
+    check_overlap,
     check_residual,
     check_result,
+    check_rows,
     expanded_inactive,
     fill,
     gate_of,
     in_rows,
     is_same_memory,
+    new_rows,
     once_differentiable,
+    register_autograd,
 )
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -58,6 +62,7 @@ def _kernels(backend: str):
 def _into(out, rows, index, count, mean, scale, shift, gate, residual, inactive, in_place, activation, backend) -> None:
     operands = (in_rows(rows), index, count, mean, scale, shift, gate, in_rows(residual), out)
     if backend == "cpu":
+        check_rows(rows, count)
         module(".cpu.epilogue").forward(*operands, in_rows(inactive), in_place, activation)
     else:
         fill(out, inactive, in_place)
@@ -68,7 +73,7 @@ def _epilogue(
     rows, mask, index, count, mean, scale, shift, gate, residual, inactive, activation, packed, backend
 ) -> Tensor:
     if packed:
-        out = rows.new_empty(rows.shape)
+        out = new_rows(*rows.shape, rows, count)
     else:
         out = channels_last((mask.shape[0], rows.shape[1], mask.shape[2], mask.shape[3]), rows)
     _into(out, rows, index, count, mean, scale, shift, gate, residual, inactive, False, activation, backend)
@@ -78,6 +83,7 @@ def _epilogue(
 def _in_place(
     out, rows, mask, index, count, mean, scale, shift, gate, residual, accumulate, activation, backend
 ) -> None:
+    check_overlap("out", out, rows=rows, mask=mask, mean=mean, scale=scale, shift=shift, gate=gate, residual=residual)
     residual = out if accumulate else residual
     _into(out, rows, index, count, mean, scale, shift, gate, residual, None, True, activation, backend)
     torch.autograd.graph.increment_version(out)
@@ -88,10 +94,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`is_shortcut`: the residual stands at the skipped sites as well, and its gradient there is the output's."""
     grad, rows = in_rows(grad), in_rows(rows)
-    grad_rows = torch.empty_like(rows) if wanted[0] else None
+    grad_rows = new_rows(*rows.shape, rows, count) if wanted[0] else None
     grad_residual = None
     if wanted[3]:
-        grad_residual = torch.empty_like(grad)
+        grad_residual = torch.empty_like(grad) if grad.dim() == 4 else new_rows(*grad.shape, grad, count)
     elsewhere = grad if is_shortcut else None
     operands = (grad, rows, index, count, mean, scale, shift, gate, in_rows(residual), grad_rows, grad_residual)
     vectors_and_gate = (wanted[1], wanted[2])
@@ -151,7 +157,7 @@ def _batch_norm_backward(
 
 
 def _pack(input, mask, index, count, backend) -> Tensor:
-    rows = input.new_empty(index.shape[0], input.shape[1])
+    rows = new_rows(index.shape[0], input.shape[1], input, count)
     _kernels(backend).gather(in_rows(input), index, count, rows)
     return rows
 
@@ -293,11 +299,12 @@ class _Pack(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-_library.impl("epilogue", _Epilogue.apply, "Autograd")
+register_autograd(_library, "epilogue", _Epilogue.apply)
+register_autograd(_library, "epilogue_")
 once_differentiable(_library, "epilogue")
-_library.impl("batch_norm", _BatchNorm.apply, "Autograd")
+register_autograd(_library, "batch_norm", _BatchNorm.apply)
 once_differentiable(_library, "batch_norm")
-_library.impl("pack", _Pack.apply, "Autograd")
+register_autograd(_library, "pack", _Pack.apply)
 
 
 def epilogue(
@@ -377,7 +384,12 @@ def _check(features, activation, residual, inactive, out, packed):
     check_result("out", out, shape, rows)
     if packed and inactive is not None:
         raise ValueError("inactive: expected None for a packed output, which has no skipped sites, got a tensor")
-    return rows, check_residual(residual, features.sites, shape, rows, packed), inactive, residual
+    addend = check_residual(residual, features.sites, shape, rows, packed)
+    if packed and addend is not None and addend.shape != rows.shape:  # one of them was made by hand, or in a graph
+        least = min(rows.shape[0], addend.shape[0])
+        rows, addend = rows[:least], addend[:least]
+        residual = PackedFeatures(addend, features.sites)
+    return rows, addend, inactive, residual
 
 
 def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
@@ -395,4 +407,6 @@ def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
     backend = backend_for(input.device)
     if backend == "reference":
         return reference.pack(input, sites)
-    return PackedFeatures(torch.ops.dynconv.pack(input, sites.mask, sites.index, sites.count, backend), sites)
+    return PackedFeatures(
+        torch.ops.dynconv.pack(input, sites.mask, sites._packed_index(backend), sites.count, backend), sites
+    )

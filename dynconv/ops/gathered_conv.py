@@ -33,6 +33,7 @@ from ._common import (
     in_rows,
     is_unbatched,
     once_differentiable,
+    register_autograd,
     settle,
     sites_of,
 )
@@ -179,7 +180,7 @@ def _sparse_backward(
         mask, index, count = sites
         listed, read = _listed(sites), _read_rows(mask, input, weight, stride, padding, dilation)
         if wanted[0]:
-            readers = tables.readers(read[0], read[1][-1:], where, tables.inverse(index, count))
+            readers = tables.readers(read[0], read[1][-1:], where, tables.inverse(index, count, mask.numel()))
         if wanted[1]:
             table = tables.neighbours(index, count, where)
     rows = kernels.pack(grad, outs, listed, is_compact=True, is_packed=packed)
@@ -427,7 +428,7 @@ class _GatheredConv2d(torch.autograd.Function):
         return (*grads, None, None, None, None, None, *(None,) * ctx.rest)
 
 
-_library.impl("gathered_conv2d", _GatheredConv2d.apply, "Autograd")
+register_autograd(_library, "gathered_conv2d", _GatheredConv2d.apply)
 once_differentiable(_library, "gathered_conv2d")
 
 

@@ -16,7 +16,7 @@ from .._flops import register_flop_formula
 from ..channels import ActiveChannels
 from . import gathered_conv
 from ._channel_calls import ChannelCall, Kept
-from ._common import FLOATING, autocast, check_types, once_differentiable
+from ._common import FLOATING, autocast, check_types, once_differentiable, register_autograd
 
 # Positions a sample from which on its share of the weight is worth packing: then the layer is a 1x1 convolution.
 PACKED_POSITIONS = 8
@@ -193,7 +193,7 @@ class _GatheredLinear(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None, None)
 
 
-_library.impl("gathered_linear", _GatheredLinear.apply, "Autograd")
+register_autograd(_library, "gathered_linear", _GatheredLinear.apply)
 once_differentiable(_library, "gathered_linear")
 
 

@@ -17,7 +17,7 @@ from .._backend import module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry
 from ..sites import ActiveSites
-from ._common import channels_last, gate_of, in_rows
+from ._common import channels_last, check_overlap, gate_of, in_rows, register_autograd
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _OPERANDS = "Tensor mask, Tensor? gate, Tensor[] weights, Tensor[] prepared, int[] geometry, str[] activations"
@@ -74,6 +74,7 @@ def _chain(input, mask, gate, weights, prepared, geometry, activations, residual
 
 
 def _in_place(input, mask, gate, weights, prepared, geometry, activations) -> None:
+    check_overlap("input", input, mask=mask, gate=gate)
     stages, sizes = _stages(weights, prepared, geometry, activations), _sizes(input, weights, geometry)
     module(".cpu.chain").run(input, mask, gate, stages, sizes, input, None, input, True)
     torch.autograd.graph.increment_version(input)
@@ -86,6 +87,8 @@ def _prepare(weight, bias, groups) -> tuple[Tensor, Tensor]:
 _library.impl("masked_chain", _chain, "CPU")
 _library.impl("masked_chain_", _in_place, "CPU")
 _library.impl("prepare_chain", _prepare, "CPU")
+for _name in ("masked_chain", "masked_chain_", "prepare_chain"):
+    register_autograd(_library, _name)
 
 
 @torch.library.register_fake("dynconv::masked_chain", lib=_library)

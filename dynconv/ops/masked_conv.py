@@ -24,8 +24,10 @@ from ._common import (
     check_activation,
     check_convolution,
     check_out,
+    check_overlap,
     check_residual,
     check_result,
+    check_rows,
     check_types,
     expanded_inactive,
     fill,
@@ -33,7 +35,9 @@ from ._common import (
     in_rows,
     is_same_memory,
     is_unbatched,
+    new_rows,
     once_differentiable,
+    register_autograd,
     settle,
 )
 from .epilogue import epilogue
@@ -91,6 +95,8 @@ def _forward_into(
     input, residual = in_rows(input), in_rows(residual)
     mask, index, count = sites.mask, sites.index, sites.count
     if backend == "cpu":
+        if source:
+            check_rows(input, source[2])
         reads = _reads(input, weight, mask, source, stride, padding, dilation)
         table = None if is_stencil(weight.shape, groups) else _table(reads, index, count, shared)
         module(".cpu.masked_conv").forward(
@@ -127,7 +133,7 @@ def _sparse(
     shape = sites.mask.shape
     # Before anything else is allocated: the memory that the last call's output has left is then still in one piece.
     if packed:
-        out = input.new_empty(shape.numel(), weight.shape[0])
+        out = new_rows(sites.index.shape[0], weight.shape[0], input, sites.count)
     else:
         out = channels_last((shape[0], weight.shape[0], shape[2], shape[3]), input)
     operands = (input, weight, bias, sites, shared, source, gate)
@@ -158,12 +164,12 @@ def _cpu_backward(grad, input, weight, bias, sites, shared, source, gate, stride
         kernels, size = module(".cpu.sites"), _input_size(input, source)
         if not source:
             pixels = kernels.compact(kernels.touched(mask, size, weight.shape[2:], stride, padding, dilation))
-        readers = kernels.readers(*pixels, reads[1], kernels.inverse(index, count))
+        readers = kernels.readers(*pixels, reads[1], kernels.inverse(index, count, mask.numel()))
     # Sites so many lines apart read no common line of the input.
     overlap = max(1, -(-(dilation[0] * (weight.shape[2] - 1) + 1) // stride[0]) - 1)
     return module(".cpu.masked_conv").backward(
-        grad, input, weight, bias, table, readers, pixels, index, count, gate, wanted, overlap * mask.shape[3], groups,
-        reads,
+        grad, input, weight, bias, table, readers, pixels, index, count, gate, wanted, mask.numel(),
+        overlap * mask.shape[3], groups, reads,
     )  # fmt: skip
 
 
@@ -175,9 +181,7 @@ def _triton_backward(grad, input, weight, bias, sites, shared, source, gate, str
     geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=allow_tf32())
     grad_input = grad_weight = grad_bias = grad_gate = None
     if wanted[0]:
-        grad_input = torch.empty_like(input)
-        if not source:
-            grad_input.zero_()
+        grad_input = torch.zeros_like(input)
         if not shared:
             if source:
                 pixels = source[1:]
@@ -349,8 +353,7 @@ def _in_place(out, input, weight, bias, mask, index, count, *rest) -> None:
 def _in_place_at(
     out, input, weight, bias, sites, shared, source, gate, residual, accumulate, activation, *geometry
 ) -> None:
-    if torch._C._is_alias_of(out, input):
-        raise ValueError("out: expected memory of its own, got a tensor that shares the input's")
+    check_overlap("out", out, input=input, weight=weight, bias=bias, mask=sites.mask, gate=gate, residual=residual)
     operands = (input, weight, bias, sites, shared, source, gate)
     *geometry, execution = geometry
     call = _Forward(operands, (out if accumulate else residual, None, activation), out, geometry)
@@ -433,7 +436,8 @@ def _autograd(*arguments):
         return torch.ops.dynconv.masked_conv2d(*arguments)
 
 
-_library.impl("masked_conv2d", _autograd, "Autograd")
+register_autograd(_library, "masked_conv2d", _autograd)
+register_autograd(_library, "masked_conv2d_")
 once_differentiable(_library, "masked_conv2d")
 
 
@@ -506,7 +510,8 @@ def masked_conv2d(
         inactive: the output at the skipped sites, of the output's type and broadcastable to its shape, or a number;
             None is zeros.
         out: inference only: a channels_last tensor of the output's shape and type to update in place at the active
-            sites and nowhere else. The cost is then proportional to the active sites alone. It may be the residual.
+            sites and nowhere else. The cost is then proportional to the active sites alone. It may be the residual, and
+            otherwise has no memory in common with what is read.
         packed: return the active sites alone, for the next layer of a chain.
 
     Returns:
@@ -575,14 +580,17 @@ def masked_conv2d(
         return out
     if signature is not None and (sites is mask or sites.mask is mask):
         _remember(signature, _Forward((tensor, weight, bias, sites, *rest), (None, None, kind), None, where[:-1]))
+    listed = sites
+    if packed or _needs_epilogue(activation, addend, tensor, weight, bias, gate, inactive):
+        listed = Compacted(sites.mask, sites._packed_index(backend), sites.count)
     if is_unwatched:
-        result = _forward_at(tensor, weight, bias, sites, *rest, addend, inactive, kind, packed, *where)
+        result = _forward_at(tensor, weight, bias, listed, *rest, addend, inactive, kind, packed, *where)
         return PackedFeatures(result, sites) if packed else result
-    operands = (tensor, weight, bias, sites.mask, sites.index, sites.count, *rest)
+    operands = (tensor, weight, bias, listed.mask, listed.index, listed.count, *rest)
     if out is not None:
         torch.ops.dynconv.masked_conv2d_(out, *operands, addend, accumulate, kind, *where)
         return out
-    if (addend is not None or activation) and _needs_grad(tensor, weight, bias, gate, addend, inactive):
+    if _needs_epilogue(activation, addend, tensor, weight, bias, gate, inactive):
         rows = torch.ops.dynconv.masked_conv2d(*operands[:-1], None, None, None, "none", True, *where)
         features = PackedFeatures(rows, sites)
         return epilogue(features, activation=activation, residual=residual, inactive=inactive, packed=packed)
@@ -654,6 +662,11 @@ def _remember(signature: tuple, call: _Forward) -> None:
     if len(_passed) >= 1024:  # other shapes at every call
         _passed.clear()
     _passed[signature] = _Passed(call, calibration.least_dense(calibration.mode(), call))
+
+
+def _needs_epilogue(activation: str | None, residual: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether the epilogue is a pass of its own, behind a packed convolution, for the derivatives."""
+    return (residual is not None or activation is not None) and _needs_grad(residual, *tensors)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
