@@ -10,6 +10,9 @@ GPU_PYTHON ?= python3
 # What pip installs as PyTorch: a matched pair. For another build or release run `make clean` and override it,
 # e.g. make test TORCH="torch==2.11.0 triton==3.6.0", or name a local wheel.
 TORCH ?= torch==2.13.0 triton==3.7.1
+# Models whose blocks the tests convert, in a folder of their own: without what they need to load weights they are no
+# whole installation, and torchvision's operators do not load beside a PyTorch for the CPU.
+ZOO := timm==1.0.31 torchvision==0.28.0
 # More arguments, e.g. make test ARGS="-k masked -x".
 ARGS ?=
 # The tests on one worker a core, and not on more than pay: ARGS="-n 0" runs them in this process, for a debugger.
@@ -70,4 +73,5 @@ $(STAMP): requirements.txt pyproject.toml setup.py Makefile
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(RUN) -m pip check
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/zoo $(ZOO)
 	touch $@
