@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import dynconv
 from dynconv import ActiveSites, dynamic_filter2d
@@ -172,7 +173,7 @@ def test_changing_sizes_and_densities_compile_three_graphs_at_most(name):
     torch.compiler.reset()
     torch.manual_seed(0)
     make, kinds = MODULES[name]
-    module, counter = make().eval(), torch._dynamo.testing.CompileCounter()
+    module, counter = make().eval(), CompileCounter()
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     for samples, size, density in ((2, 8, 0.4), (3, 8, 0.0), (4, 8, 1.0), (4, 10, 0.3), (6, 12, 0.6)):
         arguments = operands(kinds, samples, size, density)
