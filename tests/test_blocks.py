@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynconv import ActiveSites, backend, prepare
+from dynconv import ActiveSites, backend, execution, prepare
 from dynconv.nn import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedInvertedResidual
 
 
@@ -269,6 +269,42 @@ def test_in_place(target, name):
             assert block(updated, ActiveSites(mask), inplace=True) is updated
         assert torch.allclose(updated, expected, **CLOSE)
         assert torch.equal(torch.where(mask, 0, updated), torch.where(mask, 0, input))
+
+
+def _strided():
+    return MaskedBottleneck(16, 4, stride=2), (1, 1, 3, 3)
+
+
+def _widened():
+    return MaskedBottleneck(16, 8), (1, 1, 6, 6)
+
+
+def _replaced():
+    block = MaskedBottleneck(16, 4)
+    block.conv2 = nn.Conv2d(6, 4, 3, padding=1, bias=False)
+    return block, (1, 1, 6, 6)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+@pytest.mark.parametrize("make", [_strided, _widened, _replaced])
+def test_parts_that_do_not_fit_each_other_are_refused(make, way, inplace):
+    """In inference, where kernels take the shortcut to have the output's shape, and a layer the channels before it."""
+    block, shape = make()
+    input = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    before = input.clone()
+    with torch.no_grad(), execution(way), pytest.raises(ValueError, match=r"(shortcut|inplace|weight): expected"):
+        block.eval()(input, torch.arange(shape[2] * shape[3]).view(shape) < 3, inplace=inplace)
+    assert torch.equal(input, before)
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+def test_a_shortcut_broadcasts_as_in_the_dense_block(way):
+    block = MaskedBottleneck(16, 4, downsample=nn.Conv2d(16, 1, 1)).eval()
+    input, mask = torch.randn(2, 16, 6, 6), torch.rand(2, 1, 6, 6) < 0.5
+    with torch.no_grad(), execution(way):
+        expected = torch.where(mask, block(input), block.downsample(input))
+        assert torch.allclose(block(input, mask), expected, atol=1e-5)
 
 
 def test_in_place_is_refused_where_it_cannot_be():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from .. import calibration
 from .._backend import backend_for, in_onnx_export
-from ..ops._common import activate_, gate_of, settle
+from ..ops._common import activate_, expanded, gate_of, settle
 from ..ops.epilogue import epilogue
 from ..ops.masked_chain import Layer, masked_chain, prepare
 from ..ops.masked_conv import masked_conv2d
@@ -92,6 +92,9 @@ class MaskedBlock(ResidualBlock):
             output = self._packed(features, layers, computed, sizes, geometries, inplace)
         else:
             _check_sites(sites, input, layers)
+            if inplace and (layers[-1].conv.weight.shape[0], *sizes[-1]) != tuple(input.shape[1:]):
+                got = [input.shape[0], layers[-1].conv.weight.shape[0], *sizes[-1]]
+                raise ValueError(f"inplace: expected an output of the input's shape {list(input.shape)}, got {got}")
             call = _BlockCall(self, features, layers, computed, inplace, used, (sizes, geometries))
             output = calibration.run(calibration.mode(), call)
         return self._merge(output, features, sites) if merges else output
@@ -115,8 +118,15 @@ class MaskedBlock(ResidualBlock):
         layers = [layer.layer for layer in layers]
         if inplace:
             return masked_chain(input, layers, sites, inplace=True)
-        shortcut = None if self._fused_shortcut is None else self._dense_shortcut(input)
+        shortcut = self._broadcast_shortcut(input, layers[-1].weight, sites)
         return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
+
+    def _broadcast_shortcut(self, input: Tensor, weight: Tensor, sites: ActiveSites) -> Tensor | None:
+        """The shortcut of the last convolution's epilogue in the output's shape, which kernels take it to have."""
+        if self._fused_shortcut is None:
+            return None
+        n, height, width = sites.shape
+        return expanded("shortcut", self._dense_shortcut(input), (n, weight.shape[0], height, width), input)
 
     def _run(self, stage: Stage, layer: _Folded | None, features, sites: ActiveSites, **finish):
         residual, out = finish.get("residual"), finish.get("out")
@@ -251,7 +261,7 @@ class _BlockCall(calibration.SiteCall):
                 value = F.conv2d(value, *layer.dense, where.stride, where.padding, where.dilation, layer.groups)
                 if layer is not self.layers[-1]:
                     value = activate_(value, layer.activation)
-            shortcut = None if self.block._fused_shortcut is None else self.block._dense_shortcut(self.input)
+            shortcut = self.block._broadcast_shortcut(self.input, self.layers[-1].conv.weight, self.active)
             sites, out = self.active, self.input if self.inplace else None
             inactive = None if self.inplace else shortcut
             gate = gate_of(sites, value.dtype)
@@ -275,12 +285,16 @@ def _as_read(weight: Tensor, groups: int) -> Tensor:
 
 def _check_sites(sites: ActiveSites, input: Tensor, layers: list[_Folded]) -> None:
     """What `masked_conv2d` checks of its operands."""
-    channels = layers[0].conv.in_channels
+    channels = layers[0].conv.weight.shape[1] * layers[0].groups
     if input.dim() != 4 or input.shape[1] != channels:
         raise ValueError(f"input: expected shape [N, {channels}, H, W], got {list(input.shape)}")
     size = tuple(input.shape[2:])
     for layer in layers:
         size = layer.geometry.output_size(*size)
+        filters, depth = layer.conv.weight.shape[:2]
+        if depth * layer.groups != channels:
+            raise ValueError(f"weight: expected {channels // layer.groups} input channels, got {depth}")
+        channels = filters
     if sites.shape != (input.shape[0], *size):
         raise ValueError(f"mask: expected sites of {[input.shape[0], *size]} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
