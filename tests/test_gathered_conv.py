@@ -331,6 +331,32 @@ def test_both_axes_at_once(sites, name):
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("gated", ["channels", "sites", "both"])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_gates_get_no_gradient_from_what_is_not_kept(packed, gated, activation):
+    """Such as that of a square root, which is infinite where an output is zero."""
+    operands, grad, geometry, (_, keep) = case(dtype=torch.float64)
+    mask = torch.rand(grad.shape[0], 1, *grad.shape[2:], generator=torch.Generator().manual_seed(7)) < 0.5
+
+    def gradients(grad):
+        gates = [m.double().requires_grad_() for m in (keep, mask)]
+        chosen = [
+            m if gated not in ("both", name) else gate
+            for name, m, gate in zip(("channels", "sites"), (keep, mask), gates)
+        ]
+        output = gathered_conv2d(
+            *operands, *geometry, out_mask=chosen[0], mask=chosen[1], activation=activation, packed=packed
+        )
+        (output.unpack() if packed else output).backward(grad)
+        return [gate.grad for gate in gates if gate.grad is not None]
+
+    expected = gradients(grad)
+    actual = gradients(torch.where(mask & keep[:, :, None, None], grad, math.inf))
+    assert len(expected) == (2 if gated == "both" else 1)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def test_a_spatial_gate_gets_a_gradient():
     operands, grad, geometry, masks = case()
     gates = []

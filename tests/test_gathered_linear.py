@@ -177,7 +177,7 @@ def test_what_is_not_kept_is_not_read(positions):
     operands, grad, masks = case(positions=positions)
     at = [m.view(m.shape[0], *(1,) * len(positions), -1) for m in masks]
     poisoned, poisoned_grad = torch.where(at[0], operands[0], math.nan), torch.where(at[1], grad, math.inf)
-    for chosen in (masks, (masks[0].float(), masks[1])):
+    for chosen in (masks, (masks[0].float(), masks[1]), [m.float() for m in masks]):
         expected = run(gathered_linear, operands, grad, chosen)
         actual = run(gathered_linear, (poisoned, *operands[1:]), poisoned_grad, chosen)
         assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))

@@ -590,11 +590,17 @@ def finish(
 ) -> Tensor:
     """What follows a gathered convolution, step by step: gates, residual, activation, skipped sites."""
     dtype = result.dtype
+    gates = [outs.gate, None if sites is None else sites.gate]
     if outs.gate is not None:
         gate = outs._gather(outs.gate, result.shape[1]) if packed else outs.gate
         result = (result * gate[:, :, None, None]).to(dtype)
     if sites is not None and sites.gate is not None:
         result = (result * sites.gate).to(dtype)
+    if torch.is_grad_enabled() and any(gate is not None and gate.requires_grad for gate in gates):
+        # Zeros already, but not in the gradient that comes back, which is infinite or NaN for a root of zeros: it must
+        # not get into the gates' own, which are sums.
+        kept = (outs.index[:, : result.shape[1]] >= 0 if packed else outs.mask)[:, :, None, None]
+        result = torch.where(kept if sites is None else kept & sites.mask, result, 0)
     if residual is not None:
         result = result + (residual if sites is None else torch.where(sites.mask, residual, 0))
     result = reference.ACTIVATIONS[activation](result)

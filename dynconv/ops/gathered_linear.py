@@ -284,7 +284,8 @@ def gathered_linear(
     choice += ([in_mask is not None, out_mask is not None],)
     result = run(input, weight, bias, ins.index, ins.count, outs.index, outs.count, *choice)
     if outs.gate is not None:
-        result = (result * outs.gate[:, None]).to(result.dtype)
+        # Zeros already where not kept; the gate's gradient is a sum that must not have NaN of the output's from there.
+        result = torch.where(outs.mask[:, None], result * outs.gate[:, None], 0).to(result.dtype)
     return result.view(shape)
 
 
