@@ -4,6 +4,7 @@
 table of formulas when it is made, so the formulas have to be in it by then: they go in as soon as its module has run.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -18,13 +19,17 @@ class _CounterFinder(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname != _COUNTER:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        # Those behind it, so that two of its kind, as after a reload, do not ask each other for ever.
+        behind = itertools.islice(itertools.dropwhile(lambda finder: finder is not self, sys.meta_path), 1, None)
+        specs = (finder.find_spec(fullname, path, target) for finder in behind if hasattr(finder, "find_spec"))
+        spec = next(filter(None, specs), None)
         if spec is not None:
             run = spec.loader.exec_module
 
             def run_and_register(module):
                 run(module)
+                if module.__name__ != _COUNTER:  # a loader of many modules, such as that of a zip file
+                    return
                 for op, get_raw, formula in _formulas:
                     module.register_flop_formula(op, get_raw)(formula)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import dynconv
+from dynconv import _flops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,6 +219,14 @@ def test_the_flop_counter_knows_the_ops_whoever_is_imported_first(order):
     found = run(sys.executable, "-c", f"import {order}, torch; print({count}, {ops})", cwd=ROOT)
     formulas, schemas = map(int, found.split())
     assert 15 <= formulas <= schemas
+
+
+def test_two_finders_of_the_flop_counter_do_not_ask_each_other_for_ever(monkeypatch):
+    """As a reload leaves them."""
+    finders = [_flops._CounterFinder(), _flops._CounterFinder()]
+    monkeypatch.setattr(sys, "meta_path", [*finders, *sys.meta_path])
+    for finder in finders:
+        assert finder.find_spec("torch.utils.flop_counter", torch.utils.__path__).origin.endswith("flop_counter.py")
 
 
 def test_a_star_import_hides_nothing_of_the_callers():
