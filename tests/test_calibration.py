@@ -496,6 +496,22 @@ def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():
         assert torch.allclose(call(first.clone().fill_(False)), torch.zeros(()))
 
 
+def test_a_call_that_another_thread_forgets_is_checked_anew(monkeypatch):
+    class Forgetful(dict):
+        """Cleared by another thread at the worst time."""
+
+        def __contains__(self, signature):
+            found = super().__contains__(signature)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(masked_conv, "_passed", Forgetful())
+    input, weight, mask = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 1, 1), _mask(1, 1, 5, 5)
+    with torch.no_grad():
+        first, second = (masked_conv2d(input, weight, mask=mask) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_settings_of_overlapping_threads_are_their_own(own_file):
     """Two threads enter and leave their blocks in turn, the first one out first."""
     step, seen = threading.Barrier(2, timeout=60), {}

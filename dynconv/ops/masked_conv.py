@@ -533,8 +533,10 @@ def masked_conv2d(
     signature = None
     if out is residual is inactive is None and not packed:
         signature = _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation)
-        if signature is not None and signature in _passed:  # none while compiling, which would guard on the table
-            return _passed[signature](input, weight, bias, mask)
+        # No signature while compiling, which would guard on the table. One look-up: another thread may clear it.
+        passed = None if signature is None else _passed.get(signature)
+        if passed is not None:
+            return passed(input, weight, bias, mask)
     geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
     source = input.sites if isinstance(input, PackedFeatures) else None
