@@ -72,9 +72,17 @@ def _forced(way: str, run: Callable[[], object]) -> None:
 
 
 def _compile(calls: Callable[[torch.dtype], Iterator[Tensor]], dtype: torch.dtype) -> None:
-    """Make an op's calls on the CPU backend, both ways, as in inference and with the gradients of all operands."""
+    """Make an op's calls on the CPU backend, both ways, as in inference and with the gradients of all operands.
+
+    On the CPU whatever the default device is.
+    """
     for way, is_training in itertools.product(("sparse", "dense"), (False, True)):
-        with backend("cpu"), execution(way), torch.set_grad_enabled(is_training):
+        with (
+            torch._C.DisableTorchFunction(),
+            backend("cpu"),
+            execution(way),
+            torch.set_grad_enabled(is_training),
+        ):
             for result in calls(dtype):
                 if is_training:
                     result.float().sum().backward(retain_graph=True)  # calls share packed operands

@@ -477,7 +477,8 @@ def forget() -> None:
 
 def _measured(calls: list[Call], densities: Sequence[float], seconds: float, progress) -> list[Times]:
     sparse, dense, reached = ([[] for _ in calls] for _ in range(3))
-    with torch.no_grad():
+    # Without modes of the caller's: a default device is not where masks are drawn and kernels have their memory.
+    with torch.no_grad(), torch._C.DisableTorchFunction():
         for number, density in enumerate(densities):
             if progress is not None:
                 progress(number, len(densities), f"{len(calls)} calls at density {density:g}")

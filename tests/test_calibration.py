@@ -286,6 +286,14 @@ def test_calibrating_changes_nothing_of_the_callers(own_file):
     assert torch.equal(out, expected[0]) and torch.equal(cache, expected[1])
 
 
+def test_calibrating_takes_no_default_device_of_the_callers(own_file):
+    """Its masks, and what the kernels work in, belong where the operands are."""
+    input, weight, mask = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3), _mask(1, 1, 8, 8)
+    with backend("cpu"), torch.device("meta"):
+        found = calibrate(lambda: masked_conv2d(input, weight, padding=1, mask=mask), densities=0.5, seconds=0.01)
+    assert len(found) == 1
+
+
 def test_times_between_and_beyond_the_measured_densities():
     times = calibration.Times("", [0.2, 0.6, 1.0], [1.0, 3.0, 7.0], [4.0, 4.0, 4.0])
     assert times.predict(0.4) == pytest.approx((2.0, 4.0))

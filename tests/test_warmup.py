@@ -31,6 +31,11 @@ def test_warmup_leaves_no_kernel_out():
     assert [name for name, dtypes in ours.items() if torch.float32 not in dtypes] == []
 
 
+def test_warmup_takes_no_default_device_of_the_callers():
+    with torch.device("meta"):
+        dynconv.warmup(ops=["gathered_linear", "blocks"])
+
+
 def test_warmup_runs_a_model_both_ways():
     paths = []
     input, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
