@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dynconv import backend, execution, prepare
+from dynconv import ActiveSites, backend, execution, prepare
 from dynconv.nn import (
     GatheredBottleneck,
     MaskedBottleneck,
@@ -262,3 +262,49 @@ def test_a_fingerprint_of_gaps():
     assert fingerprint([tensor]) == before
     tensor[7, 2, 2, 2] += 1
     assert fingerprint([tensor]) != before
+
+
+def projecting(kind):
+    """A block whose shortcut has layers, and of which each training step moves these alone."""
+    shortcut = nn.Sequential(nn.Conv2d(12, 12, 1, bias=False), nn.BatchNorm2d(12))
+    block = kind(12, 3, downsample=shortcut).double().eval().requires_grad_(False)
+    shortcut.requires_grad_(True)
+    return block
+
+
+@pytest.mark.parametrize("way", ("sparse", "dense"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shortcut_is_trained_beside_frozen_convolutions(kind, way):
+    block = projecting(KINDS[kind])
+    chosen = torch.ones(2, 3, dtype=torch.bool) if kind == "gathered" else MASK
+    with execution(way):
+        have = torch.autograd.grad(block(INPUT, chosen).square().sum(), [*block.downsample.parameters()])
+    expected = torch.where(MASK if kind == "masked" else ~MASK | MASK, block(INPUT), block.downsample(INPUT))
+    want = torch.autograd.grad(expected.square().sum(), [*block.downsample.parameters()])
+    for a, b in zip(have, want, strict=True):
+        assert torch.allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("part", ("conv1", "bn2", "all"))
+def test_parameters_on_another_device_are_refused(part):
+    """Rather than read at an address that is none of this one."""
+    block = block_of(MaskedBottleneck).requires_grad_(False)
+    (block if part == "all" else getattr(block, part)).to("meta")
+    with pytest.raises((ValueError, RuntimeError), match=r"meta|device"):
+        block(INPUT, MASK)
+
+
+@pytest.mark.parametrize("mode", ("sparse", "dense", "batch statistics"))
+@pytest.mark.parametrize("shape", ((1, 6, 5), (2, 1, 5), (2, 6, 6)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_sites_of_another_shape_are_refused_on_every_way(kind, shape, mode):
+    """Rather than broadcast, which a mask that is a tensor does and sites, which are indices, do not."""
+    block = block_of(KINDS[kind]).requires_grad_(False)
+    block.statistics = "dense"
+    block.train(mode == "batch statistics")
+    sites = ActiveSites(torch.ones(shape, dtype=torch.bool)[:, None])
+    with (
+        execution(mode if mode != "batch statistics" else "automatic"),
+        pytest.raises(ValueError, match=r"mask: expected sites of \[2, 6, 5\]"),
+    ):
+        block(INPUT, *([CHANNELS] if kind == "gathered" else []), mask=sites)

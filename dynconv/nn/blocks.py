@@ -80,7 +80,7 @@ class MaskedBlock(ResidualBlock):
         sizes = [tuple(input.shape[2:])]
         for geometry in geometries:
             sizes.append(geometry.output_size(*sizes[-1]))
-        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, (input.shape[0], *sizes[-1]))
+        sites = self._sites(mask, input, sizes[-1])
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._masked_dense(input, sites)
         if in_onnx_export() and not inplace and not any(self._uses_batch_statistics(stage) for stage in self.stages):
@@ -91,7 +91,7 @@ class MaskedBlock(ResidualBlock):
         if layers is None or needs_grad(sites.gate):
             output = self._packed(features, layers, computed, sizes, geometries, inplace)
         else:
-            _check_sites(sites, input, layers)
+            _check_channels(input, layers)
             if inplace and (layers[-1].conv.weight.shape[0], *sizes[-1]) != tuple(input.shape[1:]):
                 got = [input.shape[0], layers[-1].conv.weight.shape[0], *sizes[-1]]
                 raise ValueError(f"inplace: expected an output of the input's shape {list(input.shape)}, got {got}")
@@ -283,22 +283,16 @@ def _as_read(weight: Tensor, groups: int) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
-def _check_sites(sites: ActiveSites, input: Tensor, layers: list[_Folded]) -> None:
-    """What `masked_conv2d` checks of its operands."""
+def _check_channels(input: Tensor, layers: list[_Folded]) -> None:
+    """What `masked_conv2d` checks of its input, for each layer."""
     channels = layers[0].conv.weight.shape[1] * layers[0].groups
-    if input.dim() != 4 or input.shape[1] != channels:
+    if input.shape[1] != channels:
         raise ValueError(f"input: expected shape [N, {channels}, H, W], got {list(input.shape)}")
-    size = tuple(input.shape[2:])
     for layer in layers:
-        size = layer.geometry.output_size(*size)
         filters, depth = layer.conv.weight.shape[:2]
         if depth * layer.groups != channels:
             raise ValueError(f"weight: expected {channels // layer.groups} input channels, got {depth}")
         channels = filters
-    if sites.shape != (input.shape[0], *size):
-        raise ValueError(f"mask: expected sites of {[input.shape[0], *size]} (N, Ho, Wo), got {list(sites.shape)}")
-    if sites.mask.device != input.device:
-        raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
 
 
 class MaskedBasicBlock(BasicBlock, MaskedBlock):

@@ -79,9 +79,7 @@ class GatheredBlock(ResidualBlock):
         sizes, geometries = [tuple(input.shape[2:])], [geometry_of(self._submodule(s.conv)) for s in self.stages]
         for geometry in geometries:
             sizes.append(geometry.output_size(*sizes[-1]))
-        sites = mask
-        if mask is not None and not isinstance(mask, ActiveSites):
-            sites = ActiveSites(mask, (samples, *sizes[-1]))
+        sites = None if mask is None else self._sites(mask, input, sizes[-1])
         if self.statistics == "dense" and any(self._uses_batch_statistics(stage) for stage in self.stages):
             return self._all_dense(input, chosen, sites)
         used = backend_for(input.device)

@@ -49,7 +49,8 @@ class ResidualBlock(nn.Module):
     def _frozen(self, input: Tensor, used: str) -> list | None:
         """In inference, what `_prepare` makes of each stage, which is kept until a parameter or a statistic changes.
 
-        None where a gradient, a tangent, autocast, a compiler or the batch's own statistics stand against it.
+        None where a gradient, of the shortcut's layers as well, a tangent, autocast, a compiler, another device or the
+        batch's own statistics stand against it.
         """
         if torch.compiler.is_compiling() or input.is_meta or is_transformed():
             return None
@@ -63,12 +64,15 @@ class ResidualBlock(nn.Module):
             operands += _operands(conv, norm)
             settings += (conv, conv.stride, conv.padding, conv.dilation, conv.groups)
             settings += (norm, None if norm is None else norm.eps)
-        if needs_grad(*operands):
+        if any(t is not None and t.device != input.device for t in operands):
+            return None
+        if torch.is_grad_enabled() and needs_grad(*operands, *self._shortcut_parameters()):
             return None
         state = self._state(operands, [getattr(norm, "num_batches_tracked", None) for _, norm in modules], used)
         key = None if state is None else (settings, state)
-        if key is not None and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        before = self._kept  # read once: another thread may replace it at any time
+        if key is not None and before is not None and before[0] == key:
+            return before[1]
         with torch.no_grad():
             layers = [
                 self._prepare(stage, conv, norm, used) for stage, (conv, norm) in zip(self.stages, modules, strict=True)
@@ -104,6 +108,16 @@ class ResidualBlock(nn.Module):
     def _apply(self, *arguments, **options) -> ResidualBlock:
         self._kept = None
         return super()._apply(*arguments, **options)
+
+    def _sites(self, mask: Tensor | ActiveSites, input: Tensor, size: tuple[int, int]) -> ActiveSites:
+        """The active sites of a mask, which must be those of an output of `size`: every way of a block trusts them."""
+        shape = (input.shape[0], *size)
+        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, shape)
+        if tuple(sites.shape) != shape:
+            raise ValueError(f"mask: expected sites of {list(shape)} (N, Ho, Wo), got {list(sites.shape)}")
+        if sites.mask.device != input.device:
+            raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
+        return sites
 
     def _computed(self, sites: ActiveSites, sizes: list, geometries: list[Geometry]) -> list[ActiveSites]:
         """The sites that each stage computes: the last one `sites`, the others what the next one reads.
@@ -155,6 +169,9 @@ class ResidualBlock(nn.Module):
         if self.shortcut_path is None or self.shortcut_path == "identity":
             return ()
         return self.shortcut_path if isinstance(self.shortcut_path, tuple) else (self.shortcut_path,)
+
+    def _shortcut_parameters(self) -> list[nn.Parameter]:
+        return [p for path in self._shortcut_paths() for p in self._submodule(path).parameters()]
 
     @property
     def _activates_branch(self) -> bool:
