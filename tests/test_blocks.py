@@ -269,6 +269,9 @@ def test_in_place(target, name):
             assert block(updated, ActiveSites(mask), inplace=True) is updated
         assert torch.allclose(updated, expected, **CLOSE)
         assert torch.equal(torch.where(mask, 0, updated), torch.where(mask, 0, input))
+    with torch.no_grad():
+        assert block(updated.copy_(input), inplace=True) is updated  # without a mask, all of it
+        assert torch.allclose(updated, dense(input), **CLOSE)
 
 
 def _strided():

@@ -67,10 +67,10 @@ class MaskedBlock(ResidualBlock):
         return self._forward(input, mask, inplace)
 
     def _forward(self, input: Tensor, mask: Tensor | ActiveSites | None, inplace: bool) -> Tensor:
-        if mask is None:
-            return self._dense(input)
         if inplace:
             self._check_inplace(input)
+        if mask is None:
+            return input.copy_(self._dense(input)) if inplace else self._dense(input)
         used = backend_for(input.device)
         layers = None if used == "reference" else self._frozen(input, used)
         if layers is None:
