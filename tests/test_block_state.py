@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynconv import ActiveSites, backend, execution, prepare
-from dynconv.nn import (
-    GatheredBottleneck,
-    MaskedBottleneck,
-)
+from dynconv.nn import GatheredBlock, GatheredBottleneck, MaskedBlock, MaskedBottleneck
 
 # Of random numbers in float64: sums of fewer than 300 products of a few units, then normalised.
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
@@ -262,6 +259,35 @@ def test_a_fingerprint_of_gaps():
     assert fingerprint([tensor]) == before
     tensor[7, 2, 2, 2] += 1
     assert fingerprint([tensor]) != before
+
+
+class Plain(nn.Module):
+    """Without normalisation, so that nothing is folded."""
+
+    def __init__(self, *_):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(12, 3, 1), nn.Conv2d(3, 12, 3, padding=1)
+
+    def forward(self, input):
+        return self.conv2(self.conv1(input).relu()) + input
+
+
+@pytest.mark.parametrize("way", ("sparse", "dense"))
+@pytest.mark.parametrize("is_prepared", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_parameters_that_were_replaced_by_equal_ones_are_let_go(kind, is_prepared, way):
+    """As by `torch.func.functional_call` with an average that goes on moving."""
+    block = (MaskedBlock if kind == "masked" else GatheredBlock).from_dense(Plain().double()).eval()
+    if is_prepared:
+        prepare(block)
+    with execution(way):
+        before = block(INPUT, CHANNELS if kind == "gathered" else MASK)
+        for conv in (block.conv1, block.conv2):
+            for name, old in list(conv.named_parameters()):
+                setattr(conv, name, nn.Parameter(old.clone()))
+                old.mul_(3)
+        assert torch.equal(block(INPUT, CHANNELS if kind == "gathered" else MASK), before)
 
 
 def projecting(kind):

@@ -92,7 +92,8 @@ class ResidualBlock(nn.Module):
         is_plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         if not is_plain or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        layout = [None if t is None else (t.dtype, t.shape, t.stride()) for t in operands]
+        # The address, as what is kept of a convolution without a normalisation may be its very parameters.
+        layout = [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr()) for t in operands]
         if self._is_prepared and not any(t.is_inference() for t in tensors):
             # Batch normalisation writes its statistics past their versions, and then counts the batch.
             tensors += [t for t in counters if t is not None]
