@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynconv import ActiveSites, backend, execution, prepare
-from dynconv.nn import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedInvertedResidual
+from dynconv.nn import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedConv2d, MaskedInvertedResidual
 
 
 def downsample(cin, cout, stride):
@@ -685,3 +686,40 @@ class Counted(nn.Module):
     def forward(self, weight):
         self.reads.append(1)
         return weight
+
+
+REPLACED = {
+    "circular": ("conv1", lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), False),
+    "own forward": ("conv2", lambda: type("Scaled", (nn.Conv2d,), {"forward": lambda *_: None})(8, 8, 3), False),
+    "several layers": ("conv2", lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), False),
+    "group": ("bn1", lambda: nn.GroupNorm(2, 8), False),
+    "instance": ("bn2", lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), False),
+    "no norm": ("bn2", nn.Identity, False),
+    "norm and activation": ("bn1", lambda: NormAct(8, nn.ReLU), False),
+    "activation": ("relu", nn.GELU, False),
+    "masked": ("conv1", lambda: MaskedConv2d(8, 8, 3, padding=1), True),
+    "another": ("bn1", lambda: nn.BatchNorm2d(8, eps=0.1), True),
+    "parametrized": ("conv2", lambda: weight_norm(nn.Conv2d(8, 8, 3, padding=1)), True),
+}
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("case", REPLACED)
+def test_a_layer_that_is_replaced_counts_or_is_refused(case, training):
+    """What the stages do is that of the layers there were."""
+    path, make, is_right = REPLACED[case]
+    dense, kind, input = random_block("basic")
+    blocks = [kind.from_dense(copy.deepcopy(dense)), MaskedBasicBlock(8, 8).double(), kind.from_dense(dense)]
+    layer, mask = make().double(), masks(dense, input)["random"]
+    for block in blocks:
+        setattr(block, path, layer)
+        block.train(training)
+        if is_right:
+            block(input, mask)
+            continue
+        for chosen in (mask, None):
+            with pytest.raises(ValueError, match=f"block: expected the .* that has been in `{path}`, .* got "):
+                block(input, chosen)
+    if is_right:
+        setattr(dense, path, layer)
+        assert torch.allclose(block.eval()(input, mask), masked_dense(block, dense.eval(), input, mask), **CLOSE)

@@ -338,3 +338,4 @@ class MaskedInvertedResidual(MaskedBlock):
         shortcut = "identity" if stride == 1 and inp == oup else None
         super().__init__(Chain(tuple(stages), shortcut), statistics)
         self.conv = nn.Sequential(*units, nn.Conv2d(hidden, oup, 1, bias=False), last)
+        self._note_layers()

@@ -94,6 +94,7 @@ class MaskedSyncBatchNorm2d(nn.SyncBatchNorm):
     Every process of the group has to call it, with sites or without. `convert_sync_batchnorm` makes it.
     """
 
+    stands_for = nn.SyncBatchNorm
     forward = MaskedBatchNorm2d.forward
 
 
@@ -103,6 +104,7 @@ class GatheredSyncBatchNorm2d(nn.SyncBatchNorm):
     Every process of the group has to call it. `convert_sync_batchnorm` makes it.
     """
 
+    stands_for = nn.SyncBatchNorm
     forward = GatheredBatchNorm2d.forward
 
 

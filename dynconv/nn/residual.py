@@ -39,6 +39,7 @@ class ResidualBlock(nn.Module):
         # Names that no child of a dense block has: `shortcut` and `activation` are common ones.
         self.stages, self.shortcut_path, self.last_activation = tuple(chain.stages), chain.shortcut, chain.activation
         self.statistics = statistics
+        self._kinds: list[tuple[list[str], type[nn.Module]]] = []
         self._is_prepared = False
         self._kept: tuple[tuple, list, list | None] | None = None
 
@@ -192,7 +193,18 @@ class ResidualBlock(nn.Module):
         return merged.contiguous(memory_format=torch.channels_last)
 
     def _check_layers(self, masked: bool, argument: str) -> bool:
-        """Raise where an inner layer has hooks that a call would not run; tell whether one computes its parameters."""
+        """Raise where a stage does not compute what its layers are, or a call would not run the hooks of one.
+
+        Tells whether a layer computes its parameters.
+        """
+        for names, kind in self._kinds:
+            layer = self
+            for name in names:
+                layer = layer._modules.get(name)
+                if layer is None:
+                    break
+            if type(layer) is not kind or layer.__dict__.get("padding_mode", "zeros") != "zeros":
+                self._check_kind(".".join(names), layer, kind)
         hooked: list[tuple[str, nn.Module]] = []
         computed = _find_hooks(self, "", hooked)
         for path, layer in hooked:
@@ -203,9 +215,39 @@ class ResidualBlock(nn.Module):
                 )
         return computed
 
+    def _note_layers(self) -> None:
+        """Note the kinds of the layers that are not called, as the stages do their work: what replaces them counts.
+
+        These are convolutions, normalisations and what else there is but the shortcut's, as activations.
+        """
+        own = {path for stage in self.stages for path in (stage.conv, stage.norm)}
+        self._kinds = [
+            (path.split("."), type(layer))
+            for path, layer in self.named_modules(remove_duplicate=False)
+            if (path in own or (path and not layer._modules)) and not self._is_of_shortcut(path)
+        ]
+
+    def _check_kind(self, path: str, layer: nn.Module | None, kind: type[nn.Module]) -> None:
+        """Raise where the layer that is now in a place of the block is not computed as the one of `kind` there was."""
+        if issubclass(kind, nn.Conv2d):
+            right = layer is not None and computes_as(layer, nn.Conv2d) and layer.padding_mode == "zeros"
+        elif any(path == stage.norm for stage in self.stages):
+            right = layer is not None and (_is_plain(layer) or is_frozen_norm(layer))
+        else:
+            right = layer is None  # with the normalisation that it was in
+        if not right:
+            got = "none" if layer is None else repr(layer) if not layer._modules else type(layer).__name__
+            raise ValueError(
+                f"block: expected the {kind.__name__} that has been in `{path}`, or what computes the same, got "
+                f"{got}; make the block anew, from a dense one with that layer"
+            )
+
+    def _is_of_shortcut(self, path: str) -> bool:
+        return any(f"{path}.".startswith(f"{start}.") for start in self._shortcut_paths())
+
     def _calls(self, path: str, masked: bool) -> bool:
         """Whether a layer is called as a module: those of the shortcut, and without a mask the others that can be."""
-        if any(f"{path}.".startswith(f"{start}.") for start in self._shortcut_paths()):
+        if self._is_of_shortcut(path):
             return True
         if masked:
             return False
@@ -268,6 +310,7 @@ class ResidualBlock(nn.Module):
                 raise ValueError(f"module: expected no child named `{name}`, which {cls.__name__} has itself")
             block.add_module(name, child)
         block.training = module.training
+        block._note_layers()
         return block
 
     def _compare(self, dense: nn.Module) -> None:
@@ -437,6 +480,7 @@ class ResNetBlock(ResidualBlock):
             self.add_module(f"bn{i}", norm)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
+        self._note_layers()
 
 
 def make_norm(norm_layer: Callable[..., nn.Module] | None, channels: int) -> nn.Module:
