@@ -400,6 +400,13 @@ def test_what_has_no_masked_form_is_refused():
         MaskedBasicBlock.from_dense(dense)
     with pytest.raises(ValueError, match="statistics: expected 'active' or 'dense', got 'batch'"):
         MaskedBasicBlock(8, 8, statistics="batch")
+    scaled = type("Scaled", (MaskedBasicBlock,), {"forward": lambda self, input, mask=None: None})
+    with pytest.raises(ValueError, match=r"module: expected a block of dynconv.nn, got Scaled with its own forward"):
+        MaskedBlock.from_dense(scaled(8, 8))
+    for dense in (basic(8, 8), MaskedBasicBlock(8, 8)):
+        dense.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="module: expected a block without hooks, got the forward hook"):
+            MaskedBlock.from_dense(dense)
 
 
 def test_mixed_precision(target):

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +209,12 @@ def skipped_at_random(self, x):
     return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
 
 
+def skipped_by_numpy(self, x):
+    if self.training and np.random.rand() < 1e-6:
+        return x
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
 def pooled_by_function(self, x):
     return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + F.avg_pool2d(x, 3, 1, 1))
 
@@ -298,6 +305,7 @@ FOREIGN = {
     "shortcut from inside": (written_by(inner_shortcut), "shortcut shares a convolution with the branch", None),
     "shortcut by a function": (written_by(activated_shortcut), "`relu` at test_zoo.py", None),
     "skipped at random": (written_by(skipped_at_random), "in training Dense, which draws random numbers", None),
+    "skipped by NumPy": (written_by(skipped_by_numpy), "in training Dense, which draws random numbers", None),
     "pooled by a function": (written_by(pooled_by_function), "`avg_pool2d` at test_zoo.py", None),
     "result ignored": (written_by(ignored_result), "`mul_` at test_zoo.py", None),
     "read after writing": (written_by(overwritten), "`add` at test_zoo.py", None),

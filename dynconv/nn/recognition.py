@@ -14,6 +14,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -115,6 +116,12 @@ def stand_in(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def _random_states() -> tuple[bytes, tuple, tuple]:
+    """The states of the generators that a forward may draw from: PyTorch's, Python's and NumPy's."""
+    kind, words, *rest = np.random.get_state()
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), (kind, words.tolist(), *rest)
+
+
 def _error(got: str) -> ValueError:
     return ValueError(
         "module: expected a chain of convolutions, each with its batch normalisation and activation, and at most one "
@@ -204,15 +211,16 @@ class _Reader:
     def _trace(self) -> fx.Graph:
         parameters = list(inspect.signature(self.module.forward).parameters.values())[1:]
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        name, seeds = type(self.module).__name__, (torch.get_rng_state(), random.getstate())
+        name, before = type(self.module).__name__, _random_states()
         try:
             graph = self.tracer.trace(self.module, defaults or None)
         except Exception as error:
             raise _error(f"{self.mode}{_failure(name, error)}") from error
         finally:
-            drawn = not torch.equal(seeds[0], torch.get_rng_state()) or seeds[1] != random.getstate()
-            torch.set_rng_state(seeds[0])
-            random.setstate(seeds[1])
+            drawn = before != _random_states()
+            torch.set_rng_state(torch.frombuffer(bytearray(before[0]), dtype=torch.uint8))
+            random.setstate(before[1])
+            np.random.set_state(before[2])
         if drawn:  # and perhaps taken another way than it would the next time
             raise _error(f"{self.mode}{name}, which draws random numbers that do not depend on its input")
         return graph

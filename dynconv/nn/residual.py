@@ -280,7 +280,14 @@ class ResidualBlock(nn.Module):
         dropout, drop path, pre-activation, …) and its line of code, or a hook of an inner layer; TypeError where
         `module` is no block, or one of another number of convolutions than this class has.
         """
+        if isinstance(module, nn.Module) and has_hooks(module):
+            raise ValueError(f"module: expected a block without hooks, got the {hook_of(module)}, which would not run")
         if isinstance(module, ResidualBlock):
+            made = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
+            if not made.__module__.startswith(__package__) or "forward" in module.__dict__:
+                raise ValueError(
+                    f"module: expected a block of dynconv.nn, got {type(module).__name__} with its own forward"
+                )
             chain, dense = Chain(module.stages, module.shortcut_path, module.last_activation), None
         else:
             with torch.inference_mode(False):
@@ -358,8 +365,6 @@ def _copy_of(module: nn.Module) -> nn.Module:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"module: expected parameters that exist, got a lazy `{name}`; run the block once")
-    if has_hooks(module):
-        raise ValueError(f"module: expected a block without hooks, got the {hook_of(module)}, which would not run")
     try:
         dense = stand_in(module)
     except Exception as error:
