@@ -253,8 +253,9 @@ class _SumOfProcesses(torch.autograd.Function):
         return _SumOfProcesses.apply(grad, ctx.group), None
 
 
-@torch.compiler.disable(reason="statistics of SyncBatchNorm are exchanged between processes outside of graphs")
+@torch._disable_dynamo  # torch.compiler.disable, which imports a compiler here and not at the first call
 def _exchanged(values: Tensor, group) -> Tensor:
+    """Exchange between processes, outside of compiled graphs."""
     return _SumOfProcesses.apply(values, group)
 
 
