@@ -228,7 +228,7 @@ class _BlockCall(calibration.SiteCall):
 
     @property
     def has_choice(self) -> bool:
-        """F.conv2d pads both sides alike."""
+        """F.conv2d pads both sides alike, as does the CPU's one kernel."""
         return all(layer.geometry.padding == layer.geometry.padding_end for layer in self.layers)
 
     def key(self) -> tuple:
@@ -249,7 +249,7 @@ class _BlockCall(calibration.SiteCall):
         return ", ".join(what + ["gate"] * (self.active.gate is not None))
 
     def sparse(self) -> Tensor:
-        if self.used == "cpu":
+        if self.used == "cpu" and self.has_choice:
             return self.block._chain(self.input, self.layers, self.active, self.inplace)
         return self.block._packed(self.input, self.layers, self.active, *self.shapes, self.inplace)
 
