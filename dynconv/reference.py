@@ -348,8 +348,8 @@ def _dense(features: Tensor | PackedFeatures | None) -> Tensor | None:
     n, channels, height, width = features.shape
     active = sites.mask.flatten()
     place = torch.where(active, active.cumsum(0) - 1, 0)
-    if rows.shape[0] == 0:
-        return rows.new_zeros(n, channels, height, width)
+    if rows.shape[0] == 0:  # a row to read, so that the result stays in the graph
+        rows = F.pad(rows, (0, 0, 0, 1))
     dense = torch.where(active[:, None], rows[place], 0)
     return dense.view(n, height, width, channels).permute(0, 3, 1, 2)
 

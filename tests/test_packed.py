@@ -51,6 +51,21 @@ def test_pack_and_unpack_undo_each_other(target):
         assert torch.equal(poisoned(features).unpack(), torch.where(mask, input, 0))
 
 
+@pytest.mark.parametrize("packing", ["cpu", "reference"])
+@pytest.mark.parametrize("unpacking", ["cpu", "reference"])
+@pytest.mark.parametrize("density", [0.0, 0.4])
+def test_features_of_one_backend_are_those_of_another(packing, unpacking, density):
+    """They have other numbers of rows, none on the CPU where no site is active, and stay in the graph."""
+    input, mask = integers(2, 5, 6, 7).requires_grad_(), random_mask(2, 6, 7, density)
+    with backend(packing):
+        features = pack(input, ActiveSites(mask))
+    with backend(unpacking):
+        output = features.unpack()
+    output.sum().backward()
+    assert torch.equal(output, torch.where(mask, input, 0))
+    assert torch.equal(input.grad, mask.expand_as(input).to(input.dtype))
+
+
 def test_a_packed_input_is_its_dense_form(target):
     """Pixels outside the packed set count as zeros, whichever of them the sites read."""
     source, mask = random_mask(2, 6, 7, seed=1).to(target.device), random_mask(2, 6, 7).to(target.device)
