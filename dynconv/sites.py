@@ -178,6 +178,13 @@ def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
     return None
 
 
+def _check_map(size: tuple[int, int, int]) -> None:
+    """Raise where the size of a map of sites is not (N, Ho, Wo), or has more of them than an int32 can number."""
+    check_size(size, "N, Ho, Wo")
+    if size[0] * size[1] * size[2] >= 2**31:
+        raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
+
+
 def _cure(mask: Tensor, full: tuple[int, int, int, int]) -> str:
     """Name what makes a mask of this shape, which does not broadcast to `full` [N, 1, Ho, Wo], one that does."""
     shape = tuple(mask.shape)
@@ -227,15 +234,13 @@ class ActiveSites:
                 cure = "; .unsqueeze(1) makes it of [N, Ho, Wo]" if mask.dim() == 3 else ""
                 raise ValueError(f"mask: expected shape [N, 1, Ho, Wo], got {list(mask.shape)}{cure}")
             size = (mask.shape[0], mask.shape[2], mask.shape[3])
-        check_size(size, "N, Ho, Wo")
+        _check_map(size)
         full = (size[0], 1, -(-size[1] // cell[0]), -(-size[2] // cell[1]))
         if mask.dim() > 4 or any(
             have not in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
         ):
             cure = _cure(mask, full) if cell == (1, 1) else ""
             raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {list(mask.shape)}{cure}")
-        if size[0] * size[1] * size[2] >= 2**31:
-            raise ValueError(f"mask: expected fewer than 2^31 sites, got {size[0] * size[1] * size[2]}")
         mask = mask.expand(full)
         if cell != (1, 1):
             mask = mask.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3)[:, :, : size[1], : size[2]]
@@ -254,13 +259,15 @@ class ActiveSites:
                 the rectangle. What lies outside of the map is cut off.
             size: (N, Ho, Wo).
 
-        Raises TypeError where the boxes are not integers, ValueError where they have another shape.
+        Raises TypeError where the boxes are not integers, ValueError where they have another shape or there are 2^31
+        sites or more.
         """
         if not isinstance(boxes, Tensor) or boxes.dtype not in (torch.int32, torch.int64):
             got = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
             raise TypeError(f"boxes: expected a tensor of int32 or int64, got {got}")
         if boxes.dim() != 2 or boxes.shape[1] != 5:
             raise ValueError(f"boxes: expected shape [K, 5], got {list(boxes.shape)}")
+        _check_map(size)
         sample, y, x = (torch.arange(length, device=boxes.device) for length in size)
         number, top, left, bottom, right = boxes.unbind(1)
         # [K, N], [K, H] and [K, W]: a site is inside where all three are, for some box.

@@ -167,6 +167,11 @@ def test_bad_grids_and_boxes_are_refused():
         ActiveSites.from_boxes(torch.zeros(1, 5), (1, 4, 4))
     with pytest.raises(ValueError, match=r"boxes: expected shape \[K, 5\], got \[1, 4\]"):
         ActiveSites.from_boxes(torch.zeros(1, 4, dtype=torch.int64), (1, 4, 4))
+    none = torch.zeros(0, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"size: expected \(N, Ho, Wo\), got \(4, 4\)"):
+        ActiveSites.from_boxes(none, (4, 4))
+    with pytest.raises(ValueError, match=r"mask: expected fewer than 2\^31 sites"):
+        ActiveSites.from_boxes(none, (1, 2**16, 2**15))
 
 
 def test_touched_pixels_of_a_kernel_wider_than_the_image(target):
