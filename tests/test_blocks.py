@@ -15,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynconv import ActiveSites, backend, execution, prepare
-from dynconv.nn import MaskedBasicBlock, MaskedBlock, MaskedBottleneck, MaskedConv2d, MaskedInvertedResidual
+from dynconv.nn import (
+    GatheredBottleneck,
+    MaskedBasicBlock,
+    MaskedBlock,
+    MaskedBottleneck,
+    MaskedConv2d,
+    MaskedInvertedResidual,
+)
 
 
 def downsample(cin, cout, stride):
@@ -303,12 +310,13 @@ def test_parts_that_do_not_fit_each_other_are_refused(make, way, inplace):
 
 
 @pytest.mark.parametrize("way", ["sparse", "dense"])
-def test_a_shortcut_broadcasts_as_in_the_dense_block(way):
-    block = MaskedBottleneck(16, 4, downsample=nn.Conv2d(16, 1, 1)).eval()
+@pytest.mark.parametrize("kind", [MaskedBottleneck, GatheredBottleneck])
+def test_a_shortcut_broadcasts_as_in_the_dense_block(kind, way):
+    block = kind(16, 4, downsample=nn.Conv2d(16, 1, 1)).eval()
     input, mask = torch.randn(2, 16, 6, 6), torch.rand(2, 1, 6, 6) < 0.5
     with torch.no_grad(), execution(way):
         expected = torch.where(mask, block(input), block.downsample(input))
-        assert torch.allclose(block(input, mask), expected, atol=1e-5)
+        assert torch.allclose(block(input, mask=mask), expected, atol=1e-5)
 
 
 def test_in_place_is_refused_where_it_cannot_be():

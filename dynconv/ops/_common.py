@@ -105,6 +105,7 @@ def settle(
     if residual is not None:
         result += residual
     result = in_rows(activate_(result, activation))
+    inactive = expanded("inactive", inactive, result.shape, result)
     if result.device.type == "cpu":
         module(".cpu.epilogue").settle(result, sites, in_rows(inactive), out)
     elif out is not None:
