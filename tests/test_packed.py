@@ -332,6 +332,22 @@ def test_bad_input_is_refused_by_name(change, error, match):
         masked_conv2d(**arguments)
 
 
+@pytest.mark.parametrize("channels", [1, 4, 16])
+@pytest.mark.parametrize("used", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["mean", "scale", "shift", "weight", "bias"])
+def test_vectors_of_other_channels_are_refused(name, used, channels):
+    """The kernels would read beyond their end."""
+    features = pack(integers(2, 8, 6, 7), ActiveSites(random_mask(2, 6, 7)))
+    function = batch_norm if name in ("weight", "bias") else epilogue
+    with backend(used), pytest.raises(ValueError, match=rf"{name}: expected shape \[8\], got \[{channels}\]"):
+        function(features, **{name: torch.ones(channels)})
+    for is_training in (False, True):
+        norm = MaskedBatchNorm2d(channels).train(is_training)
+        with backend(used), pytest.raises(ValueError, match=f"features: expected {channels} channels, got 8"):
+            norm(features)
+        assert norm.num_batches_tracked == 0
+
+
 def test_features_of_other_sites_are_refused():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     one, other = ActiveSites(mask), ActiveSites(mask)

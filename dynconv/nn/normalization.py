@@ -38,6 +38,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         """
         if not isinstance(features, PackedFeatures):
             raise TypeError(f"features: expected PackedFeatures (dynconv.pack makes them), got {kind_of(features)}")
+        if features.shape[1] != self.num_features:
+            raise ValueError(f"features: expected {self.num_features} channels, got {features.shape[1]}")
         return batch_norm(self, features, activation=activation, residual=residual, inactive=inactive, packed=packed)
 
     @classmethod

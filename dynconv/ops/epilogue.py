@@ -19,6 +19,7 @@ from ._common import (
     channels_last,
     check_activation,
     check_features,
+    check_operand,
     check_out,
     check_overlap,
     check_residual,
@@ -325,6 +326,7 @@ def epilogue(
     the other arguments and the errors are those of `masked_conv2d`.
     """
     rows, addend, inactive, residual = _check(features, activation, residual, inactive, out, packed)
+    _check_vectors(rows, mean=mean, scale=scale, shift=shift)
     sites = features.sites
     if out is not None:
         check_out(out, inactive, packed, rows, mean, scale, shift, sites.gate, addend)
@@ -361,6 +363,7 @@ def batch_norm(
     (float64 for float64), zeros where no site is active, and not differentiable. Ioffe & Szegedy, ICML 2015.
     """
     rows, addend, inactive, residual = _check(features, activation, residual, inactive, None, packed)
+    _check_vectors(rows, weight=weight, bias=bias)
     sites, backend = features.sites, backend_for(rows.device)
     if backend == "reference":
         return reference.batch_norm(
@@ -390,6 +393,16 @@ def _check(features, activation, residual, inactive, out, packed):
         rows, addend = rows[:least], addend[:least]
         residual = PackedFeatures(addend, features.sites)
     return rows, addend, inactive, residual
+
+
+def _check_vectors(rows: Tensor, **vectors: Tensor | None) -> None:
+    """That there is a number for each channel: the kernels read as many."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        check_operand(name, vector, rows)
+        if vector.shape != rows.shape[1:]:
+            raise ValueError(f"{name}: expected shape {list(rows.shape[1:])}, got {list(vector.shape)}")
 
 
 def pack(input: Tensor, sites: ActiveSites) -> PackedFeatures:
