@@ -517,3 +517,8 @@ def test_rows_that_are_too_few_are_refused():
     call = (short.rows, sites.mask, sites.index, sites.count, *[None] * 6, "none", False, "cpu")
     with pytest.raises(ValueError, match="expected rows"):
         torch.ops.dynconv.epilogue(*call)  # as a compiled graph calls it
+    source = [sites.inverse.view(1, 1, 6, 7), sites.index, sites.count]
+    operands = (features.rows, torch.zeros(5, 5, 1, 1), None, sites.mask, *source[1:], None, source, None)
+    where = ([1, 1], [0, 0], [1, 1], 1, "cpu", "automatic")
+    with pytest.raises(ValueError, match="residual: expected rows"):
+        torch.ops.dynconv.masked_conv2d(*operands, short.rows, None, "none", True, *where)

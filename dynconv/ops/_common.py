@@ -141,10 +141,10 @@ def _least_rows(sites: ActiveSites) -> int:
     return len(sites) if unwatched(sites.mask) else 0  # the ops look again
 
 
-def check_rows(rows: Tensor, count: Tensor) -> None:
+def check_rows(rows: Tensor, count: Tensor, name: str = "input") -> None:
     """That packed rows in a compiled graph, or given to an op itself, are as many as their sites; on the CPU."""
     if rows.shape[0] < int(count):
-        raise ValueError(f"input: expected rows [{int(count)} or more, C], got shape {list(rows.shape)}")
+        raise ValueError(f"{name}: expected rows [{int(count)} or more, C], got shape {list(rows.shape)}")
 
 
 def check_operand(name: str, operand: Tensor, input: Tensor) -> None:

@@ -97,6 +97,8 @@ def _forward_into(
     if backend == "cpu":
         if source:
             check_rows(input, source[2])
+        if residual is not None and out.dim() == 2:
+            check_rows(residual, count, "residual")
         reads = _reads(input, weight, mask, source, stride, padding, dilation)
         table = None if is_stencil(weight.shape, groups) else _table(reads, index, count, shared)
         module(".cpu.masked_conv").forward(
