@@ -408,6 +408,9 @@ def test_what_has_no_masked_form_is_refused():
         MaskedBasicBlock.from_dense(dense)
     with pytest.raises(ValueError, match="statistics: expected 'active' or 'dense', got 'batch'"):
         MaskedBasicBlock(8, 8, statistics="batch")
+    for first in (nn.ReLU(inplace=True), nn.Sequential(nn.Hardswish(inplace=True))):
+        with pytest.raises(ValueError, match="shortcut: expected layers that leave the block's input as it is, got "):
+            MaskedBasicBlock(8, 8, downsample=nn.Sequential(first, nn.Conv2d(8, 8, 1)))
     scaled = type("Scaled", (MaskedBasicBlock,), {"forward": lambda self, input, mask=None: None})
     with pytest.raises(ValueError, match=r"module: expected a block of dynconv.nn, got Scaled with its own forward"):
         MaskedBlock.from_dense(scaled(8, 8))

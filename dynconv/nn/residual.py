@@ -219,7 +219,14 @@ class ResidualBlock(nn.Module):
         """Note the kinds of the layers that are not called, as the stages do their work: what replaces them counts.
 
         These are convolutions, normalisations and what else there is but the shortcut's, as activations.
+
+        Raises ValueError where the shortcut's first layer writes to the block's input, which the branch reads as well.
         """
+        first = next((self._submodule(path) for path in self._shortcut_paths()), None)
+        while isinstance(first, nn.Sequential):
+            first = next(iter(first), None)
+        if getattr(first, "inplace", False):
+            raise ValueError(f"shortcut: expected layers that leave the block's input as it is, got {first} first")
         own = {path for stage in self.stages for path in (stage.conv, stage.norm)}
         self._kinds = [
             (path.split("."), type(layer))
