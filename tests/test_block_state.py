@@ -1,6 +1,7 @@
 """What blocks keep between calls, and what they keep of a batch: parameters, statistics, types under autocast."""
 
 import copy
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from dynconv import ActiveSites, backend, execution, prepare
 from dynconv.nn import GatheredBlock, GatheredBottleneck, MaskedBlock, MaskedBottleneck
@@ -334,3 +336,29 @@ def test_sites_of_another_shape_are_refused_on_every_way(kind, shape, mode):
         pytest.raises(ValueError, match=r"mask: expected sites of \[2, 6, 5\]"),
     ):
         block(INPUT, *([CHANNELS] if kind == "gathered" else []), mask=sites)
+
+
+def test_threads_do_not_share_computed_weights():
+    """One that infers leaves no weight without a gradient, or of a moment ago, to another one that trains."""
+    block = block_of(MaskedBottleneck)
+    weight_norm(block.conv2)
+    size, gradients, begun, ended = block.conv2.parametrizations.weight.original0, [], Event(), Event()
+
+    def infer():
+        with torch.no_grad():
+            while not ended.is_set():
+                block(INPUT, MASK)
+                begun.set()
+
+    threads = [Thread(target=infer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert begun.wait(60)
+        for _ in range(20):
+            gradients += torch.autograd.grad(block(INPUT, MASK).sum(), size, allow_unused=True)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert all(gradient is not None and torch.allclose(gradient, gradients[0]) for gradient in gradients)

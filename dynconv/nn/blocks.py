@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .. import calibration
 from .._backend import backend_for, in_onnx_export
@@ -26,6 +25,7 @@ from .residual import (
     Bottleneck,
     ResidualBlock,
     check_input,
+    computing_once,
     fold,
     geometry_of,
     make_norm,
@@ -62,7 +62,7 @@ class MaskedBlock(ResidualBlock):
         """
         check_input(input)
         if self._check_layers(mask is not None, "mask"):
-            with parametrize.cached():  # a weight is computed once a call
+            with computing_once():
                 return self._forward(input, mask, inplace)
         return self._forward(input, mask, inplace)
 

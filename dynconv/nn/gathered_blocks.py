@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .. import calibration
 from .._backend import backend_for
@@ -22,7 +21,17 @@ from ..sites import ActiveSites
 from .gathered_conv import Channels
 from .normalization import gathered_batch_norm, process_group, uses_batch_statistics
 from .recognition import Stage
-from .residual import BasicBlock, Bottleneck, ResidualBlock, check_input, fold, geometry_of, needs_grad, normalise
+from .residual import (
+    BasicBlock,
+    Bottleneck,
+    ResidualBlock,
+    check_input,
+    computing_once,
+    fold,
+    geometry_of,
+    needs_grad,
+    normalise,
+)
 
 
 class GatheredBlock(ResidualBlock):
@@ -58,7 +67,7 @@ class GatheredBlock(ResidualBlock):
         kept = channels if isinstance(channels, (list, tuple)) else [channels]
         sparse = mask is not None or any(c is not None for c in kept)
         if self._check_layers(sparse, "channels" if mask is None else "mask"):
-            with parametrize.cached():  # a weight is computed once a call
+            with computing_once():
                 return self._forward(input, channels, mask)
         return self._forward(input, channels, mask)
 

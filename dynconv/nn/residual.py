@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from .._arguments import kind_of
 from .._backend import backend, is_transformed, module
@@ -395,6 +398,24 @@ def _find_hooks(module: nn.Module, prefix: str, hooked: list[tuple[str, nn.Modul
             else:
                 computed |= _find_hooks(child, f"{prefix}{name}.", hooked)
     return computed
+
+
+_computing = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    with _computing, parametrize.cached():
+        yield
+
+
+def computing_once() -> AbstractContextManager[None]:
+    """Let layers compute their parameters once in a call of a block, and one block at a time.
+
+    `parametrize.cached` is the whole process's: blocks of two threads would share what one of them has computed without
+    a gradient, or before a step of an optimizer.
+    """
+    return parametrize.cached() if torch.compiler.is_compiling() else _alone()
 
 
 def _is_plain(norm: nn.Module) -> bool:
