@@ -1,6 +1,7 @@
 """Dense or sparse: both ways give the same, and what was measured decides."""
 
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import dynconv
-from dynconv import backend, calibrate, calibration, execution, explain, masked_conv2d
+from dynconv import backend, calibrate, calibration, execution, explain, masked_conv2d, reference
 from dynconv._backend import forced_backend
 from dynconv.nn import MaskedBasicBlock, MaskedBottleneck, MaskedInvertedResidual
 from dynconv.ops import masked_conv
@@ -455,6 +456,35 @@ def test_half_gradients_on_the_cpu_accumulate_in_float32(dtype, unit):
     for one, value, magnitude, n in zip(actual, dense_gradients(lambda t: t), dense_gradients(torch.abs), products):
         # One rounding to the type, and float32's error over the sum.
         assert ((one.double() - value).abs() <= unit * value.abs() + n * 2**-23 * magnitude).all()
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shared", [False, True], ids=["mask", "sites"])
+def test_a_call_like_an_earlier_one_with_operands_of_the_outputs_shape(shared, density, way):
+    """Each twice, as the second one skips the checks; what is not like it, though nearly, must not."""
+    x, weight = torch.randn(2, 8, 9, 7), torch.randn(6, 8, 3, 3)
+    dense, mask = F.conv2d(x, weight, padding=1), torch.rand(2, 1, 9, 7) < density
+    whole, row = torch.randn(2, 2, 6, 9, 7), torch.randn(2, 1, 6, 1, 1)
+    sites = dynconv.ActiveSites(mask) if shared else mask
+    call = lambda **operands: dynconv.masked_conv2d(x, weight, padding=1, mask=sites, **operands)
+    with torch.no_grad(), dynconv.backend("cpu"), dynconv.execution(way):
+        for activation in (None, "relu6", "gelu"):
+            function = reference.ACTIVATIONS[activation]
+            for residual, inactive in itertools.product((None, whole[0], row[0]), (None, whole[1], row[1])):
+                expected = torch.where(mask, function(dense + (0 if residual is None else residual)),
+                                       0 if inactive is None else inactive)  # fmt: skip
+                for _ in range(2):
+                    actual = call(activation=activation, residual=residual, inactive=inactive)
+                    assert torch.allclose(actual, expected, atol=1e-4)
+                    assert actual.is_contiguous(memory_format=torch.channels_last)
+        for name in ("residual", "inactive"):
+            with pytest.raises(ValueError, match=name):
+                call(**{"residual": whole[0], "inactive": whole[1], name: whole[0][:, :5]})
+            with pytest.raises(TypeError, match=name):
+                call(**{"residual": whole[0], "inactive": whole[1], name: whole[0].double()})
+    residual = whole[0].clone().requires_grad_()
+    assert call(residual=residual, inactive=whole[1]).requires_grad
 
 
 def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():

@@ -106,7 +106,9 @@ def settle(
         result += residual
     result = in_rows(activate_(result, activation))
     inactive = expanded("inactive", inactive, result.shape, result)
-    if result.device.type == "cpu":
+    if result.is_cpu and len(sites) == sites.mask.numel():  # nothing is skipped: the result as it is
+        return result if out is None else out.copy_(result)
+    if result.is_cpu:
         module(".cpu.epilogue").settle(result, sites, in_rows(inactive), out)
     elif out is not None:
         out.copy_(torch.where(sites.mask, result, out))

@@ -18,6 +18,7 @@ from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
     Compacted,
+    activate_,
     allow_tf32,
     autocast,
     channels_last,
@@ -533,12 +534,13 @@ def masked_conv2d(
         )  # fmt: skip
         return result[0] if out is None else out
     signature = None
-    if out is residual is inactive is None and not packed:
-        signature = _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation)
+    if out is None and not packed:
+        where = (stride, padding, dilation, groups)
+        signature = _signature(input, weight, bias, *where, mask, activation, residual, inactive)
         # No signature while compiling, which would guard on the table. One look-up: another thread may clear it.
         passed = None if signature is None else _passed.get(signature)
         if passed is not None:
-            return passed(input, weight, bias, mask)
+            return passed(input, weight, bias, mask, residual, inactive)
     geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
     source = input.sites if isinstance(input, PackedFeatures) else None
@@ -547,6 +549,7 @@ def masked_conv2d(
     check_types(tensor, weight=weight, bias=bias)
     samples = tensor.shape[0] if source is None else source.shape[0]
     shape = (samples, weight.shape[0], *size)
+    is_plain_call = all(t is None or t.shape == shape for t in (residual, inactive)) if signature else False
     inactive = expanded_inactive(inactive, shape, tensor)
     check_result("out", out, shape, tensor)
     gate = mask.gate if isinstance(mask, ActiveSites) else mask
@@ -582,8 +585,8 @@ def masked_conv2d(
     if is_unwatched and out is not None:
         _in_place_at(out, tensor, weight, bias, sites, *rest, addend, accumulate, kind, *where)
         return out
-    if signature is not None and (sites is mask or sites.mask is mask):
-        _remember(signature, _Forward((tensor, weight, bias, sites, *rest), (None, None, kind), None, where[:-1]))
+    if is_plain_call and (sites is mask or sites.mask is mask):  # what broadcasts is checked each time
+        _remember(signature, _Forward((tensor, weight, bias, sites, *rest), (addend, inactive, kind), None, where[:-1]))
     listed = sites
     if packed or _needs_epilogue(activation, addend, tensor, weight, bias, gate, inactive):
         listed = Compacted(sites.mask, sites._packed_index(backend), sites.count)
@@ -617,41 +620,56 @@ class _Passed:
         self.has_table = not is_stencil(weight.shape, groups)
         self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | ActiveSites) -> Tensor:
+    def __call__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | ActiveSites,
+        residual: Tensor | None,
+        inactive: Tensor | None,
+    ) -> Tensor:
         is_shared = isinstance(mask, ActiveSites)
         if self.least_dense < math.inf:
             count = len(mask) if is_shared else int(torch.count_nonzero(mask))
             if count >= self.least_dense:
                 result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
-                if count == self.sites and self.activation == "none":
-                    return in_rows(result)
+                if count == self.sites:
+                    result = result if residual is None else result.add_(residual)
+                    return in_rows(activate_(result, self.activation))
                 sites = mask if is_shared else ActiveSites._of(mask)
-                return settle(result, sites, None, None, None, self.activation, None)
+                return settle(result, sites, None, residual, inactive, self.activation, None)
         sites = mask if is_shared else ActiveSites._of(mask)
         shared = None
         if is_shared and self.has_table:
             shared = [sites._neighbours(input.shape[2:], self.taps)]
         return _sparse(
-            input, weight, bias, sites, shared, None, None, None, None, self.activation, False, *self.geometry
+            input, weight, bias, sites, shared, None, None, residual, inactive, self.activation, False, *self.geometry
         )
 
 
 _passed: dict[tuple, _Passed] = {}
 
 
-def _signature(input, weight, bias, stride, padding, dilation, groups, mask, activation) -> tuple | None:
+def _signature(
+    input, weight, bias, stride, padding, dilation, groups, mask, activation, residual, inactive
+) -> tuple | None:
     """All that the checks and the choice of a plain call in inference on the CPU go by, but for the mask's values."""
     plain = mask
     if isinstance(mask, ActiveSites):
         plain = None if mask.gate is not None else mask.mask
-    if input is None or weight is None or plain is None or not unwatched(input, weight, bias, plain):
+    if input is None or weight is None or plain is None:
+        return None
+    others = (bias, residual, inactive)
+    if not unwatched(input, weight, plain, *others):
         return None
     if not input.is_cpu or torch.is_autocast_enabled("cpu") or calibration.version() is None:
         return None
-    tensors = (input, weight, plain) if bias is None else (input, weight, plain, bias)
+    tensors = (input, weight, plain, *[t for t in others if t is not None])
     signature = (
         calibration.version(), forced_backend(), torch.get_num_threads(), stride, padding, dilation, groups, activation,
-        plain is mask, plain.is_contiguous(), *[t.shape for t in tensors], *[(t.dtype, t.is_cpu) for t in tensors],
+        plain is mask, plain.is_contiguous(), bias is None, residual is None, inactive is None,
+        *[t.shape for t in tensors], *[(t.dtype, t.is_cpu) for t in tensors],
     )  # fmt: skip
     try:
         hash(signature)
