@@ -194,4 +194,5 @@ def test_the_readme_shows_networks_first(tmp_path):
     text = " ".join(lines)
     assert "Of 7 blocks and layers within these passes 1 are below the bar ([all of them](here/networks.json))." in text
     assert set(readme.NETWORKS) == {name for name in NETWORKS if name != "tiny"}
-    assert readme.section(folder / "bench.json").startswith("Times faster than")  # none is recorded there yet
+    assert readme.section(folder / "bench.json").startswith("Whole networks in inference")
+    assert readme.network_section(tmp_path / "none.json", "here") == []  # of a machine where none is recorded
