@@ -1,12 +1,15 @@
 """The CPU backend's kernels: what holds for all of them."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import can_raise
 from numba import carray, njit
 
-from dynconv import ActiveSites, masked_conv2d
+from dynconv import ActiveSites, execution, masked_conv2d, reference
 from dynconv.cpu import _threads
+from dynconv.ops._common import Counted, settle
 
 
 @njit
@@ -68,3 +71,58 @@ def test_nothing_to_compute_has_zero_gradients(samples, kind, groups):
         torch.use_deterministic_algorithms(False)
     for tensor in (result, *grads):
         assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16, 4097])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "hardswish"])
+def test_a_dense_result_is_settled_in_one_pass(activation, channels):
+    """The dense way: gate, shortcut and activation at the active sites, and nothing of the others, whatever it is."""
+    torch.manual_seed(channels)
+    for dtype, has_gate, has_residual, has_inactive, has_out in itertools.product(
+        (torch.float32, torch.float64), *4 * [(False, True)]
+    ):
+        if has_out and has_inactive:
+            continue
+        like = {"dtype": dtype}
+        result, residual, inactive, out = (
+            torch.randn(2, channels, 3, 5, **like).contiguous(memory_format=torch.channels_last) for _ in range(4)
+        )
+        bytes_ = torch.randint(0, 3, (2, 1, 3, 5), dtype=torch.uint8)  # any but zero is true
+        mask = bytes_.view(torch.bool)
+        gate = torch.rand(2, 1, 3, 5, **like)
+        is_active = bytes_ != 0
+        poisoned = torch.where(is_active, result, float("nan")).contiguous(memory_format=torch.channels_last)
+        expected = result * (gate if has_gate else 1) + (residual if has_residual else 0)
+        expected = reference.ACTIVATIONS[activation](expected)
+        skipped = out if has_out else inactive if has_inactive else torch.zeros_like(out)
+        expected, before = torch.where(is_active, expected, skipped), out.clone()
+        chosen = zip((has_gate, has_residual, has_inactive), (gate, residual, inactive), strict=True)
+        operands = [operand if has else None for has, operand in chosen]
+        sites = Counted(mask, int(is_active.sum()))
+        actual = settle(poisoned, sites, *operands, activation, out if has_out else None)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        assert (actual is out) == has_out and torch.equal(
+            torch.where(is_active, 0, out), torch.where(is_active, 0, before)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "hardswish"])
+def test_activations_far_out(activation, dtype):
+    """Up to the type's ends, where an exponential is zero or infinite, NaN and infinities as well: as PyTorch."""
+    most = torch.finfo(dtype).max / 8  # which PyTorch's hard-swish multiplies by 6
+    far = [30.0, 86.5, 87.5, 88.5, 89.0, 104.0, 1e3, 1e10, 1e30, most, float("inf")]
+    x = torch.tensor([*far, *[-v for v in far], 0.0, float("nan")], dtype=dtype).view(1, 1, 1, -1)
+    mask, weight = torch.ones_like(x, dtype=torch.bool), torch.ones(1, 1, 1, 1, dtype=dtype)
+    expected = reference.ACTIVATIONS[activation](x)
+    if activation == "gelu":  # PyTorch's vectors make NaN of an infinity, its scalars do not
+        expected[x == float("inf")] = float("inf")
+    mask[..., -2] = False  # one is skipped, so that the dense way, too, has the kernel's activation
+    expected[..., -2] = 0
+    for way in ("sparse", "dense"):
+        with execution(way), torch.no_grad():
+            actual = masked_conv2d(x, weight, mask=mask, activation=activation)
+        if activation == "gelu":
+            actual[x == float("inf")] = float("inf")
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-30, equal_nan=True)

@@ -470,12 +470,14 @@ def _is_double(value_type: ir.Type) -> bool:
 
 
 def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """exp(x), for float32 between exp(-87) and exp(88); NaN stays NaN."""
+    """exp(x), for float32 zero below exp(-87) and infinite above its largest number; NaN stays NaN."""
     if _is_double(x.type):
         return _elementwise(builder, "exp", x)
     kind, integer = x.type, _like(ir.IntType(32), x.type)
-    # Ordered comparisons are false for NaN.
-    x = builder.select(builder.fcmp_ordered("<", x, _constant(kind, -87.0)), _constant(kind, -87.0), x)
+    # Ordered comparisons are false for NaN. What is beyond the ends has to end there: it may be multiplied by x.
+    is_low = builder.fcmp_ordered("<", x, _constant(kind, -87.0))
+    is_high = builder.fcmp_ordered(">", x, _constant(kind, 88.722839))
+    x = builder.select(is_low, _constant(kind, -87.0), x)
     x = builder.select(builder.fcmp_ordered(">", x, _constant(kind, 88.0)), _constant(kind, 88.0), x)
     n = _call(builder, "rint", builder.fmul(x, _constant(kind, 1.4426950408889634)))
     rest = _call(builder, "fma", n, _constant(kind, -0.693359375), x)  # log(2) in two parts, the first exact times n
@@ -483,6 +485,7 @@ def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     exponent = builder.shl(builder.fptosi(n, integer), _constant(integer, 23))
     bits = builder.bitcast(_polynomial(builder, _EXP, rest), integer)
     power = builder.bitcast(builder.add(bits, exponent), kind)
+    power = builder.select(is_high, _constant(kind, float("inf")), builder.select(is_low, _constant(kind, 0.0), power))
     return builder.select(builder.fcmp_unordered("uno", x, x), x, power)
 
 

@@ -9,16 +9,20 @@ Sums over the sites are taken in blocks whose size the shapes alone decide: the 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
+from .._backend import kept
 from ._common import SERIAL, address, array, ceil, clear, fill_all, fill_skipped, filling
-from ._llvm import ACTIVATIONS, fetch_add, fill_elements, finish_row, load, slope_row, store
+from ._llvm import ACTIVATIONS, fetch_add, fill_elements, finish_row, load, positive, slope_row, store
 from ._threads import compute_type, kernel, workers
 
 _BLOCK = 128  # rows
+_ZEROS = 4096  # elements of a run of sites that are finished at a time
 
 
 @njit
@@ -51,20 +55,39 @@ def _forward_kernel(arguments, storage, compute):
 
 @njit
 def _settle_kernel(arguments, storage, compute):
-    a = carray(arguments, (16,))
-    out, other, mask = array(a[2], storage), array(a[3], storage), array(a[4], np.uint8)
-    sites, channels, chunk, copied, is_large = a[5], a[6], a[7], a[8] != 0, a[9] != 0
+    a = carray(arguments, (20,))
+    result, target, inactive = array(a[2], storage), array(a[3], storage), array(a[4], storage)
+    values, mask, residual, gate = (
+        array(a[2], compute),
+        array(a[5], np.uint8),
+        array(a[6], storage),
+        array(a[7], compute),
+    )
+    zeros, sites, channels, chunk = array(a[8], compute), a[9], a[10], a[11]
+    activation, finishes, copies, fills = a[12], a[13] != 0, a[14] != 0, a[15] != 0
+    has_residual, has_gate = a[6] != 0, a[7] != 0
+    most = 1 if has_gate else max(1, _ZEROS // channels)
     while True:
         begin = fetch_add(a, 1) * chunk
         if begin >= sites:
             return
         end, site = min(sites, begin + chunk), begin
         while site < end:  # run by run
-            first, is_copied = site, (mask[site] != 0) == copied  # any byte but zero is true
-            while site < end and ((mask[site] != 0) == copied) == is_copied:
+            first, is_active = site, mask[site] != 0  # any byte but zero is true
+            while site < end and (mask[site] != 0) == is_active:
                 site += 1
-            if is_copied:
-                fill_elements(other, out, first * channels, site * channels, is_large)
+            if not is_active:
+                if fills:
+                    fill_elements(inactive, target, first * channels, site * channels, False)
+            elif finishes:
+                for some in range(first, site, positive(most)):
+                    at, count = some * channels, (min(site, some + most) - some) * channels
+                    factor = gate[some] if has_gate else compute(1)
+                    finish_row(
+                        values, at, zeros, 0, factor, residual, at if has_residual else 0, target, at, count, activation
+                    )  # fmt: skip
+            elif copies:
+                fill_elements(result, target, first * channels, site * channels, False)
 
 
 @njit
@@ -261,14 +284,37 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
     torch.index_select(rows, 0, index[:active], out=out[:active])
 
 
-def settle(result: Tensor, active_sites, inactive: Tensor | None, out: Tensor | None) -> None:
-    """Overwrite the skipped sites of a dense `result`, or copy its active sites into `out`; all channels_last."""
-    channels = result.shape[1]
-    _, _, sites, is_large = filling(result, inactive, False)
-    if len(active_sites) == sites and out is None:
+def settle(
+    result: Tensor,
+    sites,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    inactive: Tensor | None,
+    activation: str,
+    out: Tensor | None,
+) -> None:
+    """Make activation(gate * result + residual) of a dense `result` at the active sites; one pass, channels_last.
+
+    `sites` has the mask and the length of an ActiveSites. The skipped sites get zeros or what is `inactive` there; with
+    an `out` the active ones go there, and nothing else does. Half types have neither gate, residual nor activation
+    here: they would be rounded on the way.
+    """
+    channels, places = result.shape[1], sites.mask.numel()
+    finishes = residual is not None or gate is not None or activation != "none"
+    skips = len(sites) < places
+    if not finishes and not skips and out is None:
         return
-    target, source = (result, inactive) if out is None else (out, result)
+    zeros = _zeros(max(_ZEROS, channels), compute_type(result.dtype))
     threads = workers(result.numel() // SERIAL)
-    addresses = (target.data_ptr(), address(source), active_sites.mask.data_ptr())
-    chunk = max(_BLOCK, ceil(sites, 8 * threads))
-    _run_settle(result.dtype, threads, *addresses, sites, channels, chunk, out is not None, is_large and out is None)
+    chunk = max(_BLOCK, ceil(places, 8 * threads))
+    target = result if out is None else out
+    _run_settle(
+        result.dtype, threads, result.data_ptr(), target.data_ptr(), address(inactive), sites.mask.data_ptr(),
+        address(residual), address(gate), zeros.data_ptr(), places, channels, chunk, ACTIVATIONS.index(activation),
+        finishes, out is not None, skips and out is None,
+    )  # fmt: skip
+
+
+@functools.lru_cache(64)
+def _zeros(count: int, dtype: torch.dtype) -> Tensor:
+    return kept(torch.zeros, count, dtype=dtype, device="cpu")  # whatever the default device of the first call

@@ -31,6 +31,16 @@ class Compacted:
         return int(self.count)
 
 
+class Counted:
+    """The mask of some sites, and how many there are."""
+
+    def __init__(self, mask: Tensor, length: int) -> None:
+        self.mask, self._length = mask, length
+
+    def __len__(self) -> int:
+        return self._length
+
+
 def channels_last(shape, like: Tensor) -> Tensor:
     """An uninitialised channels_last tensor of `like`'s type, on its device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
@@ -97,24 +107,35 @@ def settle(
 ) -> Tensor:
     """What a masked convolution gives, from a dense one's `result`, which is used up; inference.
 
-    `sites` has the mask, index and count of an ActiveSites, and `gate` is theirs. `out` is updated at the active sites
+    `sites` has the mask and the length of an ActiveSites, and `gate` is theirs. `out` is updated at the active sites
     and returned.
     """
-    if gate is not None:
-        result.copy_(result * gate)
-    if residual is not None:
-        result += residual
-    result = in_rows(activate_(result, activation))
-    inactive = expanded("inactive", inactive, result.shape, result)
-    if result.is_cpu and len(sites) == sites.mask.numel():  # nothing is skipped: the result as it is
+    skips = not result.is_cpu or len(sites) < sites.mask.numel()
+    # Half types are rounded step by step, as PyTorch does it; the others in one pass, which only a mask is worth.
+    in_steps = not skips or not result.is_cpu or result.element_size() == 2
+    if in_steps:
+        if gate is not None:
+            result.copy_(result * gate)
+        if residual is not None:
+            result += residual
+        result = in_rows(activate_(result, activation))
+    if not skips:
         return result if out is None else out.copy_(result)
-    if result.is_cpu:
-        module(".cpu.epilogue").settle(result, sites, in_rows(inactive), out)
-    elif out is not None:
-        out.copy_(torch.where(sites.mask, result, out))
+    inactive = in_rows(expanded("inactive", inactive, result.shape, result))
+    if not result.is_cpu:
+        if out is not None:
+            return out.copy_(torch.where(sites.mask, result, out))
+        return in_rows(torch.where(sites.mask, result, 0 if inactive is None else inactive))
+    run = module(".cpu.epilogue").settle
+    if in_steps:
+        run(result, sites, None, None, inactive, "none", out)
     else:
-        result = in_rows(torch.where(sites.mask, result, 0 if inactive is None else inactive))
-    return result if out is None else out
+        result, residual = in_rows(result), in_rows(expanded("residual", residual, result.shape, result))
+        run(result, sites, gate, residual, inactive, activation or "none", out)
+    if out is None:
+        return result
+    torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice
+    return out
 
 
 def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
