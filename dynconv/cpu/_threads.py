@@ -58,8 +58,9 @@ def kernel(body: Callable) -> Callable[..., None]:
     """Turn `body(arguments, storage, compute)`, an njit function, into `run(dtype, threads, *arguments)`.
 
     The body sees an int64 array: elements 0 and 1 are shared counters that start at zero (the next chunk of work
-    and the next worker's number), the caller's sizes and addresses follow from element 2. Compiled at the first
-    call for each element type, then kept on disk.
+    and the next worker's number), the caller's sizes and addresses follow from element 2. `run.start(dtype, threads,
+    numbers)` takes that array as a whole, which the body may write to. Compiled at the first call for each element
+    type, then kept on disk.
 
     Nothing in a body can raise: Numba would print the exception and go on. A division by zero gives zero, in every
     function that the entry calls (they inherit its error model), `positive` is the step of a `range`, and memory comes
@@ -81,14 +82,17 @@ def kernel(body: Callable) -> Callable[..., None]:
         KERNELS[full_name][dtype] = _cache.compiled(name, entry, _SIGNATURE, error_model="numpy")
         return KERNELS[full_name][dtype].address
 
-    def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:
-        numbers = array("q", (0, 0, *arguments))
+    def start(dtype: torch.dtype, threads: int, numbers: array) -> None:
         address, (packed, _) = compiled(dtype), numbers.buffer_info()
         if _parallel is not None and threads > 1:
             _parallel(address, packed, threads, 0)
         else:
             _FUNCTION(address)(packed)
 
+    def run(dtype: torch.dtype, threads: int, *arguments: int) -> None:
+        start(dtype, threads, array("q", (0, 0, *arguments)))
+
+    run.start = start
     return run
 
 

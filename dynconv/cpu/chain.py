@@ -10,6 +10,7 @@ Every sum has the order it has in `masked_conv`, whatever the bands: the same bi
 
 from __future__ import annotations
 
+from array import array as array_of
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,20 +49,24 @@ from .packing import packed_weight
 
 BAND_BYTES = 1 << 19  # of features between two layers: half of a 1 MiB L2
 _MOST_ROWS = 96
-_MOST_BANDS, _MOST_STAGES = 1024, 16
+_MOST_BANDS, MOST_STAGES = 1024, 16  # bands, and layers, that the kernels have room for
 _HEADER, _STAGE = 32, 24  # int64 arguments before the first stage, and of each
+_PLAN = 13  # int64 arguments of the plan
+_BANDS_SIZE = 3 + 3 * _MOST_BANDS + 13  # whole cache lines
 
 
 @njit
 def _plan_kernel(arguments, storage, compute):
     """Cut the lines into bands of about the same number of active sites: bands[b] = (first line, end, sites before).
 
-    The result's first two entries are the number of bands and of active sites, the third the most lines of a band.
+    The first three entries are the number of bands, of active sites, and the most lines of a band. Then lay out what a
+    thread needs for such a band, behind what is there already: the features between two layers, of a[11] elements so
+    far, and the lists of sites, of a[12] int32 so far. Both, with all of it, come back in the same places.
     """
-    a = carray(arguments, (16,))
-    mask, lines, width, target, threads, most_bands = a[2], a[3], a[4], a[5], a[6], a[7]
-    result = carray(pointer(a[8], np.int64), (3 + 3 * most_bands,))
-    counts = carray(pointer(a[9], np.int32), (lines,))
+    a = carray(arguments, (_PLAN,))
+    mask, lines, width, target, threads, chain = a[2], a[3], a[4], a[5], a[6], a[9]
+    result = carray(pointer(a[7], np.int64), (3 + 3 * _MOST_BANDS,))
+    counts = carray(pointer(a[8], np.int32), (lines,))
     total = 0
     for line in range(lines):
         start = mask + line * width
@@ -75,18 +80,32 @@ def _plan_kernel(arguments, storage, compute):
         counts[line] = count
         total += count
     # As many bands for each thread, and none larger than what the cache should hold.
-    wanted = min(most_bands - 1, max(1, (total + target * threads - 1) // (target * threads)) * threads)
+    wanted = min(_MOST_BANDS - 1, max(1, (total + target * threads - 1) // (target * threads)) * threads)
     target = max(1, (total + wanted - 1) // wanted)
     bands, first, before, count, most_lines = 0, 0, 0, 0, 0
     for line in range(lines):
         count += counts[line]
-        if line == lines - 1 or (count + counts[line + 1] // 2 >= target and bands < most_bands - 1):
+        if line == lines - 1 or (count + counts[line + 1] // 2 >= target and bands < _MOST_BANDS - 1):
             result[3 + 3 * bands] = first
             result[4 + 3 * bands] = line + 1
             result[5 + 3 * bands] = before
             most_lines = max(most_lines, line + 1 - first)
             before, count, first, bands = before + count, 0, line + 1, bands + 1
     result[0], result[1], result[2] = bands, total, most_lines
+    stages = carray(pointer(chain, np.int64), (_HEADER + MOST_STAGES * _STAGE,))
+    last, samples = stages[8] - 1, a[10]
+    for s in range(last, -1, -1):
+        g = stages[_HEADER + s * _STAGE :]
+        kernel_height, stride_y, dilation_y, height, out_height = g[5], g[7], g[11], g[13], g[15]
+        places = min(most_lines, samples * out_height) * g[16]
+        g[19], g[20], g[22] = a[12], places, a[11]
+        a[12] += 2 * places + places // 4 + 16
+        if s < last:
+            a[11] += (places + ROWS) * g[3]
+        # Samples that a band spans are read whole between its first and its last.
+        across = (most_lines + out_height - 1) // out_height * height
+        reach = (kernel_height - 1) * dilation_y + 1
+        most_lines = min(samples * height, (most_lines - 1) * stride_y + reach + across)
 
 
 @njit
@@ -162,7 +181,7 @@ def _last_input_line(line, g):
 
 @njit
 def _chain_kernel(arguments, storage, compute):
-    a = carray(arguments, (_HEADER + _MOST_STAGES * _STAGE,))
+    a = carray(arguments, (_HEADER + MOST_STAGES * _STAGE,))
     source, out, residual, inactive = (
         array(a[2], storage),
         array(a[3], storage),
@@ -381,101 +400,108 @@ def prepared_shape(shape: Sequence[int], dtype: torch.dtype, groups: int) -> tup
     return (groups * ceil(cout // groups, lanes) * lanes * height * width * channels,), compute
 
 
-def run(
-    input: Tensor,
-    mask: Tensor,
-    gate: Tensor | None,
-    stages: Sequence[Stage],
-    sizes: Sequence[tuple[int, int]],
-    residual: Tensor | None,
-    inactive: Tensor | None,
-    out: Tensor,
-    in_place: bool,
-) -> None:
-    """Write activation(gate * chain(input) + residual) into `out` at the sites of `mask`.
+class Chain:
+    """Layers one behind the other, over inputs of one size and type: what of a call the mask does not change.
 
-    Everything dense is channels_last; `sizes` are (H, W) of the input and of each layer's output. The skipped sites get
-    zeros, or what is `inactive` there; `in_place` leaves them alone, and `out` may be `input` and `residual` then.
+    Args:
+        stages: the layers.
+        sizes: (H, W) of the input and of each layer's output.
+        samples: N.
+        dtype: of the input and the output.
+
+    Raises ValueError for more than `MOST_STAGES` layers.
     """
-    dtype, compute = input.dtype, compute_type(input.dtype)
-    lines, width = mask.shape[0] * mask.shape[2], mask.shape[3]
-    hidden = max((stage.filters for stage in stages[:-1]), default=stages[-1].filters)
-    threads = torch.get_num_threads()
-    bands = torch.empty(3 + 3 * _MOST_BANDS, dtype=torch.int64)
-    line_counts = torch.empty(lines, dtype=torch.int32)
-    compute_size = 8 if compute == torch.float64 else 4
-    _run_plan(
-        torch.float32, 1, mask.data_ptr(), lines, width, max(1, BAND_BYTES // (hidden * compute_size)), threads,
-        _MOST_BANDS, bands.data_ptr(), line_counts.data_ptr(),
-    )  # fmt: skip
-    band_count, active, most_lines = bands[:3].tolist()
-    channels = stages[-1].filters
-    if active == 0:
-        fill_all(out, inactive, in_place)
-        return
-    lanes = vector_lanes(dtype)
-    widths = [s.filters if _is_depthwise(s) else s.groups * ceil(s.filters // s.groups, lanes) * lanes for s in stages]
-    depths, arguments = [], []
-    for stage in stages:
-        taps, inner = stage.kernel[0] * stage.kernel[1], stage.channels // stage.groups
-        block_taps = ceil(taps, ceil(taps, max(1, masked_conv.DEPTH // inner)))
-        depths.append((block_taps, stage.groups * inner * block_taps))
-    largest = max(depth for _, depth in depths) + max(widths)
-    chunk_rows = max(12, min(_MOST_ROWS, 2 * masked_conv.GATHERED // largest) // 12 * 12)
-    most_taps = max(stage.kernel[0] * stage.kernel[1] for stage in stages)
-    gathered = chunk_rows * max(depth for _, depth in depths)
-    table = chunk_rows * most_taps
-    # The features between two layers, and the lists of sites, one layer behind the other.
-    at, number_at = gathered + chunk_rows * max(widths), table
-    most = most_lines
-    for number in range(len(stages) - 1, -1, -1):
-        stage, (height, stage_width) = stages[number], sizes[number + 1]
-        places = min(most, mask.shape[0] * height) * stage_width
-        block_taps, _ = depths[number]
-        is_pointwise = stage.kernel == stage.stride == (1, 1) and stage.padding == (0, 0)
-        arguments[:0] = (
-            stage.weight.data_ptr(), stage.bias.data_ptr(), stage.channels, stage.filters, stage.groups, *stage.kernel,
-            *stage.stride, *stage.padding, *stage.dilation, *sizes[number], height, stage_width, is_pointwise,
-            ACTIVATIONS.index(stage.activation), number_at, places, block_taps, at, _is_depthwise(stage),
+
+    def __init__(
+        self, stages: Sequence[Stage], sizes: Sequence[tuple[int, int]], samples: int, dtype: torch.dtype
+    ) -> None:
+        if len(stages) > MOST_STAGES:
+            raise ValueError(f"layers: expected at most {MOST_STAGES} in a chain, got {len(stages)}")
+        self.stages, self.dtype, self.compute = tuple(stages), dtype, compute_type(dtype)
+        self.channels, (height, self.width) = stages[-1].filters, sizes[-1]
+        self.samples, self.lines = samples, samples * height
+        hidden = max((stage.filters for stage in stages[:-1]), default=self.channels)
+        self.compute_size, lanes = 8 if self.compute == torch.float64 else 4, vector_lanes(dtype)
+        self.most_sites = max(1, BAND_BYTES // (hidden * self.compute_size))
+        widths, depths = [], []
+        for stage in stages:
+            padded = stage.groups * ceil(stage.filters // stage.groups, lanes) * lanes
+            widths.append(stage.filters if _is_depthwise(stage) else padded)
+            taps, inner = stage.kernel[0] * stage.kernel[1], stage.channels // stage.groups
+            block_taps = ceil(taps, ceil(taps, max(1, masked_conv.DEPTH // inner)))
+            depths.append((block_taps, stage.groups * inner * block_taps))
+        deepest = max(depth for _, depth in depths)
+        chunk_rows = max(12, min(_MOST_ROWS, 2 * masked_conv.GATHERED // (deepest + max(widths))) // 12 * 12)
+        most_taps = max(stage.kernel[0] * stage.kernel[1] for stage in stages)
+        gathered = chunk_rows * deepest
+        self.elements, self.numbers = gathered + chunk_rows * max(widths), chunk_rows * most_taps
+        self.zeros = torch.zeros(max(stage.channels for stage in stages), dtype=self.compute)
+        # No cache line of two threads.
+        self.state_size = ceil(6 * MOST_STAGES + (most_taps + 1) * STENCIL_ROWS, 16) * 16
+        header = array_of("q", bytes(8 * _HEADER))
+        header[7], header[8], header[10] = self.width, len(stages), lanes
+        header[20], header[21], header[22] = chunk_rows, gathered, self.zeros.data_ptr()
+        header[23], header[24], header[26] = dtype.itemsize, self.compute_size, self.state_size
+        for number, stage in enumerate(stages):
+            is_pointwise = stage.kernel == stage.stride == (1, 1) and stage.padding == (0, 0)
+            numbers = (
+                stage.weight.data_ptr(), stage.bias.data_ptr(), stage.channels, stage.filters, stage.groups,
+                *stage.kernel, *stage.stride, *stage.padding, *stage.dilation, *sizes[number], *sizes[number + 1],
+                is_pointwise, ACTIVATIONS.index(stage.activation), 0, 0, depths[number][0], 0, _is_depthwise(stage),
+            )  # fmt: skip
+            header.extend(numbers)
+        self.arguments = header
+        self.is_large = samples * self.channels * height * self.width * dtype.itemsize > LARGE
+
+    def run(
+        self,
+        input: Tensor,
+        mask: Tensor,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        inactive: Tensor | None,
+        out: Tensor,
+        in_place: bool,
+    ) -> None:
+        """Write activation(gate * chain(input) + residual) into `out` at the sites of `mask`, whose bytes are 0 or 1.
+
+        Everything dense is channels_last. The skipped sites get zeros, or what is `inactive` there; `in_place` leaves
+        them alone, and `out` may be `input` and `residual` then.
+        """
+        threads, arguments = torch.get_num_threads(), self.arguments[:]
+        chain, line_counts = arguments.buffer_info()[0], _BANDS_SIZE
+        state = line_counts + ceil(self.lines, 32) * 16
+        work = torch.empty(state + threads * self.state_size, dtype=torch.int64)
+        bands = work.data_ptr()
+        plan = array_of("q", (
+            0, 0, mask.data_ptr(), self.lines, self.width, self.most_sites, threads, bands, bands + 8 * line_counts,
+            chain, self.samples, self.elements, self.numbers,
+        ))  # fmt: skip
+        _run_plan.start(torch.float32, 1, plan)
+        band_count, active = work[:2].tolist()
+        if active == 0:
+            fill_all(out, inactive, in_place)
+            return
+        elements, numbers, threads = plan[11], plan[12], workers(band_count)
+        rows, index = out, None
+        if in_place:
+            # Neighbouring bands still read what this one would overwrite.
+            rows = torch.empty(active, self.channels, dtype=self.dtype)
+            index = torch.empty(active, dtype=torch.int32)
+        scratch = torch.empty(threads * (self.compute_size * elements + 4 * numbers), dtype=torch.uint8)
+        at = scratch.data_ptr()
+        arguments[2], arguments[3], arguments[4], arguments[5] = (
+            input.data_ptr(), rows.data_ptr(), address(residual), mask.data_ptr()
         )  # fmt: skip
-        number_at += 2 * places + places // 4 + 16
-        if number < len(stages) - 1:
-            at += (places + ROWS) * stage.filters
-        reach = (stage.kernel[0] - 1) * stage.dilation[0] + 1
-        # Samples that a band spans are read whole between its first and its last.
-        most = min(
-            mask.shape[0] * sizes[number][0], (most - 1) * stage.stride[0] + reach + _across(most, sizes, number)
-        )
-    rows, index = out, None
-    if in_place:
-        # Neighbouring bands still read what this one would overwrite.
-        rows = torch.empty(active, channels, dtype=dtype)
-        index = torch.empty(active, dtype=torch.int32)
-    zeros = torch.zeros(max(stage.channels for stage in stages), dtype=compute)
-    threads = workers(band_count)
-    scratch = torch.empty(threads * at, dtype=compute)
-    numbers = torch.empty(threads * number_at, dtype=torch.int32)
-    state_size = ceil(6 * _MOST_STAGES + (most_taps + 1) * STENCIL_ROWS, 16) * 16  # no cache line of two threads
-    state = torch.empty(threads * state_size, dtype=torch.int64)
-    fill = 0 if in_place else 1 if inactive is None else 2
-    is_large = out.numel() * out.element_size() > LARGE
-    header = (
-        input.data_ptr(), rows.data_ptr(), address(residual), mask.data_ptr(), address(gate), width, len(stages),
-        address(inactive), lanes, bands.data_ptr(), fill, is_large, in_place, address(index), scratch.data_ptr(), at,
-        numbers.data_ptr(), 4 * number_at, chunk_rows, gathered, zeros.data_ptr(), input.element_size(),
-        compute_size, state.data_ptr(), state_size,
-    )  # fmt: skip
-    padding = (0,) * (_HEADER - 2 - len(header))
-    _run_chain(dtype, threads, *header, *padding, *arguments)
-    if in_place:
-        out.permute(0, 2, 3, 1).reshape(-1, channels).index_copy_(0, index.long(), rows)
+        arguments[6], arguments[9], arguments[11] = address(gate), address(inactive), bands
+        arguments[12], arguments[13] = 0 if in_place else 1 if inactive is None else 2, self.is_large
+        arguments[14], arguments[15], arguments[16], arguments[17] = in_place, address(index), at, elements
+        arguments[18], arguments[19] = at + threads * self.compute_size * elements, 4 * numbers
+        arguments[25] = bands + 8 * state
+        _run_chain.start(self.dtype, threads, arguments)
+        if in_place:
+            out.permute(0, 2, 3, 1).reshape(-1, self.channels).index_copy_(0, index.long(), rows)
 
 
 def _is_depthwise(stage: Stage) -> bool:
     return is_depthwise((stage.filters, stage.channels // stage.groups), stage.groups)
-
-
-def _across(lines: int, sizes: Sequence[tuple[int, int]], number: int) -> int:
-    """Lines of the input that belong to none of the output's, between the samples that so many output lines touch."""
-    height, out_height = sizes[number][0], sizes[number + 1][0]
-    return ceil(lines, out_height) * height

@@ -65,19 +65,38 @@ def _sizes(input: Tensor, weights, geometry) -> list[tuple[int, int]]:
     return sizes
 
 
-def _chain(input, mask, gate, weights, prepared, geometry, activations, residual, inactive) -> Tensor:
-    input = in_rows(input)
-    out = channels_last((mask.shape[0], weights[-1].shape[0], *mask.shape[2:]), input)
+def _chain_of(input, weights, prepared, geometry, activations):
     stages, sizes = _stages(weights, prepared, geometry, activations), _sizes(input, weights, geometry)
-    module(".cpu.chain").run(input, mask, gate, stages, sizes, in_rows(residual), in_rows(inactive), out, False)
+    return module(".cpu.chain").Chain(stages, sizes, input.shape[0], input.dtype)
+
+
+def run_chain(
+    chain, input: Tensor, mask: Tensor, gate: Tensor | None, shortcut: Tensor | None, in_place: bool
+) -> Tensor:
+    """Run a chain that `chain_of` has made on tensors that nobody watches; the shortcut is what skipped sites are."""
+    return _run_in_place(chain, input, mask, gate) if in_place else _run(chain, input, mask, gate, shortcut, shortcut)
+
+
+def _run(chain, input, mask, gate, residual, inactive) -> Tensor:
+    out = channels_last((mask.shape[0], chain.channels, *mask.shape[2:]), input)
+    chain.run(in_rows(input), mask, gate, in_rows(residual), in_rows(inactive), out, in_place=False)
     return out
 
 
-def _in_place(input, mask, gate, weights, prepared, geometry, activations) -> None:
+def _run_in_place(chain, input, mask, gate) -> Tensor:
     check_overlap("input", input, mask=mask, gate=gate)
-    stages, sizes = _stages(weights, prepared, geometry, activations), _sizes(input, weights, geometry)
-    module(".cpu.chain").run(input, mask, gate, stages, sizes, input, None, input, True)
+    chain.run(input, mask, gate, input, None, input, in_place=True)
     torch.autograd.graph.increment_version(input)
+    return input
+
+
+def _chain(input, mask, gate, weights, prepared, geometry, activations, residual, inactive) -> Tensor:
+    chain = _chain_of(input, weights, prepared, geometry, activations)
+    return _run(chain, input, mask, gate, residual, inactive)
+
+
+def _in_place(input, mask, gate, weights, prepared, geometry, activations) -> None:
+    _run_in_place(_chain_of(input, weights, prepared, geometry, activations), input, mask, gate)
 
 
 def _prepare(weight, bias, groups) -> tuple[Tensor, Tensor]:
@@ -123,6 +142,20 @@ def _in_place_flops(*arguments, **unused) -> int:
     return _flops(*arguments)
 
 
+def _operands_of(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor], list[int], list[str]]:
+    geometry = []
+    for layer in layers:
+        where = layer.geometry
+        geometry += [*where.stride, *where.padding, *where.dilation, layer.groups]
+    prepared = [tensor for layer in layers for tensor in layer.prepared]
+    return [layer.weight for layer in layers], prepared, geometry, [layer.activation or "none" for layer in layers]
+
+
+def chain_of(input: Tensor, layers: Sequence[Layer]):
+    """What `run_chain` runs on inputs like this one: to be kept while the layers do not change."""
+    return _chain_of(input, *_operands_of(layers))
+
+
 def prepare(weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
     """What the kernel reads of a layer: to be kept while its parameters do not change."""
     return torch.ops.dynconv.prepare_chain(weight, bias, groups)
@@ -142,15 +175,7 @@ def masked_chain(
     Every layer is computed at the sites that the next one reads. The last layer's activation comes after the
     residual. `inplace` adds to `input` itself at the active sites.
     """
-    geometry = []
-    for layer in layers:
-        where = layer.geometry
-        geometry += [*where.stride, *where.padding, *where.dilation, layer.groups]
-    operands = (
-        sites.mask, gate_of(sites, input.dtype), [layer.weight for layer in layers],
-        [tensor for layer in layers for tensor in layer.prepared], geometry,
-        [layer.activation or "none" for layer in layers],
-    )  # fmt: skip
+    operands = sites.mask, gate_of(sites, input.dtype), *_operands_of(layers)
     is_unwatched = unwatched(input, sites.mask, residual, inactive)
     if inplace:
         (_in_place if is_unwatched else torch.ops.dynconv.masked_chain_)(input, *operands)
