@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -102,7 +103,18 @@ def refuse_tracer(name: str) -> NoReturn:
 
 def is_transformed() -> bool:
     """Whether something is differentiated in forward mode, or transformed by torch.func, at the moment."""
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_intercepted() -> bool:
+    """Whether somebody compiles, profiles, differentiates in forward mode or has a mode on: seen without a tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:
@@ -111,9 +123,7 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
     Nobody compiles, traces, profiles or intercepts, and no gradient is asked for. The dispatcher takes about 10 us for
     a call that passes it twice, Autograd and all, which small layers notice.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if is_transformed() or torch.jit.is_tracing() or torch.autograd._profiler_enabled():
+    if is_intercepted() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     is_grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a generator costs more than all that it does here

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import calibration, reference
-from .._backend import backend_for, forced_backend, module, unwatched
+from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding, is_stencil, plain
+from .._likeness import Likeness, can_be_like
 from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
     Compacted,
+    Counted,
     activate_,
     allow_tf32,
     autocast,
@@ -34,6 +38,7 @@ from ._common import (
     fill,
     gate_of,
     in_rows,
+    is_autocast,
     is_same_memory,
     is_unbatched,
     new_rows,
@@ -526,6 +531,12 @@ def masked_conv2d(
         ValueError: an argument of the wrong shape, device or memory format, or arguments that exclude each other.
             Nothing has been written then.
     """
+    operands, given = Operands(input, weight, bias, mask, residual, inactive), (stride, padding, dilation, groups)
+    remembers = out is None and not packed and not torch.compiler.is_compiling()
+    if remembers:
+        for passed in _passed.get(id(weight), ()):
+            if passed.is_like(operands, given, activation):
+                return passed(operands)
     stride, padding, dilation, groups = plain(stride, padding, dilation, groups)
     if is_unbatched(input, out, packed):
         result = masked_conv2d(
@@ -533,14 +544,6 @@ def masked_conv2d(
             residual=residual, inactive=inactive, out=out if out is None else out[None],
         )  # fmt: skip
         return result[0] if out is None else out
-    signature = None
-    if out is None and not packed:
-        where = (stride, padding, dilation, groups)
-        signature = _signature(input, weight, bias, *where, mask, activation, residual, inactive)
-        # No signature while compiling, which would guard on the table. One look-up: another thread may clear it.
-        passed = None if signature is None else _passed.get(signature)
-        if passed is not None:
-            return passed(input, weight, bias, mask, residual, inactive)
     geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
     source = input.sites if isinstance(input, PackedFeatures) else None
@@ -549,7 +552,6 @@ def masked_conv2d(
     check_types(tensor, weight=weight, bias=bias)
     samples = tensor.shape[0] if source is None else source.shape[0]
     shape = (samples, weight.shape[0], *size)
-    is_plain_call = all(t is None or t.shape == shape for t in (residual, inactive)) if signature else False
     inactive = expanded_inactive(inactive, shape, tensor)
     check_result("out", out, shape, tensor)
     gate = mask.gate if isinstance(mask, ActiveSites) else mask
@@ -585,105 +587,126 @@ def masked_conv2d(
     if is_unwatched and out is not None:
         _in_place_at(out, tensor, weight, bias, sites, *rest, addend, accumulate, kind, *where)
         return out
-    if is_plain_call and (sites is mask or sites.mask is mask):  # what broadcasts is checked each time
-        _remember(signature, _Forward((tensor, weight, bias, sites, *rest), (addend, inactive, kind), None, where[:-1]))
+    if remembers and is_unwatched and backend == "cpu" and sites.gate is None and source is None:
+        # Not what has been cast or broadcast, or a mask that has been copied.
+        is_as_given = tensor is input and addend is operands.residual and inactive is operands.inactive
+        is_as_given &= can_be_like(*operands.tensors()) and not is_autocast("cpu")
+        if is_as_given and (sites is mask or sites.mask is mask):
+            call = _Forward((tensor, weight, bias, sites, *rest), (addend, inactive, kind), None, where[:-1])
+            _remember(_Passed(call, operands, given, activation), weight)
     listed = sites
     if packed or _needs_epilogue(activation, addend, tensor, weight, bias, gate, inactive):
         listed = Compacted(sites.mask, sites._packed_index(backend), sites.count)
     if is_unwatched:
         result = _forward_at(tensor, weight, bias, listed, *rest, addend, inactive, kind, packed, *where)
         return PackedFeatures(result, sites) if packed else result
-    operands = (tensor, weight, bias, listed.mask, listed.index, listed.count, *rest)
+    arguments = (tensor, weight, bias, listed.mask, listed.index, listed.count, *rest)
     if out is not None:
-        torch.ops.dynconv.masked_conv2d_(out, *operands, addend, accumulate, kind, *where)
+        torch.ops.dynconv.masked_conv2d_(out, *arguments, addend, accumulate, kind, *where)
         return out
     if _needs_epilogue(activation, addend, tensor, weight, bias, gate, inactive):
-        rows = torch.ops.dynconv.masked_conv2d(*operands[:-1], None, None, None, "none", True, *where)
+        rows = torch.ops.dynconv.masked_conv2d(*arguments[:-1], None, None, None, "none", True, *where)
         features = PackedFeatures(rows, sites)
         return epilogue(features, activation=activation, residual=residual, inactive=inactive, packed=packed)
-    result = torch.ops.dynconv.masked_conv2d(*operands, addend, inactive, kind, packed, *where)
+    result = torch.ops.dynconv.masked_conv2d(*arguments, addend, inactive, kind, packed, *where)
     return PackedFeatures(result, sites) if packed else result
 
 
+class Operands(NamedTuple):
+    """The tensors of a call of `masked_conv2d`, as they were given."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | ActiveSites
+    residual: Tensor | None
+    inactive: Tensor | None
+
+    @property
+    def gaps(self) -> tuple[bool, bool, bool, bool]:
+        """Which of them there are not, or not beside another one."""
+        _, _, bias, _, residual, inactive = self
+        return bias is None, residual is None, inactive is None, inactive is residual
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, each once; the mask of sites for the sites."""
+        _, _, bias, mask, residual, inactive = self
+        tensors = [self.input, self.weight, mask.mask if isinstance(mask, ActiveSites) and mask.gate is None else mask]
+        if bias is not None:
+            tensors.append(bias)
+        if residual is not None:
+            tensors.append(residual)
+        if inactive is not None and inactive is not residual:
+            tensors.append(inactive)
+        return tensors
+
+
 class _Passed:
-    """A plain call in inference on the CPU whose like has passed all checks before: straight to the kernels.
+    """A plain call in inference on the CPU whose like has passed all checks before: straight to the kernels."""
 
-    What a call does before them takes 0.1 ms where the layer before has pushed Python out of the cache.
-    """
-
-    def __init__(self, call: _Forward, least_dense: float) -> None:
-        self.geometry, self.activation, self.least_dense = call.geometry, call.epilogue[-1], least_dense
+    def __init__(self, call: _Forward, operands: Operands, given: tuple, activation: str | None) -> None:
+        self.activation, self.gaps, self.plain = activation, operands.gaps, plain(*given)
+        self.given = given if all(map(_is_constant, given)) else None
+        self.is_shared = isinstance(operands.mask, ActiveSites)
+        self.likeness = Likeness(*operands.tensors())
+        self.geometry, self.least_dense = call.geometry, calibration.least_dense(calibration.mode(), call)
         _, weight, _, sites, *_ = call.operands
         self.sites = sites.mask.numel()
         stride, padding, dilation, groups, _ = call.geometry
+        self.where = (stride, padding, dilation, groups)
         # What several layers share, as `_shared` does.
-        self.has_table = not is_stencil(weight.shape, groups)
+        self.has_table = self.is_shared and not is_stencil(weight.shape, groups)
         self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
 
-    def __call__(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | ActiveSites,
-        residual: Tensor | None,
-        inactive: Tensor | None,
-    ) -> Tensor:
-        is_shared = isinstance(mask, ActiveSites)
-        if self.least_dense < math.inf:
-            count = len(mask) if is_shared else int(torch.count_nonzero(mask))
-            if count >= self.least_dense:
-                result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
-                if count == self.sites:
-                    result = result if residual is None else result.add_(residual)
-                    return in_rows(activate_(result, self.activation))
-                sites = mask if is_shared else ActiveSites._of(mask)
-                return settle(result, sites, None, residual, inactive, self.activation, None)
-        sites = mask if is_shared else ActiveSites._of(mask)
-        shared = None
-        if is_shared and self.has_table:
-            shared = [sites._neighbours(input.shape[2:], self.taps)]
-        return _sparse(
-            input, weight, bias, sites, shared, None, None, residual, inactive, self.activation, False, *self.geometry
+    def is_like(self, operands: Operands, given: tuple, activation: str | None) -> bool:
+        """Whether these operands may take the same way, with no more to look at than their values.
+
+        `given`: stride, padding, dilation and groups as they came, mostly the very objects of the call before.
+        """
+        return (
+            activation is self.activation
+            and (self._are_given(given) or plain(*given) == self.plain)
+            and operands.gaps == self.gaps
+            and isinstance(operands.mask, ActiveSites) is self.is_shared
+            and self.likeness.holds(*operands.tensors())
         )
 
+    def _are_given(self, given: tuple) -> bool:
+        return self.given is not None and all(map(operator.is_, given, self.given))
 
-_passed: dict[tuple, _Passed] = {}
-
-
-def _signature(
-    input, weight, bias, stride, padding, dilation, groups, mask, activation, residual, inactive
-) -> tuple | None:
-    """All that the checks and the choice of a plain call in inference on the CPU go by, but for the mask's values."""
-    plain = mask
-    if isinstance(mask, ActiveSites):
-        plain = None if mask.gate is not None else mask.mask
-    if input is None or weight is None or plain is None:
-        return None
-    others = (bias, residual, inactive)
-    if not unwatched(input, weight, plain, *others):
-        return None
-    if not input.is_cpu or torch.is_autocast_enabled("cpu") or calibration.version() is None:
-        return None
-    tensors = (input, weight, plain, *[t for t in others if t is not None])
-    signature = (
-        calibration.version(), forced_backend(), torch.get_num_threads(), stride, padding, dilation, groups, activation,
-        plain is mask, plain.is_contiguous(), bias is None, residual is None, inactive is None,
-        *[t.shape for t in tensors], *[(t.dtype, t.is_cpu) for t in tensors],
-    )  # fmt: skip
-    try:
-        hash(signature)
-    except TypeError:  # an activation that will be refused
-        return None
-    return signature
+    def __call__(self, operands: Operands) -> Tensor:
+        input, weight, bias, mask, residual, inactive = operands
+        input, plain_mask = in_rows(input), mask.mask if self.is_shared else mask
+        if self.least_dense < math.inf:
+            count = len(mask) if self.is_shared else int(torch.count_nonzero(mask))
+            if count >= self.least_dense:
+                result = F.conv2d(input, weight, bias, *self.where)
+                if count == self.sites and residual is None:  # as `settle`, which looks for more
+                    return in_rows(activate_(result, self.activation))
+                return settle(result, Counted(plain_mask, count), None, residual, inactive, self.activation, None)
+        sites, shared = mask, None
+        if not self.is_shared:
+            sites = Compacted(mask, *module(".cpu.sites").compact(mask))
+        elif self.has_table:
+            shared = [sites._neighbours(input.shape[2:], self.taps)]
+        kind = self.activation or "none"
+        return _sparse(input, weight, bias, sites, shared, None, None, residual, inactive, kind, False, *self.geometry)
 
 
-def _remember(signature: tuple, call: _Forward) -> None:
-    if call.geometry[-1] != "cpu":
-        return
-    if len(_passed) >= 1024:  # other shapes at every call
+def _is_constant(value: IntPair | str) -> bool:
+    """Whether an argument cannot change in itself: a list can, and a tensor."""
+    return type(value) in (int, str) or (type(value) is tuple and all(type(each) is int for each in value))
+
+
+# By the weight's id, which another tensor may have later: the calls to be like, the newest last.
+_passed: dict[int, tuple[_Passed, ...]] = {}
+_MOST_WEIGHTS, _MOST_CALLS = 1024, 8
+
+
+def _remember(passed: _Passed, weight: Tensor) -> None:
+    if len(_passed) >= _MOST_WEIGHTS:  # other weights at every call
         _passed.clear()
-    _passed[signature] = _Passed(call, calibration.least_dense(calibration.mode(), call))
+    _passed[id(weight)] = (*_passed.get(id(weight), ()), passed)[-_MOST_CALLS:]
 
 
 def _needs_epilogue(activation: str | None, residual: Tensor | None, *tensors: Tensor | None) -> bool:
