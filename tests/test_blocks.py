@@ -750,3 +750,79 @@ def test_a_layer_that_is_replaced_counts_or_is_refused(case, training):
     if is_right:
         setattr(dense, path, layer)
         assert torch.allclose(block.eval()(input, mask), masked_dense(block, dense.eval(), input, mask), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kept_chain_takes_any_mask_and_number_of_threads(dtype):
+    """What of a chain the mask does not change is made once, and its memory laid out anew at each call."""
+    from dynconv.nn.residual import geometry_of
+    from dynconv.ops.masked_chain import Layer, chain_of, run_chain
+    from dynconv.ops.masked_chain import prepare as prepared
+
+    torch.manual_seed(0)
+    for geometry in ((3, 1, 1, 1), (3, 2, 1, 1), (1, 1, 0, 1), (3, 1, 2, 2), (5, 1, 0, 1), (2, 3, 1, 1)):
+        kernel, stride, padding, dilation = geometry
+        convs = [
+            nn.Conv2d(6, 24, 1),
+            nn.Conv2d(24, 24, kernel, stride, padding, dilation, groups=24),
+            nn.Conv2d(24, 7, 3, 1, 1),
+        ]
+        convs = [conv.to(dtype).requires_grad_(False) for conv in convs]
+        layers = [
+            Layer(c.weight, prepared(c.weight, c.bias, c.groups), geometry_of(c), c.groups, activation)
+            for c, activation in zip(convs, ("relu6", "relu", "silu"), strict=True)
+        ]
+        input = torch.randn(3, 6, 19, 13, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        chain, expected = chain_of(input, layers), input
+        for conv, activation in zip(convs, (nn.ReLU6(), nn.ReLU(), nn.SiLU()), strict=True):
+            expected = activation(conv(expected))
+        size, threads = (3, 1, *expected.shape[2:]), torch.get_num_threads()
+        try:
+            bits = {}
+            for number in (1, 2, 5):
+                torch.set_num_threads(number)
+                for density in (0.0, 0.02, 0.3, 1.0):
+                    mask = torch.rand(size, generator=torch.Generator().manual_seed(1)) < density
+                    actual = run_chain(chain, input, mask, None, None, False)
+                    torch.testing.assert_close(actual, torch.where(mask, expected, 0), rtol=1e-4, atol=1e-4)
+                    assert torch.equal(bits.setdefault(density, actual), actual)
+                for lone in (0, -1):  # one line, at an edge
+                    mask = torch.zeros(size, dtype=torch.bool)
+                    mask[lone, 0, lone] = True
+                    actual = run_chain(chain, input, mask, None, None, False)
+                    torch.testing.assert_close(actual, torch.where(mask, expected, 0), rtol=1e-4, atol=1e-4)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Deep(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
+
+    def forward(self, x):
+        y = x
+        for conv in self.convs[:-1]:
+            y = torch.relu(conv(y))
+        return torch.relu(self.convs[-1](y) + x)
+
+
+@pytest.mark.parametrize("depth", [1, 16, 17, 20])
+def test_blocks_of_any_depth(depth):
+    """The CPU's one kernel has room for sixteen layers; more go one by one."""
+    from dynconv.ops.masked_chain import masked_chain
+
+    torch.manual_seed(0)
+    block = MaskedBlock.from_dense(_Deep(depth).eval())
+    input, mask = torch.randn(2, 4, 9, 9), torch.rand(2, 1, 9, 9) < 0.2
+    with torch.no_grad():
+        with backend("reference"):
+            expected = block(input, mask)
+        for way in ("sparse", "dense"):
+            with backend("cpu"), execution(way):
+                for _ in range(2):
+                    assert torch.allclose(block(input, mask), expected, atol=1e-4)
+        if depth > 16:
+            layers = [layer.layer for layer in block._frozen(input, "cpu")]
+            with pytest.raises(ValueError, match=f"layers: expected at most 16 in a chain, got {depth}"):
+                masked_chain(input, layers, ActiveSites(mask))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import calibration
-from .._backend import backend_for, in_onnx_export
-from ..ops._common import activate_, expanded, gate_of, settle
+from .._backend import backend_for, in_onnx_export, module, unwatched
+from .._likeness import Likeness, can_be_like
+from ..ops._common import Counted, activate_, expanded, gate_of, in_rows, settle
 from ..ops.epilogue import epilogue
-from ..ops.masked_chain import Layer, masked_chain, prepare
+from ..ops.masked_chain import Layer, chain_of, masked_chain, prepare, run_chain
 from ..ops.masked_conv import masked_conv2d
 from ..packed import PackedFeatures
 from ..reference import ACTIVATIONS
@@ -24,6 +27,7 @@ from .residual import (
     BasicBlock,
     Bottleneck,
     ResidualBlock,
+    Unchanged,
     check_input,
     computing_once,
     fold,
@@ -60,6 +64,10 @@ class MaskedBlock(ResidualBlock):
         Raises TypeError where `input` is no dense tensor, ValueError where `inplace` is not possible or an inner layer
         has hooks that would not run, and what `dynconv.masked_conv2d` does.
         """
+        if not torch.compiler.is_compiling() and (kept := self._kept) is not None:
+            for passed in kept.passed:
+                if passed.is_like(self, input, mask, inplace):
+                    return passed(self, input, mask)
         check_input(input)
         if self._check_layers(mask is not None, "mask"):
             with computing_once():
@@ -96,6 +104,7 @@ class MaskedBlock(ResidualBlock):
                 got = [input.shape[0], layers[-1].conv.weight.shape[0], *sizes[-1]]
                 raise ValueError(f"inplace: expected an output of the input's shape {list(input.shape)}, got {got}")
             call = _BlockCall(self, features, layers, computed, inplace, used, (sizes, geometries))
+            self._remember(call, input, mask)
             output = calibration.run(calibration.mode(), call)
         return self._merge(output, features, sites) if merges else output
 
@@ -113,20 +122,33 @@ class MaskedBlock(ResidualBlock):
             features = self._run(self.stages[number], layer, features, active, packed=number < last, **after)
         return features
 
-    def _chain(self, input: Tensor, layers: list[_Folded], sites: ActiveSites, inplace: bool) -> Tensor:
-        """In one kernel, on the CPU."""
-        layers = [layer.layer for layer in layers]
-        if inplace:
-            return masked_chain(input, layers, sites, inplace=True)
-        shortcut = self._broadcast_shortcut(input, layers[-1].weight, sites)
-        return masked_chain(input, layers, sites, residual=shortcut, inactive=shortcut)
+    def _remember(self, call: _BlockCall, input: Tensor, mask: Tensor | ActiveSites) -> None:
+        """Let the next call of this kind in inference on the CPU go straight to its faster way."""
+        kept, gate = self._kept, call.active.gate
+        if kept is None or call.layers is not kept.layers or self._activates_branch or gate is not None:
+            return
+        if not call.is_one_kernel or torch.is_grad_enabled():
+            return
+        is_shared = call.active is mask
+        if not is_shared and (mask.shape != call.active.mask.shape or not mask.is_contiguous()):
+            return
+        plain = call.active.mask if is_shared else mask
+        if not unwatched(input, plain) or not can_be_like(input, plain):
+            return
+        unchanged = kept.passed[-1].unchanged if kept.passed else None
+        if unchanged is None or not unchanged.holds(self):
+            unchanged = Unchanged(self)
+            # Once more, as another thread may have written to what has been kept before that was noted.
+            if not unchanged.is_known or self._key(call.used) != kept.key:
+                return
+        kept.passed = (*kept.passed, _Passed(call, input, plain, is_shared, unchanged))[-_MOST_CALLS:]
 
-    def _broadcast_shortcut(self, input: Tensor, weight: Tensor, sites: ActiveSites) -> Tensor | None:
+    def _shortcut_of(self, input: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """The shortcut of the last convolution's epilogue in the output's shape, which kernels take it to have."""
-        if self._fused_shortcut is None:
-            return None
-        n, height, width = sites.shape
-        return expanded("shortcut", self._dense_shortcut(input), (n, weight.shape[0], height, width), input)
+        fused = self._fused_shortcut
+        if fused is None or (fused == "identity" and input.shape == shape):
+            return None if fused is None else input
+        return expanded("shortcut", self._dense_shortcut(input), shape, input)
 
     def _run(self, stage: Stage, layer: _Folded | None, features, sites: ActiveSites, **finish):
         residual, out = finish.get("residual"), finish.get("out")
@@ -205,6 +227,12 @@ class _Folded:
             return fold(self.conv, self.norm)
 
     @functools.cached_property
+    def conv2d(self) -> tuple:
+        """What F.conv2d takes behind its input, where both sides are padded alike."""
+        where = self.geometry
+        return *self.dense, where.stride, where.padding, where.dilation, self.groups
+
+    @functools.cached_property
     def sparse(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the backend's sparse kernels read them."""
         with torch.no_grad():
@@ -225,6 +253,7 @@ class _BlockCall(calibration.SiteCall):
     def __init__(self, block, input: Tensor, layers: list[_Folded], sites: ActiveSites, inplace, used, shapes) -> None:
         self.block, self.input, self.layers, self.active = block, input, layers, sites
         self.inplace, self.used, self.shapes = inplace, used, shapes
+        self._chain: list = []
 
     @property
     def has_choice(self) -> bool:
@@ -248,32 +277,101 @@ class _BlockCall(calibration.SiteCall):
         what += [f"batch {samples}", str(self.input.dtype)[6:]] + ["in place"] * self.inplace
         return ", ".join(what + ["gate"] * (self.active.gate is not None))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        samples, _, height, width = self.active.mask.shape
+        return samples, self.layers[-1].conv.weight.shape[0], height, width
+
     def sparse(self) -> Tensor:
-        if self.used == "cpu" and self.has_choice:
-            return self.block._chain(self.input, self.layers, self.active, self.inplace)
-        return self.block._packed(self.input, self.layers, self.active, *self.shapes, self.inplace)
+        if not self.is_one_kernel:
+            return self.block._packed(self.input, self.layers, self.active, *self.shapes, self.inplace)
+        shortcut = None if self.inplace else self.block._shortcut_of(self.input, self.shape)
+        if unwatched(self.input, self.active.mask, shortcut):
+            gate = gate_of(self.active, self.input.dtype)
+            return run_chain(self.chain, self.input, self.active.mask, gate, shortcut, self.inplace)
+        layers, others = [layer.layer for layer in self.layers], dict(residual=shortcut, inactive=shortcut)
+        return masked_chain(self.input, layers, self.active, inplace=self.inplace, **others)
+
+    @property
+    def is_one_kernel(self) -> bool:
+        """Whether the sparse way is the CPU's kernel for all layers."""
+        return self.used == "cpu" and self.has_choice and len(self.layers) <= module(".cpu.chain").MOST_STAGES
+
+    @property
+    def chain(self):
+        """What the CPU's kernel needs of all but the tensors of a call; made once."""
+        if not self._chain:
+            self._chain.append(chain_of(self.input, [layer.layer for layer in self.layers]))
+        return self._chain[0]
 
     def dense(self) -> Tensor:
+        gate = gate_of(self.active, self.input.dtype)
         with torch.no_grad():
-            value = self.input
-            for layer in self.layers:
-                where = layer.geometry
-                value = F.conv2d(value, *layer.dense, where.stride, where.padding, where.dilation, layer.groups)
-                if layer is not self.layers[-1]:
-                    value = activate_(value, layer.activation)
-            shortcut = self.block._broadcast_shortcut(self.input, self.layers[-1].conv.weight, self.active)
-            sites, out = self.active, self.input if self.inplace else None
-            inactive = None if self.inplace else shortcut
-            gate = gate_of(sites, value.dtype)
-            activation = self.layers[-1].activation
-            return settle(value, sites, gate, shortcut, inactive, activation, out)
+            return _dense(self.block, self.input, self.layers, self.shape, self.active, gate, self.inplace)
 
     def at(self, density: float) -> _BlockCall:
         sites = calibration.sites_at(density, self.active.mask)
         if self.active.gate is not None:
             sites.gate = sites.mask.to(self.active.gate.dtype)
-        input = self.input.clone(memory_format=torch.preserve_format)
-        return _BlockCall(self.block, input, self.layers, sites, self.inplace, self.used, self.shapes)
+        call = copy.copy(self)  # with the chain that this one may have made
+        call.active, call.input = sites, self.input.clone(memory_format=torch.preserve_format)
+        return call
+
+
+def _dense(
+    block: MaskedBlock, input: Tensor, layers: list[_Folded], shape: tuple[int, ...], sites, gate: Tensor | None,
+    inplace: bool,
+) -> Tensor:  # fmt: skip
+    """All sites, and then what a mask leaves of them; `sites` as for `settle`."""
+    value, last = input, layers[-1]
+    for layer in layers:
+        value = F.conv2d(value, *layer.conv2d)
+        if layer is not last:
+            value = activate_(value, layer.activation)
+    shortcut = block._shortcut_of(input, shape)
+    inactive, out = (None, input) if inplace else (shortcut, None)
+    return settle(value, sites, gate, shortcut, inactive, last.activation, out)
+
+
+_MOST_CALLS = 8  # that a block remembers
+
+
+class _Passed:
+    """A block's call in inference on the CPU whose like has passed all checks before: straight to its faster way.
+
+    The block, which keeps it, comes with each call.
+    """
+
+    def __init__(self, call: _BlockCall, input: Tensor, mask: Tensor, is_shared: bool, unchanged: Unchanged) -> None:
+        self.layers, self.shape, self.inplace = call.layers, call.shape, call.inplace
+        self.is_shared, self.unchanged = is_shared, unchanged
+        self.likeness = Likeness(input, mask, *unchanged.tensors)
+        self.least_dense = calibration.least_dense(calibration.mode(), call)
+        self.chain = call.chain if self.least_dense > 0 else None
+
+    def is_like(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites | None, inplace: bool) -> bool:
+        """Whether a call may take the same way, with no more to look at than its values."""
+        if inplace is not self.inplace or torch.is_grad_enabled():
+            return False
+        if self.is_shared:
+            if not isinstance(mask, ActiveSites) or mask.gate is not None:
+                return False
+            mask = mask.mask
+        return self.likeness.holds(input, mask, *self.unchanged.tensors) and self.unchanged.holds(block)
+
+    def __call__(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites) -> Tensor:
+        input, plain = in_rows(input), mask.mask if self.is_shared else mask
+        if self.least_dense < math.inf:
+            count = len(mask) if self.is_shared else int(torch.count_nonzero(mask))
+            if count >= self.least_dense:
+                return _dense(block, input, self.layers, self.shape, Counted(plain, count), None, self.inplace)
+        plain = plain if self.is_shared else plain != 0  # as the bytes behind a bool tensor may be others
+        shortcut = None if self.inplace else block._shortcut_of(input, self.shape)
+        if shortcut is input or unwatched(shortcut):
+            return run_chain(self.chain, input, plain, None, shortcut, self.inplace)
+        layers, others = [layer.layer for layer in self.layers], dict(residual=shortcut, inactive=shortcut)
+        return masked_chain(input, layers, ActiveSites._of(plain), **others)
 
 
 def _as_read(weight: Tensor, groups: int) -> Tensor:

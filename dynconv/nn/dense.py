@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
     "_forward_hooks": "forward hook",
     "_backward_pre_hooks": "backward pre-hook",
@@ -22,7 +22,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hook_of(module: nn.Module) -> str:
     """Name the first hook of a module that has one, for an error."""
-    kind, hook = next((name, hook) for key, name in _HOOKS.items() for hook in getattr(module, key).values())
+    kind, hook = next((name, hook) for key, name in HOOKS.items() for hook in getattr(module, key).values())
     return f"{kind} `{getattr(hook, '__qualname__', type(hook).__name__)}`"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -216,7 +217,14 @@ class _BlockCall:
 
     def kept(self) -> int:
         """Those between kept channels, at the block's active share of each map."""
-        return int(self.kept_on_device())
+        if self.device.type != "cpu":
+            return int(self.kept_on_device())
+        samples, kept = self.input.shape[0], 0.0  # in Python, as so few numbers take tensors longer
+        ends = [1.0] * samples
+        shares = [[n / c.shape[1] for n in c.count.tolist()] if chosen else ends for c, chosen in self._chosen()]
+        for each, ins, outs in zip(self._products, [ends, *shares], [*shares, ends], strict=True):
+            kept += each * sum(map(operator.mul, ins, outs))
+        return int(kept / samples * (1 if self.sites is None else self.sites.density))
 
     def kept_on_device(self) -> Tensor:
         """The same, where the masks are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,9 +20,86 @@ from .._geometry import Geometry
 from ..ops._common import is_autocast
 from ..reference import ACTIVATIONS
 from ..sites import ActiveSites
-from .dense import computes_as, has_hooks, hook_of, is_frozen_norm
+from .dense import HOOKS, computes_as, has_hooks, hook_of, is_frozen_norm
 from .normalization import uses_batch_statistics
 from .recognition import Chain, Stage, recognise, stand_in
+
+
+class Kept:
+    """What a block in inference keeps: what `_prepare` made of its stages, and the calls that have used it."""
+
+    def __init__(self, key: tuple, layers: list, held: list[Tensor] | None) -> None:
+        self.key, self.layers, self.held = key, layers, held
+        self.passed: tuple = ()
+
+
+class Unchanged:
+    """Whether all that a block in inference is made of, but the shortcut, is as it was: in few calls that loop in C.
+
+    These are its layers, their settings, hooks and tensors, and what tells of the tensors' values what `_state` tells.
+    """
+
+    def __init__(self, block: ResidualBlock) -> None:
+        self.children, self.is_known = block._modules, True
+        self.owners: list[dict] = []
+        self.names: list[str] = []
+        for names, _ in block._kinds:
+            layer = block
+            for name in names:
+                self._watch(layer._modules, name)
+                layer = layer._modules[name]
+        named = block.named_modules(remove_duplicate=False)
+        self.layers = [layer for path, layer in named if path and not block._is_of_shortcut(path)]
+        for layer in self.layers:
+            self._watch(layer.__dict__, *HOOKS)
+        operands = []
+        for stage in block.stages:
+            conv, norm = block._submodule(stage.conv), block._norm(stage)
+            operands += _operands(conv, norm)
+            self._read(conv, "weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
+            if norm is not None:
+                operands.append(norm._buffers.get("num_batches_tracked"))
+                self._watch(norm._buffers, "num_batches_tracked")
+                self._read(norm, "weight", "bias", "running_mean", "running_var", "eps", "training")
+        self.values = [*map(dict.get, self.owners, self.names)]
+        self.hooks = [getattr(layer, name) for layer in self.layers for name in HOOKS]
+        self.kinds = [*map(type, self.layers)]
+        self.tensors = [*{id(t): t for t in operands if t is not None}.values()]
+        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
+        counts = block._is_prepared and not any(map(Tensor.is_inference, self.tensors))
+        self.state_of = _versions if counts else module(".cpu.fingerprint").fingerprint
+        self.state = self.state_of(self.tensors)
+
+    def _watch(self, owner: dict, *names: str) -> None:
+        self.owners += [owner] * len(names)
+        self.names += names
+
+    def _read(self, layer: nn.Module, *names: str) -> None:
+        """Watch attributes where they lie; none is known that is computed when it is read, or changes in itself."""
+        self._watch(layer.__dict__, "_parameters", "_buffers", "forward")
+        for name in names:
+            value = None
+            for place in (layer.__dict__, layer._parameters, layer._buffers):
+                self._watch(place, name)
+                if name in place:
+                    value = place[name]
+                    break
+            self.is_known &= getattr(layer, name, None) is value and not isinstance(value, list)
+
+    def holds(self, block: ResidualBlock) -> bool:
+        """Whether nothing is another one. Types, sizes and strides of the `tensors` are left to a `Likeness`."""
+        return (
+            block._modules is self.children
+            and all(map(operator.is_, map(dict.get, self.owners, self.names), self.values))
+            and [*map(type, self.layers)] == self.kinds
+            and not any(self.hooks)
+            and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
+            and self.state_of(self.tensors) == self.state
+        )
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [*map(operator.attrgetter("_version"), tensors)]
 
 
 class ResidualBlock(nn.Module):
@@ -44,7 +122,7 @@ class ResidualBlock(nn.Module):
         self.statistics = statistics
         self._kinds: list[tuple[list[str], type[nn.Module]]] = []
         self._is_prepared = False
-        self._kept: tuple[tuple, list, list | None] | None = None
+        self._kept: Kept | None = None
 
     def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str):
         """What inference on the backend `used` keeps of a stage."""
@@ -60,31 +138,44 @@ class ResidualBlock(nn.Module):
             return None
         if is_autocast(input.device.type) or needs_grad(input):
             return None
-        modules = [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
-        operands, settings = [], [used]
+        modules, operands = self._parts(), []
         for conv, norm in modules:
             if conv.weight.dtype != input.dtype or (norm is not None and uses_batch_statistics(norm)):
                 return None
             operands += _operands(conv, norm)
-            settings += (conv, conv.stride, conv.padding, conv.dilation, conv.groups)
-            settings += (norm, None if norm is None else norm.eps)
         if any(t is not None and t.device != input.device for t in operands):
             return None
         if torch.is_grad_enabled() and needs_grad(*operands, *self._shortcut_parameters()):
             return None
-        state = self._state(operands, [getattr(norm, "num_batches_tracked", None) for _, norm in modules], used)
-        key = None if state is None else (settings, state)
-        before = self._kept  # read once: another thread may replace it at any time
-        if key is not None and before is not None and before[0] == key:
-            return before[1]
+        key, before = self._key(used), self._kept  # read once: another thread may replace it at any time
+        if key is not None and before is not None and before.key == key:
+            return before.layers
         with torch.no_grad():
             layers = [
                 self._prepare(stage, conv, norm, used) for stage, (conv, norm) in zip(self.stages, modules, strict=True)
             ]
+        if torch._C._len_torch_dispatch_stack():  # what is made within a mode, of fake tensors, is no good outside
+            return layers
         # What is compared by its address is held, so that no other tensor can come to lie there.
         held = [t.detach() for t in operands if t is not None] if self._is_prepared else None
-        self._kept = None if key is None else (key, layers, held)
+        self._kept = None if key is None else Kept(key, layers, held)
         return layers
+
+    def _parts(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | None]]:
+        """Each stage's convolution and normalisation."""
+        return [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
+
+    def _key(self, used: str) -> tuple | None:
+        """What changes when what `_prepare` makes of the stages does; None where that cannot be told."""
+        operands, counters, settings = [], [], [used]
+        for conv, norm in self._parts():
+            operands += _operands(conv, norm)
+            counters.append(getattr(norm, "num_batches_tracked", None))
+            where = (conv.stride, conv.padding, conv.dilation)
+            settings += (conv, *(tuple(v) if isinstance(v, list) else v for v in where), conv.groups)
+            settings += (norm, None if norm is None else norm.eps)
+        state = self._state(operands, counters, used)
+        return None if state is None else (settings, state)
 
     def _state(self, operands: list[Tensor | None], counters: list[Tensor | None], used: str):
         """What changes when an operand does; None where that cannot be told, or not without waiting for the device.
