@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,9 @@ from .sites import ActiveSites
 MODES = ("automatic", "sparse", "dense")
 DENSITIES = (0.05, 0.25, 0.5, 0.75, 1.0)
 _SAMPLES = 15  # of each way of a call at most
+# Milliseconds that the next call takes longer on a CPU where the ways change: what runs only now and then is no longer
+# in the cache. On an AMD Zen 4 0.02 where they change at every layer, 0.1 where they do twice in a network.
+_CHANGE = 0.04
 
 
 def _checked(mode: str) -> str:
@@ -134,6 +137,7 @@ class Times:
     densities: Sequence[float]
     sparse: Sequence[float]
     dense: Sequence[float]
+    is_dense: Sequence[bool] | None = None  # the way to take there; None: the faster one
 
     def predict(self, density: float) -> tuple[float, float]:
         """(sparse, dense) at a density, linear between what was measured, as the cost is."""
@@ -147,14 +151,17 @@ class Times:
 
     @functools.cached_property
     def crossover(self) -> float | None:
-        """The lowest density from which on dense is faster; None where it never is."""
+        """The lowest density from which on the dense way is taken; None where it never is."""
         gaps = [sparse - dense for sparse, dense in zip(self.sparse, self.dense, strict=True)]
-        if gaps[-1] <= 0:
+        is_dense = [gap > 0 for gap in gaps] if self.is_dense is None else self.is_dense
+        if not is_dense[-1]:
             return None
-        i = max((i for i, gap in enumerate(gaps) if gap <= 0), default=None)
+        i = max((i for i, dense in enumerate(is_dense) if not dense), default=None)
         if i is None:
             return 0.0
-        return self.densities[i] + (self.densities[i + 1] - self.densities[i]) * gaps[i] / (gaps[i] - gaps[i + 1])
+        # Where the times cross, or half-way where they do not but the calls around this one are dense.
+        share = gaps[i] / (gaps[i] - gaps[i + 1]) if gaps[i] <= 0 < gaps[i + 1] else 0.5
+        return self.densities[i] + (self.densities[i + 1] - self.densities[i]) * share
 
 
 @dataclass
@@ -190,7 +197,7 @@ class Explanation:
 
 
 _explanations = Setting(())  # each an Explanation, the innermost last
-_recorded = Setting(None)  # while `calibrate` runs a model: its calls by key
+_recorded = Setting(None)  # while `calibrate` runs a model: its calls, and their keys in order
 _tables: dict[str, dict[tuple, Times]] | None = None  # by machine; None: not read yet
 _arriving: dict[tuple, tuple[Tensor, object]] = {}  # counts on their way from the GPU, and the events to ask
 _known: dict[tuple, int] = {}
@@ -269,7 +276,9 @@ def _explained(call: Call, decision: Decision, way: Callable):
 
 def _decide(call: Call) -> Decision:
     if _recorded.value is not None:
-        _recorded.value.setdefault(call.key(), call)
+        calls, order = _recorded.value
+        order.append(call.key())
+        calls.setdefault(order[-1], call)
         return Decision("sparse", "being calibrated")
     times = _times(call)
     if times is None:
@@ -279,7 +288,10 @@ def _decide(call: Call) -> Decision:
         return Decision("sparse", "no count has arrived yet")
     path = "dense" if kept >= least_dense("automatic", call) else "sparse"
     density = kept / call.work
-    return Decision(path, "faster at this density", density, *times.predict(density))
+    predicted = times.predict(density)
+    is_faster = (path == "dense") == (predicted[1] < predicted[0])
+    reason = "faster at this density" if is_faster else "as the calls around it go at this density"
+    return Decision(path, reason, density, *predicted)
 
 
 def _kept(call: Call) -> int | None:
@@ -355,7 +367,7 @@ def _read() -> dict[str, dict[tuple, Times]]:
 
 def _times_of(entry: dict) -> Times:
     """An entry of the file, whose numbers every call goes by. Raises ValueError, KeyError or TypeError."""
-    times = Times(entry["call"], entry["densities"], entry["sparse_ms"], entry["dense_ms"])
+    times = Times(entry["call"], entry["densities"], entry["sparse_ms"], entry["dense_ms"], entry["is_dense"])
     lists = {"densities": times.densities, "sparse_ms": times.sparse, "dense_ms": times.dense}
     right = lambda number: type(number) in (int, float) and 0 <= number <= sys.float_info.max
     for name, numbers in lists.items():
@@ -363,6 +375,10 @@ def _times_of(entry: dict) -> Times:
             raise ValueError(f"{name}: expected a list of finite numbers that are not negative, got {numbers!r:.100}")
     if len({len(numbers) for numbers in lists.values()}) > 1:
         raise ValueError(f"{', '.join(lists)}: expected as many numbers in each, got {[*map(len, lists.values())]}")
+    is_dense = times.is_dense
+    is_named = is_dense is None or (isinstance(is_dense, list) and all(type(way) is bool for way in is_dense))
+    if not is_named or (is_dense is not None and len(is_dense) != len(times.densities)):
+        raise ValueError(f"is_dense: expected a true or false for each density, or null, got {is_dense!r:.100}")
     ascends = all(one < other for one, other in itertools.pairwise(times.densities))
     if not ascends or not 0 < times.densities[0] <= times.densities[-1] <= 1:
         raise ValueError(f"densities: expected ascending numbers above 0 and at most 1, got {times.densities!r}")
@@ -378,6 +394,7 @@ def _write() -> None:
                 "densities": times.densities,
                 "sparse_ms": times.sparse,
                 "dense_ms": times.dense,
+                "is_dense": times.is_dense,
                 "key": key,
             }
             for key, times in table.items()
@@ -404,7 +421,8 @@ def calibrate(
     `run` is called once, for example `lambda: model(image)`, with a training step in it where that is to be
     calibrated; each of its calls that has a dense way is then timed both ways, on its own operands with masks of blobs.
     On the CPU that is done in passes over all of them, each call once a pass, as in a network: in a loop by itself a
-    call finds more in the cache.
+    call finds more in the cache. There a call goes the way of those around it where its own is not faster by more than
+    a change of ways costs.
     Times of earlier calibrations are kept, but for calls measured anew.
 
     Args:
@@ -415,7 +433,7 @@ def calibrate(
         progress: told the number of densities measured, of all, and what comes next.
 
     Returns:
-        The crossover density of each call: the one from which on the dense way is faster, None where it never is.
+        The crossover density of each call: the one from which on it goes the dense way, None where it never does.
 
     Raises TypeError where a density is no number, ValueError where one is not in (0, 1] or `run` has no call with a
     dense way.
@@ -423,7 +441,8 @@ def calibrate(
     global _tables, _version
     densities = _checked_densities(densities)
     recorded: dict[tuple, Call] = {}
-    with _recorded.using(recorded), execution("automatic"), _backward_in_this_thread():
+    order: list[tuple] = []
+    with _recorded.using((recorded, order)), execution("automatic"), _backward_in_this_thread():
         run()
     if not recorded:
         raise ValueError("run: expected at least one masked or gathered layer or block with a dense way, got none")
@@ -431,7 +450,13 @@ def calibrate(
         _tables = _merged(_read(), _tables or {})
     crossovers = {}
     found = _measured(list(recorded.values()), densities, seconds, progress)
+    ways = _ways(
+        order,
+        dict(zip(recorded, found, strict=True)),
+        _CHANGE if next(iter(recorded.values())).device.type == "cpu" else 0.0,
+    )
     for (key, call), times in zip(recorded.items(), found, strict=True):
+        times = _ascending(replace(times, is_dense=ways[key]))
         _tables.setdefault(machine(call.device), {})[key] = times
         crossovers[times.name] = times.crossover
     _version += 1
@@ -475,6 +500,50 @@ def forget() -> None:
     _known.clear()
 
 
+def _ways(order: Sequence[tuple], found: dict[tuple, Times], change: float) -> dict[tuple, list[bool]]:
+    """Whether each call is to be dense, at each density, so that the run as a whole takes little.
+
+    One call after the other may be either; `change` is what it costs where two that follow each other are not the same.
+    Least of all where no call comes twice; one that does is what it is to be most often, unless all sparse, all dense,
+    or each the faster one by itself, takes less.
+    """
+    ways: dict[tuple, list[bool]] = {key: [] for key in found}
+    for number in range(min(len(times.densities) for times in found.values())):
+        times = {key: (of.sparse[number], of.dense[number]) for key, of in found.items()}
+        faster = {key: sparse > dense for key, (sparse, dense) in times.items()}
+        tried = [_voted(order, times, change), faster, dict.fromkeys(found, False), dict.fromkeys(found, True)]
+        taken = min(tried, key=lambda way: _cost(order, times, change, way))
+        for key, is_dense in taken.items():
+            ways[key].append(is_dense)
+    return ways
+
+
+def _voted(order: Sequence[tuple], times: dict[tuple, tuple[float, float]], change: float) -> dict[tuple, bool]:
+    """The way of each call on the shortest path through a run; the most frequent one of a call that comes again."""
+    total, before = (0.0, 0.0), []  # of the best paths up to here that end sparse and dense, and what came before
+    for key in order:
+        best = [min((total[came] + change * (came != way), came) for came in (0, 1)) for way in (0, 1)]
+        before.append([came for _, came in best])
+        total = best[0][0] + times[key][0], best[1][0] + times[key][1]
+    way, votes = int(total[1] < total[0]), dict.fromkeys(times, 0)
+    for key, came in zip(reversed(order), reversed(before)):
+        votes[key] += 2 * way - 1
+        way = came[way]
+    return {key: vote > 0 for key, vote in votes.items()}
+
+
+def _cost(order: Sequence[tuple], times: dict[tuple, tuple[float, float]], change: float, way: dict) -> float:
+    changes = sum(way[one] != way[other] for one, other in itertools.pairwise(order))
+    return sum(times[key][way[key]] for key in order) + change * changes
+
+
+def _ascending(times: Times) -> Times:
+    """Without the points of small masks that keep nothing, or as much as at the density before."""
+    places = [i for i, one in enumerate(times.densities) if one > max([0.0, *times.densities[:i]])]
+    of = {name: [getattr(times, name)[i] for i in places] for name in ("densities", "sparse", "dense", "is_dense")}
+    return replace(times, **of)
+
+
 def _measured(calls: list[Call], densities: Sequence[float], seconds: float, progress) -> list[Times]:
     sparse, dense, reached = ([[] for _ in calls] for _ in range(3))
     # Without modes of the caller's: a default device is not where masks are drawn and kernels have their memory.
@@ -493,8 +562,8 @@ def _measured(calls: list[Call], densities: Sequence[float], seconds: float, pro
 def _measured_at(calls: list[Call], density: float, seconds: float) -> Iterator[tuple[dict[str, Timing], float]]:
     """The times of both ways of each call, and the density that its masks reach.
 
-    On the CPU in passes over all calls, as in a network, where each layer runs once and finds neither Python's code nor
-    its own weights in the cache. On the GPU, whose times are those of a full queue, call by call.
+    On the CPU in passes over all calls, sparse and dense ones in turn, as in a network: each layer runs once and does
+    not find its weights in the cache. On the GPU, whose times are those of a full queue, call by call.
     """
     if calls[0].device.type != "cpu":
         for call in calls:
@@ -507,7 +576,7 @@ def _measured_at(calls: list[Call], density: float, seconds: float) -> Iterator[
     for turn in range(-2, 2 * _SAMPLES):
         for i, call in enumerate(calls):
             at = call.at(density)  # anew: what a mask costs is in the time, and the input has just been written
-            way = ("sparse", "dense")[(turn + i) % 2]
+            way = ("sparse", "dense")[turn % 2]
             run = at.sparse if way == "sparse" else at.dense
             begin = time.perf_counter()
             run()

@@ -305,6 +305,68 @@ def test_times_between_and_beyond_the_measured_densities():
     assert calibration.Times("", [1.0], [5.0], [4.0]).predict(0.3) == (5.0, 4.0)
 
 
+def test_a_calls_way_is_that_of_the_run():
+    """The crossover follows the ways that were settled: half-way where the call's own times do not cross."""
+    densities, sparse, dense = [0.2, 0.6, 1.0], [1.0, 3.0, 7.0], [4.0, 4.0, 4.0]
+    for is_dense, crossover in (
+        (None, 0.7), ([False, False, True], 0.7), ([False, True, True], 0.4), ([True] * 3, 0.0), ([False] * 3, None),
+        ([True, False, True], 0.7), ([False, True, False], None),
+    ):  # fmt: skip
+        times = calibration.Times("", densities, sparse, dense, is_dense)
+        assert times.crossover == (None if crossover is None else pytest.approx(crossover))
+
+
+def _total(own, change, way):
+    changes = sum(one != other for one, other in itertools.pairwise(way))
+    return sum(times[dense] for times, dense in zip(own, way, strict=True)) + change * changes
+
+
+def test_ways_of_a_run_take_least_as_a_whole():
+    """The shortest of all ways through the run, changes included, by trying every one of them."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(60):
+        length, change = 2 + number % 6, (0.0, 0.1, 0.5)[number % 3]
+        keys = [("call", i) for i in range(length)]
+        times = torch.rand(2, length, 3, generator=generator, dtype=torch.float64).tolist()
+        found = {k: calibration.Times("", [0.1, 0.5, 1.0], *(side[i] for side in times)) for i, k in enumerate(keys)}
+        ways = calibration._ways(keys, found, change)
+
+        for density in range(3):
+            own = [[side[i][density] for side in times] for i in range(length)]
+            taken = [ways[key][density] for key in keys]
+            least = min(_total(own, change, way) for way in itertools.product((False, True), repeat=length))
+            assert _total(own, change, taken) == pytest.approx(least)
+            if not change:
+                assert taken == [found[key].sparse[density] > found[key].dense[density] for key in keys]
+    # A call that comes several times is what it is most often.
+    once = {"a": calibration.Times("", [1.0], [1.0], [1.05]), "b": calibration.Times("", [1.0], [2.0], [1.0])}
+    assert calibration._ways(["a", "b", "a", "b", "a", "b"], once, 0.2) == {"a": [True], "b": [True]}
+    assert calibration._ways([*5 * ["a"], "b"], once, 0.2) == {"a": [False], "b": [True]}
+
+
+def test_calls_in_a_run_go_one_way(monkeypatch, own_file):
+    """What is a little faster by itself is not worth a change on the CPU; it is recorded, and read again."""
+    monkeypatch.setattr(calibration, "_measured", lambda calls, *_: [
+        calibration.Times(call.name(), [0.5, 1.0], [0.1, 0.1 + gain], [0.2, 0.1])
+        for call, gain in zip(calls, (0.3, -0.001, 0.3), strict=True)
+    ])  # fmt: skip
+    inputs = [torch.randn(1, 4, 8, 8 + i) for i in range(3)]
+
+    def run(density=1.0):
+        for input in inputs:
+            dynconv.masked_conv2d(input, torch.ones(4, 4, 1, 1), mask=torch.rand(1, 1, *input.shape[2:]) < density)
+
+    with torch.no_grad(), backend("cpu"):
+        calibrate(run)
+        for _ in range(2):
+            with explain() as explanation:
+                run()
+            assert [decision.path for decision in explanation.decisions] == ["dense"] * 3
+            calibration.forget()  # and from the file
+    entries = next(iter(json.loads(own_file.read_text()).values()))
+    assert [entry["is_dense"] for entry in entries] == [[False, True]] * 3
+
+
 def test_counts_on_another_device_arrive_later():
     """What a call goes by on the GPU, where nothing waits for the count: an earlier call's."""
 
@@ -345,7 +407,9 @@ FAULTS = {
     "densities from 0": (lambda entry: entry | {"densities": [0.0, 1.0]}, "densities"),
     "densities above 1": (lambda entry: entry | {"densities": [0.1, 1.5]}, "densities"),
     **{f"no {name}": (lambda entry, name=name: _without(entry, name), name)
-       for name in ("key", "call", "densities", "sparse_ms", "dense_ms")},
+       for name in ("key", "call", "densities", "sparse_ms", "dense_ms", "is_dense")},
+    **{f"is_dense {value!r}": (lambda entry, value=value: entry | {"is_dense": value}, "is_dense")
+       for value in ([True], [0, 1], "dense", [None, True], {"0.1": True}, True)},
     "a nested key": (lambda entry: entry | {"key": [[1]]}, "unhashable"),
     "a text": (lambda entry: "times", "indices"),
     "a list": (lambda entry: [1, 2], "indices"),
@@ -361,6 +425,7 @@ def test_an_entry_that_is_no_times_is_ignored_with_one_warning(own_file, fault):
         "densities": [0.1, 1.0],
         "sparse_ms": [1, 10.0],
         "dense_ms": [5.5, 5.5],
+        "is_dense": [False, True],
     }
     change, named = FAULTS[fault]
     own_file.parent.mkdir(parents=True)
@@ -368,7 +433,9 @@ def test_an_entry_that_is_no_times_is_ignored_with_one_warning(own_file, fault):
     with pytest.warns(UserWarning, match=f"^{re.escape(str(own_file))} has entries .*{named}.*, and 1 more$") as told:
         tables = calibration._read()
     assert len(told) == 1
-    assert tables == {"m": {("conv", 1, True): calibration.Times("a", [0.1, 1.0], [1, 10.0], [5.5, 5.5])}}
+    assert tables == {
+        "m": {("conv", 1, True): calibration.Times("a", [0.1, 1.0], [1, 10.0], [5.5, 5.5], [False, True])}
+    }
 
 
 def test_calls_go_by_the_entries_that_are_times(monkeypatch, own_file):
@@ -496,12 +563,12 @@ def test_a_call_like_an_earlier_one_is_still_seen_for_what_it_is():
     def call(mask, **changes):
         return dynconv.masked_conv2d(x, **{"weight": weight, "padding": 1, "mask": mask, **changes})
 
-    before = len(masked_conv._passed)
+    masked_conv._passed.clear()
     with torch.no_grad():
         for mask, value in 2 * list(zip((first, second), expected, strict=True)):
             assert torch.allclose(call(mask), value, atol=1e-4)
             assert torch.allclose(call(dynconv.ActiveSites(mask)), value, atol=1e-4)
-        assert len(masked_conv._passed) == before + 2  # with a mask, and with sites
+        assert len(masked_conv._passed[id(weight)]) == 2  # with a mask, and with sites
         gate = first.float() * 0.5
         assert torch.allclose(call(gate), 0.5 * expected[0], atol=1e-4)
         assert torch.allclose(call(dynconv.ActiveSites(gate)), 0.5 * expected[0], atol=1e-4)
@@ -538,8 +605,8 @@ def test_a_call_that_another_thread_forgets_is_checked_anew(monkeypatch):
     class Forgetful(dict):
         """Cleared by another thread at the worst time."""
 
-        def __contains__(self, signature):
-            found = super().__contains__(signature)
+        def get(self, *arguments):
+            found = super().get(*arguments)
             self.clear()
             return found
 
