@@ -97,8 +97,9 @@ def network_section(path: Path, folder: str) -> list[str]:
         "at that density, and finding its pixels is in the time. Dense is eager, in channels_last with normalisation",
         "folded in and activations in place; compiled is the same by `torch.compile` with frozen parameters;",
         '`execution("automatic")` is calibrated. Stem, classifier and the blocks of MobileNetV2 without a shortcut are',
-        f"dense on every side. Of {bar['rows']} blocks and layers within these passes {bar['below']} are below "
-        f"{bar['bar']} ([all of them]({folder}/networks.json)).",
+        f"dense on every side. Of {bar['rows']} blocks and layers within these passes {bar['below']} are slower than",
+        f"the bar ({bar['bar']});",
+        f"so are {bar['noise']} of dense itself, measured once more ([all of them]({folder}/networks.json)).",
         "",
         *networks(record),
         "",

@@ -25,8 +25,9 @@ def timing(milliseconds):
     return Timing(milliseconds, milliseconds, milliseconds, 5)
 
 
-def layer(dense, automatic):
-    return LayerRow("tiny", 1, "layer", 1, "a layer", 0.5, timing(dense), timing(automatic), "sparse")
+def layer(dense, automatic, again=0):
+    times = timing(dense), timing(again or dense), timing(automatic)
+    return LayerRow("tiny", 1, "layer", 1, "a layer", 0.5, *times, "sparse")
 
 
 @pytest.mark.parametrize(
@@ -36,8 +37,9 @@ def layer(dense, automatic):
 def test_the_bar_is_a_share_of_large_layers_and_a_time_of_small_ones(dense, automatic, is_below):
     row = layer(dense, automatic)
     assert row.is_below_bar == is_below == row.record()["is_below_bar"]
-    summary = summarise_networks([row, layer(2, 1), layer(0.5, 0.4)])
-    assert (summary["rows"], summary["below"]) == (3, is_below)
+    summary = summarise_networks([row, layer(2, 1), layer(0.5, 0.4), layer(2, 1, again=automatic / dense * 2)])
+    assert (summary["rows"], summary["below"]) == (4, is_below)
+    assert summary["noise"] == (automatic / dense > 1 / 0.97)  # the last one's dense, which is large
     assert summary["worst_large"] == pytest.approx(min(2, dense / automatic if dense >= 1 else 2))
 
 
@@ -124,6 +126,7 @@ def test_bench_shows_networks_first(monkeypatch, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("networks: forward passes") and "2 of 2 results within their bounds" in printed
     assert "layers below the bar (0.97x dense, or 0.05 ms more where dense takes less than 1 ms): " in printed
+    assert f"dense itself, measured once more: {record['summary']['networks']['noise']}" in printed
 
 
 def test_networks_are_refused_where_they_are_not_measured(capsys):
@@ -185,14 +188,15 @@ def test_the_readme_shows_networks_first(tmp_path):
     rows = [row | {"network": name, "compiled": None} for name in readme.NETWORKS]
     record = {
         "environment": {"cpu": "A CPU", "threads": 2}, "networks": [rows[0] | {"compiled": of(15)}, *rows[1:]],
-        "summary": {"networks": {"bar": "the bar", "rows": 7, "below": 1}},
+        "summary": {"networks": {"bar": "the bar", "rows": 7, "below": 2, "noise": 1}},
     }  # fmt: skip
     (tmp_path / "networks.json").write_text(json.dumps(record))
     lines = readme.network_section(tmp_path / "networks.json", "here")
     assert "| ResNet-50 | 4 | 0.5 | 20.0 ms | 15.0 ms | 11.0 ms | 10.0 ms | 2.00× | 1.50× |" in lines
     assert "| MobileNetV2 | 4 | 0.5 | 20.0 ms |  | 11.0 ms | 10.0 ms | 2.00× |  |" in lines
     text = " ".join(lines)
-    assert "Of 7 blocks and layers within these passes 1 are below the bar ([all of them](here/networks.json))." in text
+    assert "Of 7 blocks and layers within these passes 2 are slower than the bar (the bar);" in text
+    assert "so are 1 of dense itself, measured once more ([all of them](here/networks.json))." in text
     assert set(readme.NETWORKS) == {name for name in NETWORKS if name != "tiny"}
     assert readme.section(folder / "bench.json").startswith("Whole networks in inference")
     assert readme.network_section(tmp_path / "none.json", "here") == []  # of a machine where none is recorded

@@ -569,7 +569,7 @@ def main(arguments: argparse.Namespace) -> int:
             bar.update(task, description=f"{name} batch {batch}")
             of_network, of_layers = measure_network(
                 name, batch, NETWORK_DENSITIES if densities == DENSITIES else densities, masks=arguments.masks,
-                repeats=repeats, seconds=seconds * _NETWORK_COST, calibration_seconds=min(0.03, seconds),
+                repeats=repeats, seconds=seconds * _NETWORK_COST, calibration_seconds=min(0.1, seconds),
             )  # fmt: skip
             network_rows += of_network
             network_layers += of_layers
@@ -638,7 +638,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 # A network's time in rows of layers, for the progress bar and the time it may take.
-_NETWORK_COST = 16
+_NETWORK_COST = 32
 
 
 def _networks(arguments: argparse.Namespace) -> list[str]:
