@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 import torch
-from torch.autograd import forward_ad
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import _profiler_enabled, forward_ad
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -107,12 +108,11 @@ def is_transformed() -> bool:
 
 
 def is_intercepted() -> bool:
-    """Whether somebody compiles, profiles, differentiates in forward mode or has a mode on: seen without a tensor."""
+    """Whether somebody profiles, differentiates in forward mode or has a mode on, which no tensor need show."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd._profiler_enabled()
+        _len_torch_function_stack() > 0
+        or _len_torch_dispatch_stack() > 0
+        or _profiler_enabled()
         or forward_ad._current_level >= 0
     )
 
@@ -123,7 +123,9 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
     Nobody compiles, traces, profiles or intercepts, and no gradient is asked for. The dispatcher takes about 10 us for
     a call that passes it twice, Autograd and all, which small layers notice.
     """
-    if is_intercepted() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or is_intercepted() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     is_grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a generator costs more than all that it does here

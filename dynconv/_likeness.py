@@ -7,11 +7,9 @@ network takes as long. The comparison here is two calls into PyTorch: `torch.com
 from __future__ import annotations
 
 from torch import Tensor, get_num_threads
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch.autograd import _profiler_enabled, forward_ad
 
 from . import calibration
-from ._backend import forced_backend
+from ._backend import forced_backend, is_intercepted
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -33,14 +31,8 @@ class Likeness:
         These are the modes of PyTorch and of this package that a call may be run in, transforms and whether gradients
         are asked for; that nobody compiles is for the caller to see. What is no tensor is like none.
         """
-        return (
-            self._guards.check(*tensors)
-            and not _len_torch_function_stack()
-            and not _len_torch_dispatch_stack()  # PyTorch's own modes, as of fake tensors, hide from the guards
-            and not _profiler_enabled()
-            and forward_ad._current_level < 0
-            and self._settings == _settings()
-        )
+        # PyTorch's own modes, as of fake tensors, hide from the guards.
+        return self._guards.check(*tensors) and not is_intercepted() and self._settings == _settings()
 
 
 def can_be_like(*tensors: object) -> bool:

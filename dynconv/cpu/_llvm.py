@@ -470,15 +470,14 @@ def _is_double(value_type: ir.Type) -> bool:
 
 
 def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """exp(x), for float32 zero below exp(-87) and infinite above its largest number; NaN stays NaN."""
+    """exp(x), for float32 zero below exp(-87), exp(88) from there on, and infinite where that is; NaN stays NaN."""
     if _is_double(x.type):
         return _elementwise(builder, "exp", x)
     kind, integer = x.type, _like(ir.IntType(32), x.type)
     # Ordered comparisons are false for NaN. What is beyond the ends has to end there: it may be multiplied by x.
     is_low = builder.fcmp_ordered("<", x, _constant(kind, -87.0))
     is_high = builder.fcmp_ordered(">", x, _constant(kind, 88.722839))
-    x = builder.select(is_low, _constant(kind, -87.0), x)
-    x = builder.select(builder.fcmp_ordered(">", x, _constant(kind, 88.0)), _constant(kind, 88.0), x)
+    x = _between(builder, x, -87.0, 88.0)
     n = _call(builder, "rint", builder.fmul(x, _constant(kind, 1.4426950408889634)))
     rest = _call(builder, "fma", n, _constant(kind, -0.693359375), x)  # log(2) in two parts, the first exact times n
     rest = _call(builder, "fma", n, _constant(kind, 2.12194440054690583e-4), rest)

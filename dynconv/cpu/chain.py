@@ -417,11 +417,11 @@ class Chain:
     ) -> None:
         if len(stages) > MOST_STAGES:
             raise ValueError(f"layers: expected at most {MOST_STAGES} in a chain, got {len(stages)}")
-        self.stages, self.dtype, self.compute = tuple(stages), dtype, compute_type(dtype)
+        self.stages, self.dtype, compute = tuple(stages), dtype, compute_type(dtype)
         self.channels, (height, self.width) = stages[-1].filters, sizes[-1]
         self.samples, self.lines = samples, samples * height
         hidden = max((stage.filters for stage in stages[:-1]), default=self.channels)
-        self.compute_size, lanes = 8 if self.compute == torch.float64 else 4, vector_lanes(dtype)
+        self.compute_size, lanes = compute.itemsize, vector_lanes(dtype)
         self.most_sites = max(1, BAND_BYTES // (hidden * self.compute_size))
         widths, depths = [], []
         for stage in stages:
@@ -435,7 +435,7 @@ class Chain:
         most_taps = max(stage.kernel[0] * stage.kernel[1] for stage in stages)
         gathered = chunk_rows * deepest
         self.elements, self.numbers = gathered + chunk_rows * max(widths), chunk_rows * most_taps
-        self.zeros = torch.zeros(max(stage.channels for stage in stages), dtype=self.compute)
+        self.zeros = torch.zeros(max(stage.channels for stage in stages), dtype=compute)
         # No cache line of two threads.
         self.state_size = ceil(6 * MOST_STAGES + (most_taps + 1) * STENCIL_ROWS, 16) * 16
         header = array_of("q", bytes(8 * _HEADER))

@@ -64,7 +64,7 @@ def _settle_kernel(arguments, storage, compute):
         array(a[7], compute),
     )
     zeros, sites, channels, chunk = array(a[8], compute), a[9], a[10], a[11]
-    activation, finishes, copies, fills = a[12], a[13] != 0, a[14] != 0, a[15] != 0
+    activation, finishes, copies = a[12], a[13] != 0, a[14] != 0
     has_residual, has_gate = a[6] != 0, a[7] != 0
     most = 1 if has_gate else max(1, _ZEROS // channels)
     while True:
@@ -77,7 +77,7 @@ def _settle_kernel(arguments, storage, compute):
             while site < end and (mask[site] != 0) == is_active:
                 site += 1
             if not is_active:
-                if fills:
+                if not copies:
                     fill_elements(inactive, target, first * channels, site * channels, False)
             elif finishes:
                 for some in range(first, site, positive(most)):
@@ -286,7 +286,7 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
 
 def settle(
     result: Tensor,
-    sites,
+    mask: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
     inactive: Tensor | None,
@@ -295,23 +295,19 @@ def settle(
 ) -> None:
     """Make activation(gate * result + residual) of a dense `result` at the active sites; one pass, channels_last.
 
-    `sites` has the mask and the length of an ActiveSites. The skipped sites get zeros or what is `inactive` there; with
-    an `out` the active ones go there, and nothing else does. Half types have neither gate, residual nor activation
-    here: they would be rounded on the way.
+    The skipped sites get zeros or what is `inactive` there; with an `out` the active ones go there, and nothing else
+    does. Half types have neither gate, residual nor activation here: they would be rounded on the way.
     """
-    channels, places = result.shape[1], sites.mask.numel()
+    channels, places = result.shape[1], mask.numel()
     finishes = residual is not None or gate is not None or activation != "none"
-    skips = len(sites) < places
-    if not finishes and not skips and out is None:
-        return
-    zeros = _zeros(max(_ZEROS, channels), compute_type(result.dtype))
+    zeros = _zeros(max(_ZEROS, channels), compute_type(result.dtype)) if finishes else None
     threads = workers(result.numel() // SERIAL)
     chunk = max(_BLOCK, ceil(places, 8 * threads))
     target = result if out is None else out
     _run_settle(
-        result.dtype, threads, result.data_ptr(), target.data_ptr(), address(inactive), sites.mask.data_ptr(),
-        address(residual), address(gate), zeros.data_ptr(), places, channels, chunk, ACTIVATIONS.index(activation),
-        finishes, out is not None, skips and out is None,
+        result.dtype, threads, result.data_ptr(), target.data_ptr(), address(inactive), mask.data_ptr(),
+        address(residual), address(gate), address(zeros), places, channels, chunk, ACTIVATIONS.index(activation),
+        finishes, out is not None,
     )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ class MaskedBlock(ResidualBlock):
         if unchanged is None or not unchanged.holds(self):
             unchanged = Unchanged(self)
             # Once more, as another thread may have written to what has been kept before that was noted.
-            if not unchanged.is_known or self._key(call.used) != kept.key:
+            if not unchanged.is_known or self._key(self._parts(), call.used) != kept.key:
                 return
         kept.passed = (*kept.passed, _Passed(call, input, plain, is_shared, unchanged))[-_MOST_CALLS:]
 
@@ -308,7 +308,8 @@ class _BlockCall(calibration.SiteCall):
     def dense(self) -> Tensor:
         gate = gate_of(self.active, self.input.dtype)
         with torch.no_grad():
-            return _dense(self.block, self.input, self.layers, self.shape, self.active, gate, self.inplace)
+            others = dict(shape=self.shape, sites=self.active, gate=gate, inplace=self.inplace)
+            return _dense(self.block, self.input, self.layers, **others)
 
     def at(self, density: float) -> _BlockCall:
         sites = calibration.sites_at(density, self.active.mask)
@@ -320,7 +321,7 @@ class _BlockCall(calibration.SiteCall):
 
 
 def _dense(
-    block: MaskedBlock, input: Tensor, layers: list[_Folded], shape: tuple[int, ...], sites, gate: Tensor | None,
+    block: MaskedBlock, input: Tensor, layers: list[_Folded], *, shape: tuple[int, ...], sites, gate: Tensor | None,
     inplace: bool,
 ) -> Tensor:  # fmt: skip
     """All sites, and then what a mask leaves of them; `sites` as for `settle`."""
@@ -361,12 +362,13 @@ class _Passed:
         return self.likeness.holds(input, mask, *self.unchanged.tensors) and self.unchanged.holds(block)
 
     def __call__(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites) -> Tensor:
-        input, plain = in_rows(input), mask.mask if self.is_shared else mask
+        input = in_rows(input)
         if self.least_dense < math.inf:
-            count = len(mask) if self.is_shared else int(torch.count_nonzero(mask))
-            if count >= self.least_dense:
-                return _dense(block, input, self.layers, self.shape, Counted(plain, count), None, self.inplace)
-        plain = plain if self.is_shared else plain != 0  # as the bytes behind a bool tensor may be others
+            counted = mask if self.is_shared else Counted(mask, int(torch.count_nonzero(mask)))
+            if len(counted) >= self.least_dense:
+                others = dict(shape=self.shape, sites=counted, gate=None, inplace=self.inplace)
+                return _dense(block, input, self.layers, **others)
+        plain = mask.mask if self.is_shared else mask != 0  # as the bytes behind a bool tensor may be others
         shortcut = None if self.inplace else block._shortcut_of(input, self.shape)
         if shortcut is input or unwatched(shortcut):
             return run_chain(self.chain, input, plain, None, shortcut, self.inplace)

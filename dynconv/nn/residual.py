@@ -25,7 +25,7 @@ from .normalization import uses_batch_statistics
 from .recognition import Chain, Stage, recognise, stand_in
 
 
-class Kept:
+class Frozen:
     """What a block in inference keeps: what `_prepare` made of its stages, and the calls that have used it."""
 
     def __init__(self, key: tuple, layers: list, held: list[Tensor] | None) -> None:
@@ -66,7 +66,7 @@ class Unchanged:
         self.kinds = [*map(type, self.layers)]
         self.tensors = [*{id(t): t for t in operands if t is not None}.values()]
         self.addresses = [*map(Tensor.data_ptr, self.tensors)]
-        counts = block._is_prepared and not any(map(Tensor.is_inference, self.tensors))
+        counts = block._counts_writes(self.tensors)
         self.state_of = _versions if counts else module(".cpu.fingerprint").fingerprint
         self.state = self.state_of(self.tensors)
 
@@ -122,7 +122,7 @@ class ResidualBlock(nn.Module):
         self.statistics = statistics
         self._kinds: list[tuple[list[str], type[nn.Module]]] = []
         self._is_prepared = False
-        self._kept: Kept | None = None
+        self._kept: Frozen | None = None
 
     def _prepare(self, stage: Stage, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, used: str):
         """What inference on the backend `used` keeps of a stage."""
@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
             return None
         if torch.is_grad_enabled() and needs_grad(*operands, *self._shortcut_parameters()):
             return None
-        key, before = self._key(used), self._kept  # read once: another thread may replace it at any time
+        key, before = self._key(modules, used), self._kept  # read once: another thread may replace it at any time
         if key is not None and before is not None and before.key == key:
             return before.layers
         with torch.no_grad():
@@ -158,17 +158,17 @@ class ResidualBlock(nn.Module):
             return layers
         # What is compared by its address is held, so that no other tensor can come to lie there.
         held = [t.detach() for t in operands if t is not None] if self._is_prepared else None
-        self._kept = None if key is None else Kept(key, layers, held)
+        self._kept = None if key is None else Frozen(key, layers, held)
         return layers
 
     def _parts(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | None]]:
         """Each stage's convolution and normalisation."""
         return [(self._submodule(stage.conv), self._norm(stage)) for stage in self.stages]
 
-    def _key(self, used: str) -> tuple | None:
+    def _key(self, parts: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]], used: str) -> tuple | None:
         """What changes when what `_prepare` makes of the stages does; None where that cannot be told."""
         operands, counters, settings = [], [], [used]
-        for conv, norm in self._parts():
+        for conv, norm in parts:
             operands += _operands(conv, norm)
             counters.append(getattr(norm, "num_batches_tracked", None))
             where = (conv.stride, conv.padding, conv.dilation)
@@ -189,11 +189,15 @@ class ResidualBlock(nn.Module):
             return None
         # The address, as what is kept of a convolution without a normalisation may be its very parameters.
         layout = [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr()) for t in operands]
-        if self._is_prepared and not any(t.is_inference() for t in tensors):
+        if self._counts_writes(tensors):
             # Batch normalisation writes its statistics past their versions, and then counts the batch.
             tensors += [t for t in counters if t is not None]
             return layout, [(t.data_ptr(), t._version) for t in tensors]
         return (layout, module(".cpu.fingerprint").fingerprint(tensors)) if used == "cpu" else None
+
+    def _counts_writes(self, tensors: list[Tensor]) -> bool:
+        """Whether versions tell of writes: in a prepared block, of tensors that have one."""
+        return self._is_prepared and not any(map(Tensor.is_inference, tensors))
 
     def train(self, mode: bool = True) -> ResidualBlock:
         """As `nn.Module.train`; training ends what `dynconv.prepare` began."""

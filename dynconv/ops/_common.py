@@ -128,10 +128,10 @@ def settle(
         return in_rows(torch.where(sites.mask, result, 0 if inactive is None else inactive))
     run = module(".cpu.epilogue").settle
     if in_steps:
-        run(result, sites, None, None, inactive, "none", out)
+        run(result, sites.mask, None, None, inactive, "none", out)
     else:
         result, residual = in_rows(result), in_rows(expanded("residual", residual, result.shape, result))
-        run(result, sites, gate, residual, inactive, activation or "none", out)
+        run(result, sites.mask, gate, residual, inactive, activation or "none", out)
     if out is None:
         return result
     torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice

@@ -22,7 +22,6 @@ from ..sites import ActiveSites
 from ._common import (
     Compacted,
     Counted,
-    activate_,
     allow_tf32,
     autocast,
     channels_last,
@@ -288,6 +287,7 @@ class _Forward(_Call):
             return _sparse(*self.operands, *self.epilogue, False, *self.geometry)
         residual, _, activation = self.epilogue
         _forward_into(self.out, *self.operands, residual, None, True, activation, *self.geometry)
+        torch.autograd.graph.increment_version(self.out)  # a graph that saved what was overwritten has to notice
         return self.out
 
     def dense(self) -> Tensor:
@@ -366,7 +366,6 @@ def _in_place_at(
     *geometry, execution = geometry
     call = _Forward(operands, (out if accumulate else residual, None, activation), out, geometry)
     calibration.run(execution, call)
-    torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice
 
 
 for _key in ("CPU", "CUDA"):
@@ -650,10 +649,8 @@ class _Passed:
         self.is_shared = isinstance(operands.mask, ActiveSites)
         self.likeness = Likeness(*operands.tensors())
         self.geometry, self.least_dense = call.geometry, calibration.least_dense(calibration.mode(), call)
-        _, weight, _, sites, *_ = call.operands
-        self.sites = sites.mask.numel()
+        weight = operands.weight
         stride, padding, dilation, groups, _ = call.geometry
-        self.where = (stride, padding, dilation, groups)
         # What several layers share, as `_shared` does.
         self.has_table = self.is_shared and not is_stencil(weight.shape, groups)
         self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
@@ -676,14 +673,12 @@ class _Passed:
 
     def __call__(self, operands: Operands) -> Tensor:
         input, weight, bias, mask, residual, inactive = operands
-        input, plain_mask = in_rows(input), mask.mask if self.is_shared else mask
+        input = in_rows(input)
         if self.least_dense < math.inf:
-            count = len(mask) if self.is_shared else int(torch.count_nonzero(mask))
-            if count >= self.least_dense:
-                result = F.conv2d(input, weight, bias, *self.where)
-                if count == self.sites and residual is None:  # as `settle`, which looks for more
-                    return in_rows(activate_(result, self.activation))
-                return settle(result, Counted(plain_mask, count), None, residual, inactive, self.activation, None)
+            counted = mask if self.is_shared else Counted(mask, int(torch.count_nonzero(mask)))
+            if len(counted) >= self.least_dense:
+                result = F.conv2d(input, weight, bias, *self.geometry[:4])
+                return settle(result, counted, None, residual, inactive, self.activation, None)
         sites, shared = mask, None
         if not self.is_shared:
             sites = Compacted(mask, *module(".cpu.sites").compact(mask))
