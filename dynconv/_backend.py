@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch.autograd import _profiler_enabled, forward_ad
+from torch.autograd import forward_ad, profiler
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -21,6 +21,15 @@ def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+class _Current(threading.local):
+    """What a call has noted of all settings of its thread together; None where one of them may have changed since."""
+
+    settings: tuple | None = None
+
+
+current = _Current()
 
 
 class Setting(threading.local):
@@ -35,10 +44,12 @@ class Setting(threading.local):
     @contextmanager
     def using(self, value) -> Iterator[None]:
         before, self.value = self.value, value
+        current.settings = None
         try:
             yield
         finally:
             self.value = before
+            current.settings = None
 
 
 _forced = Setting(_checked(os.environ["DYNCONV_BACKEND"]) if os.environ.get("DYNCONV_BACKEND") else None)
@@ -112,7 +123,7 @@ def is_intercepted() -> bool:
     return (
         _len_torch_function_stack() > 0
         or _len_torch_dispatch_stack() > 0
-        or _profiler_enabled()
+        or profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
     )
 

@@ -72,9 +72,9 @@ def mode() -> str:
     return _mode.value
 
 
-def version() -> tuple | None:
-    """Another one when a call may have to go another way; None where each call has to be looked at."""
-    return None if _explanations.value or _recorded.value is not None else (_mode.value, _version)
+def is_watched() -> bool:
+    """Whether each call has to be looked at: for `explain`, or to be calibrated."""
+    return bool(_explanations.value) or _recorded.value is not None
 
 
 class Call(Protocol):
@@ -201,7 +201,7 @@ _recorded = Setting(None)  # while `calibrate` runs a model: its calls, and thei
 _tables: dict[str, dict[tuple, Times]] | None = None  # by machine; None: not read yet
 _arriving: dict[tuple, tuple[Tensor, object]] = {}  # counts on their way from the GPU, and the events to ask
 _known: dict[tuple, int] = {}
-_version = 0
+edition = 0  # of the tables: another one when a call may have to go another way
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _backward_in_this_thread() -> AbstractContextManager:
 
 def run(execution: str, call: Call):
     """The call's result by its faster way, or the forced one."""
-    if version() is None:
+    if is_watched():
         return _watched(execution, call)
     least = least_dense(execution, call)
     if least == math.inf:
@@ -438,7 +438,7 @@ def calibrate(
     Raises TypeError where a density is no number, ValueError where one is not in (0, 1] or `run` has no call with a
     dense way.
     """
-    global _tables, _version
+    global _tables, edition
     densities = _checked_densities(densities)
     recorded: dict[tuple, Call] = {}
     order: list[tuple] = []
@@ -459,7 +459,7 @@ def calibrate(
         times = _ascending(replace(times, is_dense=ways[key]))
         _tables.setdefault(machine(call.device), {})[key] = times
         crossovers[times.name] = times.crossover
-    _version += 1
+    edition += 1
     if store:
         _write()
     return crossovers
@@ -493,9 +493,9 @@ def _merged(*tables: dict[str, dict[tuple, Times]]) -> dict[str, dict[tuple, Tim
 
 def forget() -> None:
     """Drop what this process knows; the file, if there is one, is read again at the next call."""
-    global _tables, _version
+    global _tables, edition
     _tables = None
-    _version += 1
+    edition += 1
     _arriving.clear()
     _known.clear()
 
