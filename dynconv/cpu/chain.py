@@ -51,20 +51,25 @@ BAND_BYTES = 1 << 19  # of features between two layers: half of a 1 MiB L2
 _MOST_ROWS = 96
 _MOST_BANDS, MOST_STAGES = 1024, 16  # bands, and layers, that the kernels have room for
 _HEADER, _STAGE = 32, 24  # int64 arguments before the first stage, and of each
-_PLAN = 13  # int64 arguments of the plan
+_PLAN = 14  # int64 arguments of the plan
 _BANDS_SIZE = 3 + 3 * _MOST_BANDS + 13  # whole cache lines
 
 
 @njit
 def _plan_kernel(arguments, storage, compute):
-    """Cut the lines into bands of about the same number of active sites: bands[b] = (first line, end, sites before).
+    """Copy the mask's bytes, of which any but zero is true, as zeros and ones to a[13].
+
+    Then cut the lines into bands of about the same number of active sites: bands[b] = (first line, end, sites before).
 
     The first three entries are the number of bands, of active sites, and the most lines of a band. Then lay out what a
     thread needs for such a band, behind what is there already: the features between two layers, of a[11] elements so
     far, and the lists of sites, of a[12] int32 so far. Both, with all of it, come back in the same places.
     """
     a = carray(arguments, (_PLAN,))
-    mask, lines, width, target, threads, chain = a[2], a[3], a[4], a[5], a[6], a[9]
+    mask, lines, width, target, threads, chain = a[13], a[3], a[4], a[5], a[6], a[9]
+    given, kept = carray(pointer(a[2], np.uint8), (lines * width,)), carray(pointer(mask, np.uint8), (lines * width,))
+    for place in range(lines * width):
+        kept[place] = given[place] != 0
     result = carray(pointer(a[7], np.int64), (3 + 3 * _MOST_BANDS,))
     counts = carray(pointer(a[8], np.int32), (lines,))
     total = 0
@@ -463,7 +468,7 @@ class Chain:
         out: Tensor,
         in_place: bool,
     ) -> None:
-        """Write activation(gate * chain(input) + residual) into `out` at the sites of `mask`, whose bytes are 0 or 1.
+        """Write activation(gate * chain(input) + residual) into `out` at the active sites of `mask`, contiguous bool.
 
         Everything dense is channels_last. The skipped sites get zeros, or what is `inactive` there; `in_place` leaves
         them alone, and `out` may be `input` and `residual` then.
@@ -471,11 +476,13 @@ class Chain:
         threads, arguments = torch.get_num_threads(), self.arguments[:]
         chain, line_counts = arguments.buffer_info()[0], _BANDS_SIZE
         state = line_counts + ceil(self.lines, 32) * 16
-        work = torch.empty(state + threads * self.state_size, dtype=torch.int64)
+        copy = state + threads * self.state_size
+        work = torch.empty(copy + ceil(self.lines * self.width, 8), dtype=torch.int64)
         bands = work.data_ptr()
+        mask_at = bands + 8 * copy
         plan = array_of("q", (
             0, 0, mask.data_ptr(), self.lines, self.width, self.most_sites, threads, bands, bands + 8 * line_counts,
-            chain, self.samples, self.elements, self.numbers,
+            chain, self.samples, self.elements, self.numbers, mask_at,
         ))  # fmt: skip
         _run_plan.start(torch.float32, 1, plan)
         band_count, active = work[:2].tolist()
@@ -490,9 +497,8 @@ class Chain:
             index = torch.empty(active, dtype=torch.int32)
         scratch = torch.empty(threads * (self.compute_size * elements + 4 * numbers), dtype=torch.uint8)
         at = scratch.data_ptr()
-        arguments[2], arguments[3], arguments[4], arguments[5] = (
-            input.data_ptr(), rows.data_ptr(), address(residual), mask.data_ptr()
-        )  # fmt: skip
+        arguments[2], arguments[3] = input.data_ptr(), rows.data_ptr()
+        arguments[4], arguments[5] = address(residual), mask_at
         arguments[6], arguments[9], arguments[11] = address(gate), address(inactive), bands
         arguments[12], arguments[13] = 0 if in_place else 1 if inactive is None else 2, self.is_large
         arguments[14], arguments[15], arguments[16], arguments[17] = in_place, address(index), at, elements

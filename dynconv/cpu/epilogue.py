@@ -10,6 +10,7 @@ Sums over the sites are taken in blocks whose size the shapes alone decide: the 
 from __future__ import annotations
 
 import functools
+from array import array as array_of
 
 import numpy as np
 import torch
@@ -284,31 +285,54 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
     torch.index_select(rows, 0, index[:active], out=out[:active])
 
 
-def settle(
-    result: Tensor,
-    mask: Tensor,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    inactive: Tensor | None,
-    activation: str,
-    out: Tensor | None,
-) -> None:
-    """Make activation(gate * result + residual) of a dense `result` at the active sites; one pass, channels_last.
+class Settling:
+    """The pass behind a dense convolution, over results of one size and type: what of a call its tensors do not change.
 
-    The skipped sites get zeros or what is `inactive` there; with an `out` the active ones go there, and nothing else
-    does. Half types have neither gate, residual nor activation here: they would be rounded on the way.
+    Args:
+        shape: [N, C, H, W] of the results.
+        dtype: theirs.
+        activation: its name; half types have neither activation nor gate nor residual here, which would be rounded on
+            the way.
+        adds: whether there is a gate or a residual.
+        copies: whether the active sites go elsewhere, and nothing else does.
     """
-    channels, places = result.shape[1], mask.numel()
-    finishes = residual is not None or gate is not None or activation != "none"
-    zeros = _zeros(max(_ZEROS, channels), compute_type(result.dtype)) if finishes else None
-    threads = workers(result.numel() // SERIAL)
-    chunk = max(_BLOCK, ceil(places, 8 * threads))
-    target = result if out is None else out
-    _run_settle(
-        result.dtype, threads, result.data_ptr(), target.data_ptr(), address(inactive), mask.data_ptr(),
-        address(residual), address(gate), address(zeros), places, channels, chunk, ACTIVATIONS.index(activation),
-        finishes, out is not None,
-    )  # fmt: skip
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, activation: str, *, adds: bool, copies: bool
+    ) -> None:
+        samples, channels, height, width = shape
+        places, self.dtype = samples * height * width, dtype
+        finishes = adds or activation != "none"
+        self.zeros = _zeros(max(_ZEROS, channels), compute_type(dtype)) if finishes else None
+        self.threads = workers(places * channels // SERIAL)
+        chunk = max(_BLOCK, ceil(places, 8 * self.threads))
+        self.arguments = array_of("q", (
+            0, 0, 0, 0, 0, 0, 0, 0, address(self.zeros), places, channels, chunk, ACTIVATIONS.index(activation),
+            finishes, copies,
+        ))  # fmt: skip
+
+    def run(
+        self,
+        result: Tensor,
+        mask: Tensor,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        inactive: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Make activation(gate * result + residual) of `result` at the active sites, in `out`, which it may be.
+
+        All are channels_last. The skipped sites get zeros or what is `inactive` there.
+        """
+        arguments = self.arguments[:]
+        arguments[2], arguments[3], arguments[5] = result.data_ptr(), out.data_ptr(), mask.data_ptr()
+        if inactive is not None:
+            arguments[4] = inactive.data_ptr()
+        if residual is not None:
+            arguments[6] = residual.data_ptr()
+        if gate is not None:
+            arguments[7] = gate.data_ptr()
+        _run_settle.start(self.dtype, self.threads, arguments)
 
 
 @functools.lru_cache(64)

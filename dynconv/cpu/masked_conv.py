@@ -16,6 +16,7 @@ mask alone: the same bits on any number of threads. Depthwise filters are a sten
 
 from __future__ import annotations
 
+from array import array as array_of
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,7 +58,7 @@ from ._llvm import (
     store,
 )
 from ._threads import compute_type, kernel, workers
-from .packing import packed_weight
+from .packing import Packing, packed_weight
 
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
 GATHERED = 56 * 1024
@@ -65,9 +66,12 @@ DEPTH = 1152
 _SUMMED_CHUNKS = 8  # of 128 rows, whose products one sum of the weight's gradient adds up
 
 
+_FORWARD = 33  # int64 arguments of the forward kernel
+
+
 @njit
 def _forward_kernel(arguments, storage, compute):
-    a = carray(arguments, (40,))
+    a = carray(arguments, (_FORWARD,))
     source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
     packed, bias, gate = array(a[5], compute), array(a[6], compute), array(a[7], compute)
     table, index, weight = array(a[8], np.int32), array(a[9], np.int32), array(a[10], storage)
@@ -314,6 +318,100 @@ _run_input_grad = kernel(_input_grad_kernel)
 _run_weight_grad = kernel(_weight_grad_kernel)
 
 
+class Forward:
+    """The forward pass over operands of one size and type: what of a call their values do not change.
+
+    Args:
+        weight: like those to come.
+        groups: of the convolution.
+        activation: its name.
+        dtype: of the features.
+    """
+
+    def __init__(self, weight: Tensor, groups: int, activation: str, dtype: torch.dtype) -> None:
+        self.dtype, self.compute = dtype, compute_type(dtype)
+        cout, channels, height, width = weight.shape
+        taps, lanes, self.groups = height * width, vector_lanes(dtype), groups
+        block_taps = ceil(taps, ceil(taps, max(1, DEPTH // channels)))
+        self.depth, self.panels, self.lanes = block_taps * channels, ceil(cout // groups, lanes), lanes
+        # Groups share a chunk as far as their gathered rows stay in the cache.
+        self.split_groups = max(1, min(groups, GATHERED // (4 * ROWS * self.depth)))
+        self.most_rows = max(ROWS, min(96, GATHERED // (self.split_groups * self.depth)) // ROWS * ROWS)
+        self.threads, self.packing = torch.get_num_threads(), Packing(weight, groups)
+        self.no_bias = torch.zeros(cout, dtype=self.compute)
+        self.numbers = array_of("q", bytes(8 * _FORWARD))
+        self.numbers[12:17] = array_of("q", (taps, channels * groups, cout, groups, lanes))
+        self.numbers[22], self.numbers[25] = block_taps, ACTIVATIONS.index(activation)
+
+    def in_order(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The parameters in the memory order and type that `run` takes them in; themselves if they are."""
+        bias = None if bias is None else bias.to(self.compute).contiguous()
+        return weight.contiguous(memory_format=torch.channels_last), bias
+
+    def run(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        table: Tensor | None,
+        index: Tensor,
+        active: int,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        inactive: Tensor | None,
+        in_place: bool,
+    ) -> None:
+        """As `forward`, for one site or more; weight and bias are `in_order`."""
+        groups, threads, panels, lanes = self.groups, self.threads, self.panels, self.lanes
+        numbers, depth, split_groups, split_panels = self.numbers[:], self.depth, self.split_groups, panels
+        strips, chunks, packed_size = ceil(panels, TILE_VECTORS), 1, 0
+        # Few rows: each column of the weight is used in one chunk alone, which packs it where it stays in the cache.
+        if groups > 1 or active > self.most_rows or strips < threads:
+            packed_size = self.packing.size
+            chunks = max(ceil(active, self.most_rows), min(4 * threads, ceil(active, 4 * ROWS)))
+        is_same_type = self.dtype == self.compute
+        # The last tile of rows may read past the last site.
+        is_direct = table is None and packed_size > 0 and is_same_type and input.shape[0] >= active + ROWS
+        chunk_rows = ceil(active, chunks * ROWS) * ROWS
+        chunks = ceil(active, chunk_rows)
+        # Too few rows to go round: threads share a chunk's columns, each gathering it for itself.
+        shares = ceil(4 * threads, chunks)
+        if threads > 1 and shares > 1:
+            if groups > 1:
+                split_groups = min(split_groups, ceil(groups, shares))
+            else:
+                split_panels = ceil(strips, min(strips, shares)) * TILE_VECTORS
+        splits = ceil(groups, split_groups) * ceil(panels, split_panels)
+        threads = min(threads, chunks * splits)
+        size = chunk_rows * split_groups * ((0 if is_direct else depth) + split_panels * lanes)
+        size += chunk_rows // ROWS if packed_size else TILE_VECTORS * lanes * depth
+        scratch = torch.empty(packed_size + threads * size, dtype=self.compute)
+        at = scratch.data_ptr()
+        if packed_size:
+            self.packing.run(weight, at)
+            numbers[5], numbers[32] = at, table is not None and groups == 1 and is_same_type
+        numbers[2], numbers[3], numbers[9], numbers[10] = (
+            input.data_ptr(), out.data_ptr(), index.data_ptr(), weight.data_ptr()
+        )  # fmt: skip
+        numbers[4], numbers[7], numbers[8] = address(residual), address(gate), address(table)
+        numbers[6] = (self.no_bias if bias is None else bias).data_ptr()
+        numbers[11], numbers[17], numbers[18], numbers[19] = active, chunk_rows, chunks, split_groups
+        numbers[20], numbers[21], numbers[23], numbers[24] = split_panels, splits, is_direct, out.dim() == 2
+        numbers[26], numbers[27] = at + packed_size * self.compute.itemsize, size
+        numbers[28], numbers[29], numbers[30], numbers[31] = filling(out, inactive, in_place)
+        _run_forward.start(self.dtype, threads, numbers)
+
+
+def forward_of(
+    weight: Tensor, groups: int, activation: str, dtype: torch.dtype, geometry: Sequence[int]
+) -> Forward | stencil.Stencil:
+    """What runs a dense input's forward pass, by a table or, where `is_stencil`, by the geometry of `stencil.Reads`."""
+    if is_stencil(weight.shape, groups):
+        return stencil.Stencil(weight, groups, ACTIVATIONS.index(activation), dtype, geometry)
+    return Forward(weight, groups, activation, dtype)
+
+
 def forward(
     input: Tensor,
     weight: Tensor,
@@ -341,55 +439,14 @@ def forward(
     if active == 0:
         fill_all(out, inactive, in_place)
         return
-    activation = ACTIVATIONS.index(activation)
     if is_stencil(weight.shape, groups):
         stencil.forward(
-            input, weight, bias, groups, reads, index, active, gate, residual, out, inactive, in_place, activation
-        )
+            input, weight, bias, groups, reads, index, active, gate, residual, out, inactive, in_place,
+            ACTIVATIONS.index(activation),
+        )  # fmt: skip
         return
-    dtype, compute = input.dtype, compute_type(input.dtype)
-    cout, channels = weight.shape[:2]
-    filters, cin = cout // groups, channels * groups
-    bias = torch.zeros(cout, dtype=compute) if bias is None else bias.to(compute).contiguous()
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(dtype)
-    block_taps = ceil(taps, ceil(taps, max(1, DEPTH // channels)))
-    depth = block_taps * channels
-    panels = ceil(filters, lanes)
-    strips = ceil(panels, TILE_VECTORS)
-    threads = torch.get_num_threads()
-    # Groups share a chunk as far as their gathered rows stay in the cache.
-    split_groups = max(1, min(groups, GATHERED // (4 * ROWS * depth)))
-    most_rows = max(ROWS, min(96, GATHERED // (split_groups * depth)) // ROWS * ROWS)
-    # Few rows: each column of the weight is used in one chunk alone, which packs it where it stays in the cache.
-    packed = None
-    chunks = 1
-    if groups > 1 or active > most_rows or strips < threads:
-        packed = packed_weight(weight, groups, by_output=True)
-        chunks = max(ceil(active, most_rows), min(4 * threads, ceil(active, 4 * ROWS)))
-    # The last tile of rows may read past the last site.
-    is_direct = table is None and packed is not None and dtype == compute and input.shape[0] >= active + ROWS
-    chunk_rows = ceil(ceil(active, chunks), ROWS) * ROWS
-    chunks = ceil(active, chunk_rows)
-    # Too few rows to go round: threads share a chunk's columns, each gathering it for itself.
-    split_panels = panels
-    if threads > 1 and 4 * threads > chunks:
-        if groups > 1:
-            split_groups = min(split_groups, ceil(groups, ceil(4 * threads, chunks)))
-        else:
-            split_panels = ceil(strips, min(strips, ceil(4 * threads, chunks))) * TILE_VECTORS
-    splits = ceil(groups, split_groups) * ceil(panels, split_panels)
-    threads = workers(chunks * splits)
-    size = chunk_rows * split_groups * ((0 if is_direct else depth) + split_panels * lanes)
-    reads_runs = packed is not None and table is not None and groups == 1 and dtype == compute
-    size += TILE_VECTORS * lanes * depth if packed is None else chunk_rows // ROWS
-    scratch = torch.empty(threads * size, dtype=compute)
-    _run_forward(
-        dtype, threads, input.data_ptr(), out.data_ptr(), address(residual), address(packed), bias.data_ptr(),
-        address(gate), address(table), index.data_ptr(), weight.data_ptr(), active, taps, cin, cout, groups, lanes,
-        chunk_rows, chunks, split_groups, split_panels, splits, block_taps, is_direct, out.dim() == 2, activation,
-        scratch.data_ptr(), size, *filling(out, inactive, in_place), reads_runs,
-    )  # fmt: skip
+    made = Forward(weight, groups, activation, input.dtype)
+    made.run(input, *made.in_order(weight, bias), table, index, active, gate, residual, out, inactive, in_place)
 
 
 def backward(

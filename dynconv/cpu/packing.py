@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array as array_of
+
 import torch
 from numba import carray, njit
 from torch import Tensor
@@ -57,20 +59,39 @@ _run_pack_by_output = kernel(_pack_by_output_kernel)
 _run_pack_by_input = kernel(_pack_by_input_kernel)
 
 
+class Packing:
+    """A weight's columns (output channels, or input channels) in panels of one vector, as the tiles read them.
+
+    Args:
+        weight: of the size and type of those to pack.
+        groups: of the convolution.
+        by_output: whether the columns are output channels.
+    """
+
+    def __init__(self, weight: Tensor, groups: int, by_output: bool = True) -> None:
+        filters, channels, height, width = weight.shape
+        filters, taps, lanes = filters // groups, height * width, vector_lanes(weight.dtype)
+        panels = groups * ceil(filters if by_output else channels, lanes)
+        self.dtype, self.size = weight.dtype, panels * lanes * taps * (channels if by_output else filters)
+        self.threads = workers(self.size // SERIAL)
+        if by_output:
+            chunk = 16 * lanes
+            shape = (groups, filters, taps * channels, lanes, chunk, ceil(taps * channels, chunk))
+        else:
+            shape = (groups, filters, taps, channels, lanes)
+        self.start = (_run_pack_by_output if by_output else _run_pack_by_input).start
+        self.numbers = array_of("q", (0, 0, 0, 0, *shape))
+
+    def run(self, weight: Tensor, at: int) -> None:
+        """Write the channels_last weight's `size` elements to an address, in the compute type."""
+        numbers = self.numbers[:]
+        numbers[2], numbers[3] = weight.data_ptr(), at
+        self.start(self.dtype, self.threads, numbers)
+
+
 def packed_weight(weight: Tensor, groups: int, by_output: bool) -> Tensor:
-    """The weight's columns (output channels, or input channels) in panels of one vector, as the tiles read them."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    filters, channels = weight.shape[0] // groups, weight.shape[1]
-    taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(weight.dtype)
-    panels = groups * ceil(filters if by_output else channels, lanes)
-    size = panels * lanes * taps * (channels if by_output else filters)
-    packed = torch.empty(size, dtype=compute_type(weight.dtype))
-    addresses = (weight.data_ptr(), packed.data_ptr())
-    threads = workers(size // SERIAL)
-    if by_output:
-        chunk = 16 * lanes
-        shape = (groups, filters, taps * channels, lanes, chunk, ceil(taps * channels, chunk))
-        _run_pack_by_output(weight.dtype, threads, *addresses, *shape)
-    else:
-        _run_pack_by_input(weight.dtype, threads, *addresses, groups, filters, taps, channels, lanes)
+    """The weight as `Packing` writes it."""
+    packing = Packing(weight, groups, by_output)
+    packed = torch.empty(packing.size, dtype=compute_type(weight.dtype))
+    packing.run(weight.contiguous(memory_format=torch.channels_last), packed.data_ptr())
     return packed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ def _entries(address):
 
 @njit
 def _compact(arguments, storage, compute):
+    """The active sites of a mask, listed in a[3]; a[4] is how many."""
     a = carray(arguments, (8,))
     sites = a[5]
     mask = carray(pointer(a[2], np.uint8), (sites,))
@@ -37,7 +39,17 @@ def _compact(arguments, storage, compute):
         if mask[site] != 0:
             index[count] = site
             count += 1
-    carray(pointer(a[4], np.int32), (1,))[0] = count
+    a[4] = count
+
+
+@njit
+def _count(arguments, storage, compute):
+    a = carray(arguments, (5,))
+    mask = carray(pointer(a[2], np.uint8), (a[3],))
+    count = 0
+    for site in range(a[3]):
+        count += mask[site] != 0
+    a[4] = count
 
 
 @njit
@@ -150,6 +162,7 @@ def _touched(arguments, storage, compute):
 
 
 _run_compact = kernel(_compact)
+_run_count = kernel(_count)
 _run_inverse = kernel(_inverse)
 _run_neighbours = kernel(_neighbours)
 _run_readers = kernel(_readers)
@@ -161,9 +174,24 @@ _SERIAL = 1 << 13  # entries that a second thread has to save before it is worth
 def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The flat positions of a contiguous bool mask's active elements, int32 in order, and their count [1]."""
     index = torch.full((mask.numel(),), -1, dtype=torch.int32)  # past the count: the same bits at every call
-    count = torch.zeros(1, dtype=torch.int32)
-    _run_compact(torch.float32, 1, mask.data_ptr(), index.data_ptr(), count.data_ptr(), mask.numel())
-    return index, count
+    return index, torch.tensor([list_active(mask, index)], dtype=torch.int32)
+
+
+def list_active(mask: torch.Tensor, index: torch.Tensor) -> int:
+    """Write the flat positions of a contiguous bool mask's active elements into `index`, in order; how many there are.
+
+    `index` int32 has room for all elements.
+    """
+    numbers = array("q", (0, 0, mask.data_ptr(), index.data_ptr(), 0, mask.numel()))
+    _run_compact.start(torch.float32, 1, numbers)
+    return numbers[4]
+
+
+def count_active(mask: torch.Tensor) -> int:
+    """How many elements of a contiguous bool mask are active."""
+    numbers = array("q", (0, 0, mask.data_ptr(), mask.numel(), 0))
+    _run_count.start(torch.float32, 1, numbers)
+    return numbers[4]
 
 
 def inverse(index: torch.Tensor, count: torch.Tensor, sites: int) -> torch.Tensor:

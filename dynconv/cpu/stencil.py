@@ -13,6 +13,7 @@ threads write the same row, and nothing is added up twice.
 
 from __future__ import annotations
 
+from array import array as array_of
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,7 @@ from ._llvm import (
     store,
 )
 from ._threads import compute_type, kernel, workers
-from .packing import packed_weight
+from .packing import Packing
 
 _ROWS_PER_CHUNK = 64  # of what needs one row for another
 _CHUNKS_PER_THREAD = 8  # of the stencil
@@ -94,9 +95,12 @@ def _read_by_geometry(a, index, first, last, offsets, pixels, state, zeros, row_
     state[0], state[1], state[2], state[3] = line_begin, line_end, y, start
 
 
+_STENCIL = 44  # int64 arguments of the stencil
+
+
 @njit
 def _stencil_kernel(arguments, storage, compute):
-    a = carray(arguments, (48,))
+    a = carray(arguments, (_STENCIL,))
     source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
     given, packed, gate = array(a[5], storage), array(a[5], compute), array(a[7], compute)
     table, index = array(a[8], np.int32), array(a[9], np.int32)
@@ -266,6 +270,82 @@ _run_scale_rows = kernel(_scale_rows_kernel)
 Reads = tuple[Tensor | None, Sequence[int]]
 
 
+class Stencil:
+    """The stencil over sources of one type: what of a call the operands' values do not change.
+
+    Args:
+        weight: [Cout, Cin / groups, kH, kW], like those to come.
+        groups: of the convolution.
+        activation: its place in `ACTIVATIONS`.
+        dtype: of the source, the weight and the output.
+        geometry: Ho, Wo, H, W, kernel, stride, padding and dilation, two numbers each, where sites read by it.
+    """
+
+    def __init__(
+        self, weight: Tensor, groups: int, activation: int, dtype: torch.dtype, geometry: Sequence[int] = (0,) * 12
+    ) -> None:
+        filters, inner, height, width = weight.shape
+        channels, taps, compute_size = inner * groups, height * width, compute_type(dtype).itemsize
+        self.is_depthwise, self.dtype, lanes = is_depthwise(weight.shape, groups), dtype, vector_lanes(dtype)
+        self.packing = None if self.is_depthwise else Packing(weight, groups)
+        self.products, self.threads = filters * inner * taps, torch.get_num_threads()
+        # A line's state, the taps' offsets, addresses, sums, zeros and the weight; no cache line of two threads.
+        head = 8 * (4 + taps)
+        values = (STENCIL_ROWS + 1) * (filters + lanes) + max(channels, filters) + taps * channels * self.is_depthwise
+        self.memory_size = ceil(head + 8 * (taps + 1) * STENCIL_ROWS + compute_size * values, 128) * 128
+        numbers = array_of("q", bytes(8 * _STENCIL))
+        numbers[13], numbers[14], numbers[15], numbers[17] = taps, channels, dtype.itemsize, activation
+        numbers[19], numbers[26:38] = self.memory_size, array_of("q", geometry)
+        numbers[38:44] = array_of("q", (compute_size, head, filters, groups, lanes, self.is_depthwise))
+        self.numbers = numbers
+
+    def in_order(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The parameters in the memory order and type that `run` takes them in; themselves if they are."""
+        bias = None if bias is None else bias.to(compute_type(self.dtype)).contiguous()
+        if self.is_depthwise:
+            return weight.contiguous(), bias
+        return weight.contiguous(memory_format=torch.channels_last), bias
+
+    def run(
+        self,
+        source: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        table: Tensor | None,
+        index: Tensor | None,
+        active: int,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor | None,
+        inactive: Tensor | None,
+        in_place: bool,
+        *,
+        lookup: Tensor | None = None,
+        grad: Tensor | None = None,
+        gate_grad: Tensor | None = None,
+    ) -> None:
+        """As `_stencil`; weight and bias are `in_order`."""
+        numbers = self.numbers[:]
+        threads = max(1, min(self.threads, active * self.products // SERIAL))
+        # Long chunks: at each cut, lines that another thread has in its cache are read again.
+        numbers[16] = ceil(active, _CHUNKS_PER_THREAD * threads * STENCIL_ROWS) * STENCIL_ROWS
+        packed_size = 0 if self.packing is None else self.packing.size * numbers[38]
+        memory = torch.empty(packed_size + threads * self.memory_size, dtype=torch.uint8)
+        at = numbers[5] = memory.data_ptr()
+        if self.packing is None:
+            numbers[5] = weight.data_ptr()
+        else:
+            self.packing.run(weight, at)
+        numbers[2], numbers[3], numbers[4] = source.data_ptr(), address(out), address(residual)
+        numbers[6], numbers[7], numbers[8] = address(bias), address(gate), address(table)
+        numbers[9], numbers[10], numbers[11], numbers[12] = address(index), address(grad), address(gate_grad), active
+        numbers[18], numbers[25] = at + packed_size, address(lookup)
+        if out is not None:
+            numbers[20] = out.dim() == 2
+            numbers[21], numbers[22], numbers[23], numbers[24] = filling(out, inactive, in_place)
+        _run_stencil.start(self.dtype, threads, numbers)
+
+
 def _stencil(
     source: Tensor,
     weight: Tensor,
@@ -289,27 +369,11 @@ def _stencil(
     rows `index`, or from the first on if it is packed [rows, C]; `grad` is packed and `gate_grad` [count]. `weight`
     [Cout, Cin / groups, kH, kW] is of the type of `source`.
     """
-    filters, channels, taps = weight.shape[0], weight.shape[1] * groups, weight.shape[2] * weight.shape[3]
-    one_by_one, lanes = is_depthwise(weight.shape, groups), vector_lanes(source.dtype)
     table, lookup, geometry = (None, *reads) if isinstance(reads, tuple) else (reads, None, (0,) * 12)
-    dtype, compute = source.dtype, compute_type(source.dtype)
-    weight = weight.contiguous() if one_by_one else packed_weight(weight, groups, by_output=True)
-    bias = None if bias is None else bias.to(compute).contiguous()
-    threads = workers(count * filters * channels // groups * taps // SERIAL)
-    # Long chunks: at each cut, lines that another thread has in its cache are read again.
-    chunk_rows = ceil(ceil(count, _CHUNKS_PER_THREAD * threads), STENCIL_ROWS) * STENCIL_ROWS
-    compute_size = 8 if compute == torch.float64 else 4
-    # A line's state, the taps' offsets, addresses, sums, zeros and the weight; no cache line of two threads.
-    head = 8 * (4 + taps)
-    values = (STENCIL_ROWS + 1) * (filters + lanes) + max(channels, filters) + (taps * channels if one_by_one else 0)
-    size = ceil(head + 8 * (taps + 1) * STENCIL_ROWS + compute_size * values, 128) * 128
-    memory = torch.empty(threads * size, dtype=torch.uint8)
-    _run_stencil(
-        dtype, threads, source.data_ptr(), address(out), address(residual), weight.data_ptr(), address(bias),
-        address(gate), address(table), address(index), address(grad), address(gate_grad),
-        count, taps, channels, source.element_size(), chunk_rows, activation, memory.data_ptr(), size,
-        out is not None and out.dim() == 2, *((0, 0, 0, 0) if out is None else filling(out, inactive, in_place)),
-        address(lookup), *geometry, compute_size, head, filters, groups, lanes, one_by_one,
+    made = Stencil(weight, groups, activation, source.dtype, geometry)
+    made.run(
+        source, *made.in_order(weight, bias), table, index, count, gate, residual, out, inactive, in_place,
+        lookup=lookup, grad=grad, gate_grad=gate_grad,
     )  # fmt: skip
 
 

@@ -306,10 +306,14 @@ class _BlockCall(calibration.SiteCall):
         return self._chain[0]
 
     def dense(self) -> Tensor:
-        gate = gate_of(self.active, self.input.dtype)
+        """All sites, and then what a mask leaves of them."""
+        input, active = self.input, self.active
         with torch.no_grad():
-            others = dict(shape=self.shape, sites=self.active, gate=gate, inplace=self.inplace)
-            return _dense(self.block, self.input, self.layers, **others)
+            result = _branch(input, self.layers)
+            shortcut = self.block._shortcut_of(input, self.shape)
+            inactive, out = (None, input) if self.inplace else (shortcut, None)
+            gate, activation = gate_of(active, input.dtype), self.layers[-1].activation
+            return settle(result, active, gate, shortcut, inactive, activation, out)
 
     def at(self, density: float) -> _BlockCall:
         sites = calibration.sites_at(density, self.active.mask)
@@ -320,19 +324,14 @@ class _BlockCall(calibration.SiteCall):
         return call
 
 
-def _dense(
-    block: MaskedBlock, input: Tensor, layers: list[_Folded], *, shape: tuple[int, ...], sites, gate: Tensor | None,
-    inplace: bool,
-) -> Tensor:  # fmt: skip
-    """All sites, and then what a mask leaves of them; `sites` as for `settle`."""
+def _branch(input: Tensor, layers: list[_Folded]) -> Tensor:
+    """The convolutions at all sites, without the last activation."""
     value, last = input, layers[-1]
     for layer in layers:
         value = F.conv2d(value, *layer.conv2d)
         if layer is not last:
             value = activate_(value, layer.activation)
-    shortcut = block._shortcut_of(input, shape)
-    inactive, out = (None, input) if inplace else (shortcut, None)
-    return settle(value, sites, gate, shortcut, inactive, last.activation, out)
+    return value
 
 
 _MOST_CALLS = 8  # that a block remembers
@@ -350,6 +349,14 @@ class _Passed:
         self.likeness = Likeness(input, mask, *unchanged.tensors)
         self.least_dense = calibration.least_dense(calibration.mode(), call)
         self.chain = call.chain if self.least_dense > 0 else None
+        self.is_in_rows = input.is_contiguous(memory_format=torch.channels_last)
+        self.adds_input = call.block._fused_shortcut == "identity" and input.shape == call.shape
+        self.activation, self.sites = call.layers[-1].activation, mask.numel()
+        self.settling = None  # half types settle in steps
+        if input.element_size() > 2:
+            kind, adds = self.activation or "none", call.block._fused_shortcut is not None
+            self.settling = module(".cpu.epilogue").Settling(self.shape, input.dtype, kind, adds=adds, copies=False)
+        self.count_active = module(".cpu.sites").count_active
 
     def is_like(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites | None, inplace: bool) -> bool:
         """Whether a call may take the same way, with no more to look at than its values."""
@@ -362,18 +369,35 @@ class _Passed:
         return self.likeness.holds(input, mask, *self.unchanged.tensors) and self.unchanged.holds(block)
 
     def __call__(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites) -> Tensor:
-        input = in_rows(input)
+        if not self.is_in_rows:
+            input = in_rows(input)
+        plain = mask.mask if self.is_shared else mask
         if self.least_dense < math.inf:
-            counted = mask if self.is_shared else Counted(mask, int(torch.count_nonzero(mask)))
-            if len(counted) >= self.least_dense:
-                others = dict(shape=self.shape, sites=counted, gate=None, inplace=self.inplace)
-                return _dense(block, input, self.layers, **others)
-        plain = mask.mask if self.is_shared else mask != 0  # as the bytes behind a bool tensor may be others
-        shortcut = None if self.inplace else block._shortcut_of(input, self.shape)
-        if shortcut is input or unwatched(shortcut):
-            return run_chain(self.chain, input, plain, None, shortcut, self.inplace)
+            active = len(mask) if self.is_shared else self.count_active(mask)
+            if active >= self.least_dense:
+                return self._dense(block, input, plain, active)
+        if self.inplace or self.adds_input:
+            return run_chain(self.chain, input, plain, None, input, self.inplace)
+        shortcut = block._shortcut_of(input, self.shape)
+        if unwatched(shortcut):
+            return run_chain(self.chain, input, plain, None, shortcut, False)
         layers, others = [layer.layer for layer in self.layers], dict(residual=shortcut, inactive=shortcut)
         return masked_chain(input, layers, ActiveSites._of(plain), **others)
+
+    def _dense(self, block: MaskedBlock, input: Tensor, mask: Tensor, active: int) -> Tensor:
+        """As `_BlockCall.dense`."""
+        result = _branch(input, self.layers)
+        shortcut = input if self.adds_input else block._shortcut_of(input, self.shape)
+        if self.inplace or (active < self.sites and self.settling is None):
+            inactive, out = (None, input) if self.inplace else (shortcut, None)
+            return settle(result, Counted(mask, active), None, shortcut, inactive, self.activation, out)
+        if active == self.sites:
+            if shortcut is not None:
+                result += shortcut
+            return activate_(result, self.activation).contiguous(memory_format=torch.channels_last)
+        result, shortcut = in_rows(result), in_rows(shortcut)
+        self.settling.run(result, mask, None, shortcut, shortcut, result)
+        return result
 
 
 def _as_read(weight: Tensor, groups: int) -> Tensor:

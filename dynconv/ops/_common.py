@@ -91,9 +91,14 @@ _IN_PLACE = {
 }
 
 
+def in_place(activation: str | None) -> Callable[[Tensor], Tensor]:
+    """The activation as a function of a tensor that nobody else sees."""
+    return _IN_PLACE[activation or "none"]
+
+
 def activate_(result: Tensor, activation: str | None) -> Tensor:
     """The activation of a tensor that nobody else sees."""
-    return _IN_PLACE[activation or "none"](result)
+    return in_place(activation)(result)
 
 
 def settle(
@@ -126,12 +131,14 @@ def settle(
         if out is not None:
             return out.copy_(torch.where(sites.mask, result, out))
         return in_rows(torch.where(sites.mask, result, 0 if inactive is None else inactive))
-    run = module(".cpu.epilogue").settle
     if in_steps:
-        run(result, sites.mask, None, None, inactive, "none", out)
-    else:
-        result, residual = in_rows(result), in_rows(expanded("residual", residual, result.shape, result))
-        run(result, sites.mask, gate, residual, inactive, activation or "none", out)
+        gate = residual = activation = None
+    result, residual = in_rows(result), in_rows(expanded("residual", residual, result.shape, result))
+    adds = gate is not None or residual is not None
+    pass_ = module(".cpu.epilogue").Settling(
+        tuple(result.shape), result.dtype, activation or "none", adds=adds, copies=out is not None
+    )
+    pass_.run(result, sites.mask, gate, residual, inactive, result if out is None else out)
     if out is None:
         return result
     torch.autograd.graph.increment_version(out)  # a graph that saved what was overwritten has to notice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.compiler import is_dynamo_compiling
 
 from .. import calibration, reference
 from .._backend import backend_for, module, unwatched
@@ -36,6 +36,7 @@ from ._common import (
     expanded_inactive,
     fill,
     gate_of,
+    in_place,
     in_rows,
     is_autocast,
     is_same_memory,
@@ -82,13 +83,18 @@ def _reads(input, weight, mask, source, stride, padding, dilation) -> tuple[Tens
     return source[0] if source else None, geometry
 
 
+def _reads_itself(geometry: tuple[int, ...]) -> bool:
+    """Whether each site reads the pixel where it is, and no other: its place in the index is its neighbour table."""
+    return geometry[:2] == geometry[2:4] and geometry[4:10] == _POINTWISE
+
+
 def _table(reads, index, count, shared) -> Tensor | None:
     """The neighbour table that layers share, or one for this call alone; none where row m reads row m."""
     if shared:
         return shared[0] if shared[0].dim() == 2 else None
     lookup, geometry = reads
-    if lookup is None and geometry[:2] == geometry[2:4] and geometry[4:10] == _POINTWISE:
-        return index.view(-1, 1)  # each site reads the pixel where it is
+    if lookup is None and _reads_itself(geometry):
+        return index.view(-1, 1)
     return module(".cpu.sites").neighbours(index, count, geometry, lookup)
 
 
@@ -262,6 +268,21 @@ class _Forward(_Call):
     def __init__(self, operands: tuple, epilogue: tuple, out: Tensor | None, geometry: Sequence) -> None:
         super().__init__(operands, geometry)
         self.epilogue, self.out = epilogue, out
+        self._ways: list[_Ways] = []  # of this call and those that `at` makes of it
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what a `_Ways` can do: on the CPU, from the tensors and sites of an unwatched call."""
+        *_, sites, _, source, gate = self.operands
+        backend, is_listed = self.geometry[4], isinstance(sites, ActiveSites)
+        return backend == "cpu" and is_listed and source is gate is self.out is None
+
+    @property
+    def ways(self) -> _Ways:
+        """Made once, for a layer that shares its sites' table as for one that does not."""
+        if not self._ways:
+            self._ways.append(_Ways(self, bool(self.operands[4])))
+        return self._ways[0]
 
     @property
     def has_choice(self) -> bool:
@@ -283,6 +304,10 @@ class _Forward(_Call):
         return self._name(*details, *["residual"] * (residual is not None), *["inactive"] * (inactive is not None))
 
     def sparse(self) -> Tensor:
+        if self.is_plain:
+            input, weight, bias, sites, shared, *_ = self.operands
+            residual, inactive, _ = self.epilogue
+            return self.ways.sparse(input, weight, bias, sites if shared else sites.mask, residual, inactive)
         if self.out is None:
             return _sparse(*self.operands, *self.epilogue, False, *self.geometry)
         residual, _, activation = self.epilogue
@@ -293,12 +318,87 @@ class _Forward(_Call):
     def dense(self) -> Tensor:
         input, weight, bias, sites, _, _, gate = self.operands
         residual, inactive, activation = self.epilogue
+        if self.is_plain:
+            return self.ways.dense(input, weight, bias, sites.mask, len(sites), residual, inactive)
         result = F.conv2d(in_rows(input), weight, bias, *self.geometry[:4])
         return settle(result, sites, gate, residual, inactive, activation, self.out)
 
     def at(self, density: float) -> _Forward:
         out = None if self.out is None else self.out.clone(memory_format=torch.preserve_format)
-        return _Forward(self._operands_at(density), self.epilogue, out, self.geometry)
+        call = _Forward(self._operands_at(density), self.epilogue, out, self.geometry)
+        call._ways = self._ways
+        return call
+
+
+class _Ways:
+    """The two ways of a plain call in inference on the CPU, with all that its tensors' values do not change.
+
+    Every function more that a call goes through takes 1 to 3 us where the layer before has pushed it out of the cache:
+    what others would call stands here in one piece.
+    """
+
+    def __init__(self, call: _Forward, is_shared: bool) -> None:
+        input, weight, bias, sites, *_ = call.operands
+        residual, inactive, kind = call.epilogue
+        stride, padding, dilation, groups, _ = call.geometry
+        samples, _, height, width = sites.mask.shape
+        self.shape, self.sites = (samples, weight.shape[0], height, width), samples * height * width
+        self.dtype, self.conv2d, self.is_shared, self.kind = input.dtype, call.geometry[:4], is_shared, kind
+        self.is_in_rows = all(t is None or in_rows(t) is t for t in (input, residual, inactive))
+        self.activate_ = in_place(kind)
+        self.settling = None  # half types settle in steps
+        if input.element_size() > 2:
+            adds = residual is not None
+            self.settling = module(".cpu.epilogue").Settling(self.shape, input.dtype, kind, adds=adds, copies=False)
+        kernels = module(".cpu.sites")
+        self.list_active, self.neighbours = kernels.list_active, kernels.neighbours
+        self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
+        self.reads = _reads(input, weight, sites.mask, None, stride, padding, dilation)[1]
+        self.is_stencil, self.is_pointwise = is_stencil(weight.shape, groups), _reads_itself(self.reads)
+        self.forward = module(".cpu.masked_conv").forward_of(weight, groups, kind, input.dtype, self.reads)
+        read = self.forward.in_order(weight, bias)
+        self.is_in_order = read[0] is weight and read[1] is bias
+
+    def sparse(self, input, weight, bias, mask: Tensor | ActiveSites, residual, inactive) -> Tensor:
+        """`mask`: sites, where they are shared."""
+        # Before anything else is allocated: the memory that the last call's output has left is then still in one piece.
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=torch.channels_last)
+        if self.is_shared:
+            index, active = mask.index, len(mask)
+        else:
+            index = torch.empty(self.sites, dtype=torch.int32)
+            active = self.list_active(mask, index)
+        if not self.is_in_rows:
+            input, residual, inactive = in_rows(input), in_rows(residual), in_rows(inactive)
+        if active == 0:
+            fill(out, inactive, False)
+            return out
+        table = None
+        if self.is_pointwise:
+            table = index
+        elif not self.is_stencil and self.is_shared:
+            table = mask._neighbours(self.reads[2:4], self.taps)
+        elif not self.is_stencil:
+            table = self.neighbours(index, active, self.reads)
+        if not self.is_in_order:
+            weight, bias = self.forward.in_order(weight, bias)
+        self.forward.run(input, weight, bias, table, index, active, None, residual, out, inactive, False)
+        return out
+
+    def dense(self, input, weight, bias, mask: Tensor, active: int, residual, inactive) -> Tensor:
+        """`active`: how many sites of the mask are."""
+        if not self.is_in_rows:
+            input, residual, inactive = in_rows(input), in_rows(residual), in_rows(inactive)
+        result = F.conv2d(input, weight, bias, *self.conv2d)
+        if active == self.sites:
+            if residual is not None:
+                result += residual
+            return self.activate_(result).contiguous(memory_format=torch.channels_last)
+        if self.settling is None:
+            return settle(result, Counted(mask, active), None, residual, inactive, self.kind, None)
+        result = result.contiguous(memory_format=torch.channels_last)
+        self.settling.run(result, mask, None, residual, inactive, result)
+        return result
 
 
 class _Backward(_Call):
@@ -530,12 +630,14 @@ def masked_conv2d(
         ValueError: an argument of the wrong shape, device or memory format, or arguments that exclude each other.
             Nothing has been written then.
     """
-    operands, given = Operands(input, weight, bias, mask, residual, inactive), (stride, padding, dilation, groups)
-    remembers = out is None and not packed and not torch.compiler.is_compiling()
+    remembers = out is None and not packed and not is_dynamo_compiling()
     if remembers:
         for passed in _passed.get(id(weight), ()):
-            if passed.is_like(operands, given, activation):
-                return passed(operands)
+            if passed.is_like(
+                input, weight, bias, stride, padding, dilation, groups, mask, activation, residual, inactive
+            ):
+                return passed(input, weight, bias, mask, residual, inactive)
+        operands, given = Operands(input, weight, bias, mask, residual, inactive), (stride, padding, dilation, groups)
     stride, padding, dilation, groups = plain(stride, padding, dilation, groups)
     if is_unbatched(input, out, packed):
         result = masked_conv2d(
@@ -621,12 +723,6 @@ class Operands(NamedTuple):
     residual: Tensor | None
     inactive: Tensor | None
 
-    @property
-    def gaps(self) -> tuple[bool, bool, bool, bool]:
-        """Which of them there are not, or not beside another one."""
-        _, _, bias, _, residual, inactive = self
-        return bias is None, residual is None, inactive is None, inactive is residual
-
     def tensors(self) -> list[Tensor]:
         """All of them, each once; the mask of sites for the sites."""
         _, _, bias, mask, residual, inactive = self
@@ -641,51 +737,63 @@ class Operands(NamedTuple):
 
 
 class _Passed:
-    """A plain call in inference on the CPU whose like has passed all checks before: straight to the kernels."""
+    """A plain call in inference on the CPU whose like has passed all checks before: straight to its faster way."""
 
     def __init__(self, call: _Forward, operands: Operands, given: tuple, activation: str | None) -> None:
-        self.activation, self.gaps, self.plain = activation, operands.gaps, plain(*given)
-        self.given = given if all(map(_is_constant, given)) else None
-        self.is_shared = isinstance(operands.mask, ActiveSites)
+        _, _, bias, mask, residual, inactive = operands
+        self.activation, self.plain = activation, plain(*given)
+        self.given = given if all(map(_is_constant, given)) else (_NOTHING,) * 4
+        self.has_bias, self.has_residual, self.has_inactive = (t is not None for t in (bias, residual, inactive))
+        self.adds_what_it_skips = residual is inactive
+        self.is_shared = isinstance(mask, ActiveSites)
         self.likeness = Likeness(*operands.tensors())
-        self.geometry, self.least_dense = call.geometry, calibration.least_dense(calibration.mode(), call)
-        weight = operands.weight
-        stride, padding, dilation, groups, _ = call.geometry
-        # What several layers share, as `_shared` does.
-        self.has_table = self.is_shared and not is_stencil(weight.shape, groups)
-        self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
+        self.least_dense = calibration.least_dense(calibration.mode(), call)
+        self.ways = _Ways(call, self.is_shared)
+        self.count_active = module(".cpu.sites").count_active
 
-    def is_like(self, operands: Operands, given: tuple, activation: str | None) -> bool:
-        """Whether these operands may take the same way, with no more to look at than their values.
+    def is_like(
+        self, input, weight, bias, stride, padding, dilation, groups, mask, activation, residual, inactive
+    ) -> bool:
+        """Whether these arguments may take the same way, with no more to look at than the tensors' values."""
+        same = self.given  # mostly the very objects of the call before
+        if (
+            stride is not same[0] or padding is not same[1] or dilation is not same[2] or groups is not same[3]
+        ) and plain(stride, padding, dilation, groups) != self.plain:  # fmt: skip
+            return False
+        if activation is not self.activation:
+            return False
+        if self.is_shared:
+            if not isinstance(mask, ActiveSites) or mask.gate is not None:
+                return False
+            mask = mask.mask
+        tensors = [input, weight, mask]
+        if self.has_bias:
+            tensors.append(bias)
+        elif bias is not None:
+            return False
+        if self.has_residual:
+            tensors.append(residual)
+        elif residual is not None:
+            return False
+        if (residual is inactive) is not self.adds_what_it_skips:
+            return False
+        if not self.adds_what_it_skips:
+            if self.has_inactive:
+                tensors.append(inactive)
+            elif inactive is not None:
+                return False
+        return self.likeness.holds(*tensors)
 
-        `given`: stride, padding, dilation and groups as they came, mostly the very objects of the call before.
-        """
-        return (
-            activation is self.activation
-            and (self._are_given(given) or plain(*given) == self.plain)
-            and operands.gaps == self.gaps
-            and isinstance(operands.mask, ActiveSites) is self.is_shared
-            and self.likeness.holds(*operands.tensors())
-        )
-
-    def _are_given(self, given: tuple) -> bool:
-        return self.given is not None and all(map(operator.is_, given, self.given))
-
-    def __call__(self, operands: Operands) -> Tensor:
-        input, weight, bias, mask, residual, inactive = operands
-        input = in_rows(input)
+    def __call__(self, input, weight, bias, mask, residual, inactive) -> Tensor:
         if self.least_dense < math.inf:
-            counted = mask if self.is_shared else Counted(mask, int(torch.count_nonzero(mask)))
-            if len(counted) >= self.least_dense:
-                result = F.conv2d(input, weight, bias, *self.geometry[:4])
-                return settle(result, counted, None, residual, inactive, self.activation, None)
-        sites, shared = mask, None
-        if not self.is_shared:
-            sites = Compacted(mask, *module(".cpu.sites").compact(mask))
-        elif self.has_table:
-            shared = [sites._neighbours(input.shape[2:], self.taps)]
-        kind = self.activation or "none"
-        return _sparse(input, weight, bias, sites, shared, None, None, residual, inactive, kind, False, *self.geometry)
+            active = len(mask) if self.is_shared else self.count_active(mask)
+            if active >= self.least_dense:
+                plain = mask.mask if self.is_shared else mask
+                return self.ways.dense(input, weight, bias, plain, active, residual, inactive)
+        return self.ways.sparse(input, weight, bias, mask, residual, inactive)
+
+
+_NOTHING = object()  # like no argument
 
 
 def _is_constant(value: IntPair | str) -> bool:
