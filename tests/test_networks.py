@@ -174,7 +174,7 @@ def test_networks_compile_frozen(monkeypatch):
 def test_the_readme_shows_networks_first(tmp_path):
     from test_cli import ROOT, script
 
-    readme, folder = script("readme"), ROOT / "benchmarks" / "results" / "amd-epyc-zen4-2-threads"
+    readme, folder = script("readme"), ROOT / "benchmarks" / "results" / "intel-xeon-sapphire-rapids-2-threads"
     of = lambda milliseconds: {"median": milliseconds}
     row = {
         "batch": 4,
