@@ -32,3 +32,9 @@ def check_mask(mask: Tensor) -> None:
         raise TypeError(f"mask: expected a bool or floating tensor, got {kind_of(mask)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask: expected a bool or floating tensor, got {mask.dtype} (.bool() makes a bool one)")
+
+
+def check_pixels(name: str, samples: int, height: int, width: int) -> None:
+    """Raise ValueError where a map has more pixels than the kernels can number, which do so in int32."""
+    if samples * height * width >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2^31 pixels, got {samples} x [{height}, {width}]")

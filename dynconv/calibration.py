@@ -298,9 +298,11 @@ def _kept(call: Call) -> int | None:
     """The kept work; of an earlier call of this key where the masks are not on the CPU, None where none is known."""
     if call.device.type == "cpu":
         return call.kept()
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    return _latest(call.key(), call.kept_on_device(), torch.cuda.Event)
+    # The stream that the count is made on is one of its own device, which need not be the current one.
+    with torch.cuda.device(call.device):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return _latest(call.key(), call.kept_on_device(), torch.cuda.Event)
 
 
 def _latest(key: tuple, count: Tensor, event_type: Callable) -> int | None:

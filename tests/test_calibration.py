@@ -388,6 +388,32 @@ def test_counts_on_another_device_arrive_later():
     assert calibration._latest(("other",), counts[0], Event) is None
 
 
+def test_a_count_is_sent_from_its_own_device(monkeypatch):
+    """An event of the current device's stream would say that a count has arrived that is still to be made."""
+    current, seen = [0], []
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Call:
+        device = torch.device("cuda", 1)
+        key = lambda self: "a layer"
+        kept_on_device = lambda self: torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.append(current[-1]))
+    monkeypatch.setattr(calibration, "_latest", lambda *_: seen.append(current[-1]) or 5)
+    assert calibration._kept(Call()) == 5
+    assert seen == [1, 1] and current == [0]
+
+
 def _without(entry, name):
     return {key: value for key, value in entry.items() if key != name}
 

@@ -503,3 +503,37 @@ def test_sites_and_layers_pickle():
     layer = copy.deepcopy(dynconv.nn.MaskedConv2d(4, 4, 3, padding=1).double())
     copied = pickle.loads(pickle.dumps(layer))
     assert torch.equal(copied(IMAGE, sites), layer(IMAGE, SITES))
+
+
+def huge(channels, height, width, dtype=torch.float32):
+    """A map of that many pixels, in no memory."""
+    return torch.zeros(1, dtype=dtype).expand(1, channels, height, width)
+
+
+BIG, ONE = 2**16, torch.ones(1, 1, 1, 1)  # BIG x BIG pixels are more than int32 can number
+KEPT = ONE[0, 0].bool()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("input", lambda: masked_conv2d(huge(1, BIG, BIG), ONE, stride=2**8, mask=huge(1, 256, 256, torch.bool))),
+        (
+            "mask",
+            lambda: masked_conv2d(huge(1, 4, 4), ONE, padding=BIG, mask=huge(1, 2 * BIG + 4, 2 * BIG + 4, torch.bool)),
+        ),
+        ("input", lambda: gathered_conv2d(huge(1, BIG, BIG), ONE, in_mask=KEPT)),
+        ("padding", lambda: gathered_conv2d(huge(1, 4, 4), ONE, padding=BIG, out_mask=KEPT)),
+        ("input", lambda: dynamic_filter2d(huge(1, BIG, BIG), huge(1, 256, 256), kernel_size=1, stride=2**8)),
+        (
+            "filters",
+            lambda: dynamic_filter2d(huge(1, BIG, BIG // 4), huge(1, 2 * BIG, BIG // 2), kernel_size=1, scale_factor=2),
+        ),
+        ("input", lambda: deform_conv2d(huge(1, BIG, BIG), huge(2, 256, 256), ONE, stride=2**8)),
+        ("offset", lambda: deform_conv2d(huge(1, 4, 4), huge(2, 2 * BIG + 4, 2 * BIG + 4), ONE, padding=BIG)),
+    ],
+)
+def test_maps_that_int32_cannot_number_are_refused(name, call):
+    """Kernels number pixels and sites in int32: beyond them an address would be that of another pixel."""
+    with pytest.raises(ValueError, match=rf"^{name}: expected fewer than 2\^31"):
+        call()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import check_pixels
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding
@@ -457,8 +458,7 @@ def _check_offset(input, offset, kernel_size, stride, padding, dilation) -> Geom
             f"offset: expected G * {2 * taps} channels for a G that divides C = {input.shape[1]}, got {offset.shape[1]}"
         )
     for name, sizes in (("input", input.shape), ("offset", offset.shape)):
-        if sizes[0] * sizes[2] * sizes[3] >= 2**31:
-            raise ValueError(f"{name}: expected fewer than 2^31 pixels, got {sizes[0]} x {list(sizes[2:])}")
+        check_pixels(name, sizes[0], *sizes[2:])
     return geometry
 
 

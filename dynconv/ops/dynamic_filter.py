@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import reference
+from .._arguments import check_pixels
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding
@@ -287,6 +288,6 @@ def _check(
     wanted = (*input.shape[:2], *geometry.kernel)
     if channel_filters is not None and channel_filters.shape != wanted:
         raise ValueError(f"channel_filters: expected shape {list(wanted)}, got {list(channel_filters.shape)}")
-    if size[0] * size[1] * input.shape[0] >= 2**31:
-        raise ValueError(f"filters: expected fewer than 2^31 sites, got {input.shape[0]} x {list(size)}")
+    check_pixels("input", input.shape[0], *input.shape[2:])
+    check_pixels("filters", input.shape[0], *size)
     return geometry, size

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import calibration, reference
-from .._arguments import kind_of
+from .._arguments import check_pixels, kind_of
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding, plain
@@ -531,6 +531,8 @@ def gathered_conv2d(
     else:
         geometry, size = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     check_activation(activation)
+    check_pixels("input", input.shape[0], *input.shape[2:])
+    check_pixels("padding", input.shape[0], *size)  # which alone makes more of them
     input, weight, bias, residual, inactive = autocast(input, weight, bias, residual, inactive)
     check_types(input, weight=weight, bias=bias)
     shape = (input.shape[0], weight.shape[0], *size)
