@@ -147,10 +147,11 @@ def _named(block_m, block_n, block_k, threads, num_stages):
 
 @triton.jit
 def locate(offset, pair, y, x, listed, source_height, source_width, ACCUMULATOR: tl.constexpr):
-    """(top, left, below, right, inside), each [M]: the pixel above and to the left of (y, x) + (dy, dx), how far below
-    and to the right of it that is, in [0, 1), and whether any pixel of the source is less than one away.
+    """(top, left, below, right, inside): the pixel above and to the left of (y, x) + (dy, dx), how far below and to the
+    right of it that is, in [0, 1), and whether any pixel of the source is less than one away.
 
-    (dy, dx) are in offset at pair, int64 [M]. Where not inside, top and left are 0: safe to convert, not to be used.
+    All have the shape of pair, int64, where (dy, dx) are in offset. Where not inside, top and left are 0: safe to
+    convert, not to be used.
     """
     y = y.to(ACCUMULATOR) + tl.load(offset + pair, mask=listed, other=0.0).to(ACCUMULATOR)
     x = x.to(ACCUMULATOR) + tl.load(offset + pair + 1, mask=listed, other=0.0).to(ACCUMULATOR)
@@ -164,8 +165,16 @@ def locate(offset, pair, y, x, listed, source_height, source_width, ACCUMULATOR:
 
 
 @triton.jit
+def as_column(rows):
+    """What belongs to rows, as it is spread over channels: [M] as [M, 1], what has that dimension already as it is."""
+    if len(rows.shape) == 1:
+        rows = rows[:, None]
+    return rows
+
+
+@triton.jit
 def find_corner(corner, sample, top, left, below, right, inside, source_height, source_width):
-    """(row, valid, share_y, share_x), each [M], of one of the four pixels around a position: see `locate`.
+    """(row, valid, share_y, share_x), shaped as `top` is, of one of the four pixels around a position: see `locate`.
 
     Its row of the source, whether it has one, and its shares of the sample along either axis, 1 - distance. The corners
     0 to 3 are those above on the left and right, then those below.
@@ -194,11 +203,11 @@ def sample_pixels(
     source_width,
     ACCUMULATOR: tl.constexpr,
 ):
-    """scale[m] * sample(position m, c), [M, C] in the accumulator's type: see `locate`.
+    """scale * sample(position, c), [..., C] in the accumulator's type: see `locate`.
 
-    c [M or 1, C] are elements of a source row, which has that many columns; scale is [M] or None.
+    What belongs to a position is [M] or [..., 1], scale too, which may be None. c, which broadcasts with it as a
+    column, are elements of a source row, which has that many columns.
     """
-    total = tl.zeros([top.shape[0], c.shape[1]], ACCUMULATOR)
     # Unrolled: the four loads do not wait for one another.
     for corner in tl.static_range(4):
         row, valid, share_y, share_x = find_corner(
@@ -207,9 +216,12 @@ def sample_pixels(
         share = share_y * share_x
         if scale is not None:
             share *= scale
-        element = row.to(tl.int64)[:, None] * columns + c
-        value = tl.load(source + element, mask=valid[:, None] & c_inside, other=0.0)
-        total += share[:, None] * value.to(ACCUMULATOR)
+        element = as_column(row.to(tl.int64)) * columns + c
+        value = tl.load(source + element, mask=as_column(valid) & c_inside, other=0.0)
+        if corner == 0:
+            total = as_column(share) * value.to(ACCUMULATOR)
+        else:
+            total += as_column(share) * value.to(ACCUMULATOR)
     return total
 
 
@@ -236,22 +248,23 @@ def sample_grads(
     value,
     WANTS_SUMS: tl.constexpr,
 ):
-    """The backward of `sample_pixels`, of the grad `column` [M, C] of scale[m] * sample(m, c).
+    """The backward of `sample_pixels`, of the grad `column` [..., C] of scale * sample(position, c).
 
     Adds the source's share, times fixed_scale and rounded, to fixed, if given. Returns along_y, along_x and value, each
-    [M], with sums over c added if WANTS_SUMS: of column * d sample / d position, and of column * sample.
+    shaped as `top`, with sums over c added if WANTS_SUMS: of column * d sample / d position, and of column * sample.
     """
+    LAST: tl.constexpr = len(column.shape) - 1
     # Not unrolled: what a corner needs, addresses and integers of 64 bits, would not find registers four times.
     for corner in tl.range(0, 4, loop_unroll_factor=1):
         row, valid, share_y, share_x = find_corner(
             corner, sample, top, left, below, right, inside, source_height, source_width
         )
-        element = row.to(tl.int64)[:, None] * columns + c
-        reads = valid[:, None] & c_inside
+        element = as_column(row.to(tl.int64)) * columns + c
+        reads = as_column(valid) & c_inside
         if WANTS_SUMS:
             # Columns past the channels are a weight times zero, which is not zero where the weight is infinite.
             pixels = tl.load(source + element, mask=reads, other=0.0).to(column.dtype)
-            total = tl.sum(tl.where(reads, column * pixels, 0.0), axis=1)
+            total = tl.sum(tl.where(reads, column * pixels, 0.0), axis=LAST, keep_dims=len(top.shape) > 1)
             value += share_y * share_x * total
             along_y += (corner // 2 * 2 - 1) * share_x * total
             along_x += (corner % 2 * 2 - 1) * share_y * total
@@ -261,9 +274,9 @@ def sample_grads(
                 share *= scale
             # A position on a pixel has shares of 0. So have all without a finite bound, where fixed_scale is 0: what is
             # not finite must not become an integer.
-            adds = (valid & (tl.abs(share) * tl.minimum(fixed_scale, 1.0) > 0))[:, None] & c_inside
+            adds = as_column(valid & (tl.abs(share) * tl.minimum(fixed_scale, 1.0) > 0)) & c_inside
             # Scaled last: of small grads, the scale times a weight may overflow.
-            number = tl.where(adds, column * share[:, None], 0.0) * fixed_scale
+            number = tl.where(adds, column * as_column(share), 0.0) * fixed_scale
             number = tl.floor(number + 0.5).to(tl.int64)
             tl.atomic_add(fixed + element, number, mask=adds, sem="relaxed")
     return along_y, along_x, value
@@ -648,12 +661,23 @@ def _deform_input_grad_kernel(
 
 
 @triton.jit
-def split_pair(start, groups, sites, BLOCK_M: tl.constexpr):
-    """(site int32, group, listed) of BLOCK_M pairs of site and group from the int64 `start`-th on."""
+def find_pairs(start, groups, sites, BLOCK_M: tl.constexpr, PIECES: tl.constexpr):
+    """(row int64, site int32, group, listed) of BLOCK_M pairs of site and group from the int64 `start`-th on.
+
+    All are [BLOCK_M, PIECES, 1]: every thread that has a piece of a pair's channels finds for itself what belongs to
+    the pair. One that found it for others would hand it over through shared memory, at every tap.
+    """
     first = start // groups
-    pair = (start - first * groups).to(tl.int32) + tl.arange(0, BLOCK_M)
+    place = tl.arange(0, BLOCK_M)[:, None, None] + tl.zeros([BLOCK_M, PIECES, 1], tl.int32)
+    pair = (start - first * groups).to(tl.int32) + place
     site = first + pair // groups
-    return site.to(tl.int32), pair % groups, site < sites
+    return start + place, site.to(tl.int32), pair % groups, site < sites
+
+
+@triton.jit
+def find_columns(first, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """PIECES * PIECE channels from the `first` on, [1, PIECES, PIECE]."""
+    return first + tl.arange(0, PIECES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -692,22 +716,23 @@ def _aggregate_kernel(
     source [pixels, groups * channels].
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    PIECE: tl.constexpr = 8 if BLOCK_C >= 8 else BLOCK_C
+    PIECES: tl.constexpr = BLOCK_C // PIECE
     channels = channel_units * CHANNEL_UNIT
     # The tiles of C of the same rows are neighbours in launch order: they share offsets and weights in L2.
     tiles_c = tl.cdiv(channels, BLOCK_C)
-    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = find_columns(tl.program_id(0) % tiles_c * BLOCK_C, PIECES, PIECE)
     start = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M
-    site, group, listed = split_pair(start, groups, sites, BLOCK_M)
+    row, site, group, listed = find_pairs(start, groups, sites, BLOCK_M, PIECES)
     sample, y, x = split_site(
         site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
     )
     y = y * STRIDE_H - pad_top
     x = x * STRIDE_W - pad_left
-    row = start + tl.arange(0, BLOCK_M)
-    c_inside = (c < channels)[None, :]
-    column = (group * channels)[:, None] + c[None, :]
+    c_inside = c < channels
+    column = group * channels + c
 
-    total = tl.zeros([BLOCK_M, BLOCK_C], ACCUMULATOR)
+    total = tl.zeros([BLOCK_M, PIECES, PIECE], ACCUMULATOR)
     for tap in range(0, TAPS):
         place = row * TAPS + tap
         top, left, below, right, inside = locate(
@@ -736,8 +761,7 @@ def _aggregate_kernel(
             source_width,
             ACCUMULATOR,
         )
-    target = row[:, None] * channels + c[None, :]
-    tl.store(out + target, total.to(out.dtype.element_ty), mask=listed[:, None] & c_inside)
+    tl.store(out + (row * channels + c), total.to(out.dtype.element_ty), mask=listed & c_inside)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -784,15 +808,16 @@ def _aggregate_grad_kernel(
     grad_weights may be None.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    PIECE: tl.constexpr = 8 if BLOCK_C >= 8 else BLOCK_C
+    PIECES: tl.constexpr = BLOCK_C // PIECE
     channels = channel_units * CHANNEL_UNIT
     # The taps of the same rows are neighbours in launch order: they share the rows of grad in L2.
     tap = tl.program_id(0) % TAPS
     start = (tl.program_id(0) // TAPS).to(tl.int64) * BLOCK_M
-    site, group, listed = split_pair(start, groups, sites, BLOCK_M)
+    row, site, group, listed = find_pairs(start, groups, sites, BLOCK_M, PIECES)
     sample, y, x = split_site(
         site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
     )
-    row = start + tl.arange(0, BLOCK_M)
     place = row * TAPS + tap
     top, left, below, right, inside = locate(
         offset,
@@ -809,14 +834,13 @@ def _aggregate_grad_kernel(
     if fixed is not None:
         fixed_scale = tl.load(scales).to(ACCUMULATOR)
 
-    first_column = (group * channels)[:, None]
-    along_y = tl.zeros([BLOCK_M], ACCUMULATOR)
-    along_x = tl.zeros([BLOCK_M], ACCUMULATOR)
-    value = tl.zeros([BLOCK_M], ACCUMULATOR)
+    along_y = tl.zeros([BLOCK_M, PIECES, 1], ACCUMULATOR)
+    along_x = tl.zeros([BLOCK_M, PIECES, 1], ACCUMULATOR)
+    value = tl.zeros([BLOCK_M, PIECES, 1], ACCUMULATOR)
     for channel in range(0, channels, BLOCK_C):
-        c = channel + tl.arange(0, BLOCK_C)[None, :]
+        c = find_columns(channel, PIECES, PIECE)
         c_inside = c < channels
-        dual = tl.load(grad + (row[:, None] * channels + c), mask=listed[:, None] & c_inside, other=0.0)
+        dual = tl.load(grad + (row * channels + c), mask=listed & c_inside, other=0.0)
         along_y, along_x, value = sample_grads(
             dual.to(ACCUMULATOR),
             source,
@@ -829,7 +853,7 @@ def _aggregate_grad_kernel(
             right,
             inside,
             scale,
-            first_column + c,
+            group * channels + c,
             c_inside,
             groups * channels,
             source_height,
@@ -840,13 +864,16 @@ def _aggregate_grad_kernel(
             grad_offset is not None or grad_weights is not None,
         )
 
+    # The pieces of a pair, which have each their share of the sums, meet here; the first one's thread writes.
+    writes = listed & (tl.arange(0, PIECES)[None, :, None] == 0)
     if grad_weights is not None:
-        tl.store(grad_weights + place, value.to(grad_weights.dtype.element_ty), mask=listed)
+        value = tl.sum(value, axis=1, keep_dims=True)
+        tl.store(grad_weights + place, value.to(grad_weights.dtype.element_ty), mask=writes)
     if grad_offset is not None:
-        along_y = tl.where(inside, along_y * scale, 0.0)
-        along_x = tl.where(inside, along_x * scale, 0.0)
-        tl.store(grad_offset + 2 * place, along_y.to(grad_offset.dtype.element_ty), mask=listed)
-        tl.store(grad_offset + 2 * place + 1, along_x.to(grad_offset.dtype.element_ty), mask=listed)
+        along_y = tl.where(inside, tl.sum(along_y, axis=1, keep_dims=True) * scale, 0.0)
+        along_x = tl.where(inside, tl.sum(along_x, axis=1, keep_dims=True) * scale, 0.0)
+        tl.store(grad_offset + 2 * place, along_y.to(grad_offset.dtype.element_ty), mask=writes)
+        tl.store(grad_offset + 2 * place + 1, along_x.to(grad_offset.dtype.element_ty), mask=writes)
 
 
 def conv(input, offset, mask, weight, bias, out, *, stride, padding, dilation, allow_tf32):

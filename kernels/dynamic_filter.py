@@ -283,35 +283,38 @@ def _dynamic_filter_kernel(
     # scale_factor**2 sites stand on one position of the kernel.
     for position in range(SCALE * SCALE if TRANSPOSED else 1):
         for tap_row in range(KERNEL_HEIGHT):
+            tap_y = tap_row * dilation_h
+            if not TRANSPOSED:
+                # Of a line of taps the first; the others are a scalar away from it. In 64 bits once for the line.
+                in_line = listed & is_inside(y + tap_y, tl.zeros_like(y), source_height, 1)
+                first_row = ((sample * source_height + y + tap_y) * source_width + x).to(tl.int64) * groups + group
+                line_pointer = source + (first_row[:, None] * channels + c[None, :])
+                line_filters = filters + (row * TAPS + tap_row * KERNEL_WIDTH)
+                tap_columns = (dilation_w * groups).to(tl.int64) * channels
             for first_column in range(0, KERNEL_WIDTH, UNROLL):
                 # Unrolled taps do not wait for one another.
                 for step in tl.static_range(UNROLL):
                     column = first_column + step
                     tap = tap_row * KERNEL_WIDTH + column
-                    tap_y = tap_row * dilation_h
                     tap_x = column * dilation_w
                     if TRANSPOSED:
                         source_y, source_x, valid = undo_stride(y - tap_y, x - tap_x, STRIDE_H, STRIDE_W)
                         source_y = source_y * SCALE + position // SCALE
                         source_x = source_x * SCALE + position % SCALE
-                        valid &= listed
-                    else:
-                        source_y = y + tap_y
-                        source_x = x + tap_x
-                        valid = listed
-                    valid &= is_inside(source_y, source_x, source_height, source_width)
-                    source_row = (sample * source_height + source_y) * source_width + source_x
-                    if lookup is not None:
-                        valid = tl.load(lookup + source_row, mask=valid, other=-1) >= 0
-                    source_row = source_row.to(tl.int64) * groups + group
-                    offset = source_row[:, None] * channels + c[None, :]
-                    a = tl.load(source + offset, mask=valid[:, None] & c_inside, other=0.0).to(ACCUMULATOR)
-                    if TRANSPOSED:
+                        valid &= listed & is_inside(source_y, source_x, source_height, source_width)
+                        source_row = (sample * source_height + source_y) * source_width + source_x
+                        if lookup is not None:
+                            valid = tl.load(lookup + source_row, mask=valid, other=-1) >= 0
+                        source_row = source_row.to(tl.int64) * groups + group
+                        a_pointer = source + (source_row[:, None] * channels + c[None, :])
                         weight = tl.load(filters + source_row * TAPS + tap, mask=valid, other=0.0).to(ACCUMULATOR)
                     else:
+                        valid = in_line & is_inside(tl.zeros_like(x), x + tap_x, 1, source_width)
+                        a_pointer = line_pointer + column * tap_columns
                         # Outside the source as well: a filter that is not finite gives NaN there, as unfold does.
-                        weight = tl.load(filters + row * TAPS + tap, mask=listed, other=0.0).to(ACCUMULATOR)
+                        weight = tl.load(line_filters + column, mask=listed, other=0.0).to(ACCUMULATOR)
                         weight = _normalized(weight, shift, scale, NORMALIZATION)
+                    a = tl.load(a_pointer, mask=valid[:, None] & c_inside, other=0.0).to(ACCUMULATOR)
                     if channel_filters is not None:
                         offset = (channel_row + tap * groups)[:, None] * channels + c[None, :]
                         channel = tl.load(channel_filters + offset, mask=listed[:, None] & c_inside, other=0.0)
