@@ -235,7 +235,9 @@ def _gathered_conv_kernel(
     LINEAR: tl.constexpr = not TRANSPOSED or (STRIDE_H == 1 and STRIDE_W == 1)
     sample_row = sample * source_height
     first_row = (sample_row + y) * source_width + x
-    first_pointer = source + first_row.to(tl.int64) * source_columns
+    # What the pipelined loop reads of a row is a column of two dimensions before it: made inside, it would go through
+    # shared memory at every step.
+    first_pointer = (source + first_row.to(tl.int64) * source_columns)[:, None]
 
     # Of the channels, source_index and out_index count all groups; the weight's inner dimension is that of one.
     source_index += sample.to(tl.int64) * (channels * groups)
@@ -270,17 +272,23 @@ def _gathered_conv_kernel(
             STRIDE_W,
             TRANSPOSED,
         )
-        bit = 0
-        k_start = k_first
-        steps = tl.minimum(TAPS - first_tap, TAP_GROUP) * tl.cdiv(k_end - k_first, BLOCK_K)
-        for _ in range(0, steps):
+        tap_bits = has_tap[:, None]
+        # All that a step reads follows from its number: what one step left to the next would keep Triton from
+        # pipelining the loop. The taps of a block of channels are neighbours: they find its pixels in the cache.
+        taps = tl.minimum(TAPS - first_tap, TAP_GROUP)
+        for step in range(0, taps * tl.cdiv(k_end - k_first, BLOCK_K)):
+            if TAPS <= TAP_GROUP:
+                block = step // TAPS
+                bit = step % TAPS
+            else:
+                block = step // taps
+                bit = step - block * taps
+            k_place = k_first + block * BLOCK_K + k
+            k_inside = k_place < k_end
+            channel = find_channels(source_index, k_place, k_inside, CHANNEL_UNIT)
             tap = first_tap + bit
             tap_y = tap // KERNEL_WIDTH * dilation_h
             tap_x = tap % KERNEL_WIDTH * dilation_w
-            valid = ((has_tap >> bit) & 1) != 0
-            k_place = k_start + k
-            k_inside = k_place < k_end
-            channel = find_channels(source_index, k_place, k_inside, CHANNEL_UNIT)
             if LINEAR:
                 shift = tap_y * source_width + tap_x
                 if TRANSPOSED:
@@ -288,21 +296,19 @@ def _gathered_conv_kernel(
                 a_pointer = first_pointer + shift.to(tl.int64) * source_columns
             else:
                 source_row = (sample_row + (y - tap_y) // STRIDE_H) * source_width + (x - tap_x) // STRIDE_W
-                a_pointer = source + source_row.to(tl.int64) * source_columns
+                a_pointer = (source + source_row.to(tl.int64) * source_columns)[:, None]
             if PACKED_SOURCE:
                 column = k_place
             else:
                 column = channel
-            a = tl.load(a_pointer[:, None] + column[None, :], mask=valid[:, None] & k_inside[None, :], other=0.0)
+            valid = ((tap_bits >> bit) & 1) != 0
+            a = tl.load(a_pointer + column[None, :], mask=valid & k_inside[None, :], other=0.0)
             if WEIGHT_K_CONTIGUOUS:
                 b_offset = tap.to(tl.int64) * channels + channel
             else:
                 b_offset = (channel * TAPS + tap) * filters
             b = tl.load(weight_pointer + b_offset[:, None], mask=k_inside[:, None] & n_inside[None, :], other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-            k_start += BLOCK_K
-            bit += (k_start >= k_end).to(tl.int32)
-            k_start = tl.where(k_start >= k_end, k_first, k_start)
 
     if bias is not None:
         total += tl.load(bias + n, mask=n_inside, other=0.0).to(ACCUMULATOR)[None, :]

@@ -212,6 +212,7 @@ def _masked_conv_kernel(
     PACKED_SOURCE: tl.constexpr,
     PACKED_SITES: tl.constexpr,
     WEIGHT_K_CONTIGUOUS: tl.constexpr,
+    EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -230,7 +231,8 @@ def _masked_conv_kernel(
     out, residual and grad [site rows, groups * filters], out for a grad [groups * tiles of N, sites],
     weight [groups * filters, taps, channels] if WEIGHT_K_CONTIGUOUS, else [groups * channels, taps, filters],
     gate [rows of the convolution's output]. lookup int32 [source rows] names the row of a PACKED_SOURCE, and the active
-    sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad.
+    sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad. EVEN says that tiles
+    of K and N are full.
     Skips sites not listed, taps that fall outside the source, and sources that lookup does not have.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
@@ -265,10 +267,14 @@ def _masked_conv_kernel(
     first_row = (sample_row + y) * source_width + x
     source_columns = channels * groups
     source += group * channels
-    first_pointer = source + first_row.to(tl.int64) * source_columns
+    # What the pipelined loop takes of a row is a column of two dimensions, made before it: one made inside it would go
+    # through shared memory at every step, with barriers around.
+    rows_2d = first_row[:, None]
+    y_2d, x_2d, sample_row_2d = y[:, None], x[:, None], sample_row[:, None]
 
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    first_pointer = source + rows_2d.to(tl.int64) * source_columns + k[None, :]
     if WEIGHT_K_CONTIGUOUS:
         weight_pointer = weight + (group * filters + n).to(tl.int64)[None, :] * (TAPS * channels) + k[:, None]
     else:
@@ -302,43 +308,51 @@ def _masked_conv_kernel(
             TRANSPOSED,
         )
 
-        bit = 0
-        channel = 0
-        steps = tl.minimum(TAPS - first_tap, TAP_GROUP) * tl.cdiv(channels, BLOCK_K)
-        for _ in range(0, steps):
+        tap_bits = has_tap[:, None]
+        # All that a step reads follows from its number, as in gathered_conv.py.
+        taps = tl.minimum(TAPS - first_tap, TAP_GROUP)
+        for step in range(0, taps * tl.cdiv(channels, BLOCK_K)):
+            if TAPS <= TAP_GROUP:
+                block = step // TAPS
+                bit = step % TAPS
+            else:
+                block = step // taps
+                bit = step - block * taps
+            channel = block * BLOCK_K
+            k_inside = channel + k < channels
             tap = first_tap + bit
             tap_y = tap // KERNEL_WIDTH * dilation_h
             tap_x = tap % KERNEL_WIDTH * dilation_w
-            valid = ((has_tap >> bit) & 1) != 0
-            k_inside = channel + k < channels
+            valid = ((tap_bits >> bit) & 1) != 0
             if LINEAR:
                 shift = tap_y * source_width + tap_x
                 if TRANSPOSED:
                     shift = -shift
-                source_row = first_row + shift
+                source_row = rows_2d + shift
             else:
-                source_row = (sample_row + (y - tap_y) // STRIDE_H) * source_width + (x - tap_x) // STRIDE_W
+                source_row = (sample_row_2d + (y_2d - tap_y) // STRIDE_H) * source_width + (x_2d - tap_x) // STRIDE_W
             if PACKED_SOURCE:
                 packed_row = tl.load(lookup + source_row, mask=valid, other=-1)
                 valid = packed_row >= 0
-                a_pointer = source + (packed_row.to(tl.int64) * source_columns + channel)
+                a_pointer = source + packed_row.to(tl.int64) * source_columns + (channel + k)[None, :]
             elif LINEAR:
                 a_pointer = first_pointer + (shift.to(tl.int64) * source_columns + channel)
             else:
-                a_pointer = source + source_row.to(tl.int64) * source_columns + channel
-            a = tl.load(a_pointer[:, None] + k[None, :], mask=valid[:, None] & k_inside[None, :], other=0.0)
+                a_pointer = source + source_row.to(tl.int64) * source_columns + (channel + k)[None, :]
+            if WEIGHT_K_CONTIGUOUS:
+                b_pointer = weight_pointer + (tap.to(tl.int64) * channels + channel)
+            else:
+                b_pointer = weight_pointer + (channel.to(tl.int64) * TAPS + tap) * filters
+            if EVEN:
+                a = tl.load(a_pointer, mask=valid, other=0.0)
+                b = tl.load(b_pointer)
+            else:
+                a = tl.load(a_pointer, mask=valid & k_inside[None, :], other=0.0)
+                b = tl.load(b_pointer, mask=k_inside[:, None] & n_inside, other=0.0)
             if TRANSPOSED and gate is not None:
                 scale = tl.load(gate + source_row, mask=valid, other=0.0).to(ACCUMULATOR)
-                a = (a.to(ACCUMULATOR) * scale[:, None]).to(source.dtype.element_ty)
-            if WEIGHT_K_CONTIGUOUS:
-                b_offset = tap.to(tl.int64) * channels + channel
-            else:
-                b_offset = (channel.to(tl.int64) * TAPS + tap) * filters
-            b = tl.load(weight_pointer + b_offset, mask=k_inside[:, None] & n_inside, other=0.0)
+                a = (a.to(ACCUMULATOR) * scale).to(source.dtype.element_ty)
             total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-            channel += BLOCK_K
-            bit += (channel >= channels).to(tl.int32)
-            channel = tl.where(channel >= channels, 0, channel)
 
     column = group * filters + n
     if bias is not None:
@@ -392,6 +406,7 @@ def _weight_grad_kernel(
     CHANNEL_UNIT: tl.constexpr,
     FILTER_UNIT: tl.constexpr,
     PACKED_SITES: tl.constexpr,
+    GATES_SOURCE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -402,7 +417,7 @@ def _weight_grad_kernel(
 
     source [source rows, groups * channels], grad [site rows, groups * filters], and m and n of the same group:
     partial [splits, groups * filters, taps, channels]. lookup, if given, names the rows of a packed source; with
-    PACKED_SITES the m-th listed site is row m of grad.
+    PACKED_SITES the m-th listed site is row m of grad. With GATES_SOURCE the gate multiplies the source's rows.
     Split i takes the i-th equal share of index[:count]: which rows meet in a sum depends on count alone.
     Skips inactive sites; taps outside the source, and sources that lookup does not have, contribute zeros.
     """
@@ -449,11 +464,14 @@ def _weight_grad_kernel(
             grad_row = site
         a_offset = grad_row.to(tl.int64)[:, None] * (filters * groups) + m[None, :]
         a = tl.load(grad + a_offset, mask=listed[:, None] & m_inside, other=0.0)
-        if gate is not None:
-            scale = tl.load(gate + site, mask=listed, other=0.0).to(ACCUMULATOR)
-            a = (a.to(ACCUMULATOR) * scale[:, None]).to(grad.dtype.element_ty)
         b_offset = source_row.to(tl.int64)[:, None] * (channels * groups) + n[None, :]
         b = tl.load(source + b_offset, mask=valid[:, None] & n_inside, other=0.0)
+        if gate is not None:
+            scale = tl.load(gate + site, mask=listed, other=0.0).to(ACCUMULATOR)[:, None]
+            if GATES_SOURCE:
+                b = (b.to(ACCUMULATOR) * scale).to(source.dtype.element_ty)
+            else:
+                a = (a.to(ACCUMULATOR) * scale).to(grad.dtype.element_ty)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
 
     # tile is split * groups + group, so this counts the filters of all groups.
@@ -754,6 +772,8 @@ def weight_grad(
             CHANNEL_UNIT=unit(channels),
             FILTER_UNIT=unit(filters),
             PACKED_SITES=is_packed(grad),
+            # wgmma waits for itself where its A comes from registers, as what has been multiplied does.
+            GATES_SOURCE=architecture() == "sm_90" and kind in ("half", "tf32") and tile["BLOCK_M"] >= 64,
             ACCUMULATOR=accumulator(input.dtype),
             PRECISION=PRECISION[kind],
             **tile,
@@ -868,6 +888,8 @@ def _launch_conv(
             PACKED_SOURCE=is_packed(source),
             PACKED_SITES=is_packed(result),
             WEIGHT_K_CONTIGUOUS=k_contiguous,
+            # Without tensor cores the compiler would keep more loads in flight than there are registers.
+            EVEN=kind in ("half", "tf32") and channels % tile["BLOCK_K"] == 0 and filters % tile["BLOCK_N"] == 0,
             ACTIVATION=activation,
             ACCUMULATOR=accumulator(source.dtype),
             PRECISION=PRECISION[kind],

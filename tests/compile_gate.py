@@ -12,7 +12,9 @@ Must run without TRITON_INTERPRET: under the interpreter the kernels are not com
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -21,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from machine_code import disassemble, matrix_loops
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -38,6 +42,9 @@ SHARED_LIMIT = {
     "sm_100": 227 * 1024,
     "gfx942": 65536,
 }
+
+# Whose machine code is read: to disassemble a kernel takes about as long as to compile it.
+LOOPS_SHOWN = ("sm_80", "sm_90")
 
 # What is counted, in the target's assembly.
 PATTERNS = {
@@ -471,28 +478,35 @@ def launch_dynamic_filter(case):
 def compile_case(case):
     """Rows of the table for one case: one for each kernel that its launcher would run."""
     import triton
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
     target = case[0]
     compiled = []
     run = JITFunction.run
+    knobs.nvidia.dump_ptxas_log = True
 
     def compile_only(self, *args, grid, warmup, **options):
-        began = time.perf_counter()
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.__name__, options, binary, time.perf_counter() - began))
+        began, log = time.perf_counter(), io.StringIO()
+        with contextlib.redirect_stdout(log):
+            binary = run(self, *args, grid=grid, warmup=True, **options)
+        # Of what the assembler could not do as it was told: C75xx are of wgmma.
+        warnings = sorted(set(re.findall(r"\((C75\d\d)\)", log.getvalue())))
+        compiled.append((self.__name__, options, binary, warnings, time.perf_counter() - began))
 
     triton.runtime.driver.set_active(TargetDriver(target))
     JITFunction.run = compile_only
     try:
         launch(case)
     except Exception as error:  # a failed compile is a row of the table, not the end of it
-        return [dict.fromkeys(COLUMNS, "") | dict(zip(CASE, case, strict=True)) | {"error": repr(error)}]
+        return [
+            dict.fromkeys(COLUMNS, "") | {"loops": []} | dict(zip(CASE, case, strict=True)) | {"error": repr(error)}
+        ]
     finally:
         JITFunction.run = run
     return [
-        describe(case, name, options, binary) | {"seconds": round(seconds, 2)}
-        for name, options, binary, seconds in compiled
+        describe(case, name, options, binary) | {"warnings": " ".join(warnings), "seconds": round(seconds, 2)}
+        for name, options, binary, warnings, seconds in compiled
     ]
 
 
@@ -520,9 +534,11 @@ def describe(case, name, options, binary):
     else:
         assembly = binary.asm["amdgcn"]
         row |= amd_resources(assembly)
-    return (
-        row | {name: len(re.findall(pattern, assembly)) for name, pattern in PATTERNS.items()} | {"hash": binary.hash}
-    )
+    row |= {name: len(re.findall(pattern, assembly)) for name, pattern in PATTERNS.items()} | {"hash": binary.hash}
+    loops = []
+    if target in LOOPS_SHOWN and (row["wgmma"] or row["mma"]):
+        loops = matrix_loops(disassemble(binary.asm["cubin"], _path("nvdisasm")))
+    return row | {"loops": [loop._asdict() | {"is_pipelined": loop.is_pipelined} for loop in loops]}
 
 
 def nvidia_resources(cubin):
@@ -591,7 +607,8 @@ def compile_all(selected, processes=2):
 
 TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C")
 COLUMNS = "target kernel function channels filters dtype precision variant tile num_warps num_stages registers spills"
-COLUMNS += " scalar_spills shared wgmma tcgen05 mma mfma cp_async_16 cp_async vector_16 instructions seconds error"
+COLUMNS += " scalar_spills shared wgmma tcgen05 mma mfma cp_async_16 cp_async vector_16 instructions loops warnings"
+COLUMNS += " seconds error"
 COLUMNS = COLUMNS.split()
 
 
@@ -612,6 +629,9 @@ def main():
     if arguments.json:
         json.dump(rows, sys.stdout)
         return
+    for row in rows:  # of each loop: instructions, barriers and the copies in flight at its waits
+        shown = (f"{one['instructions']}/{one['barriers']}/{max(one['waits'], default=0)}" for one in row["loops"])
+        row["loops"] = " ".join(shown)
     lines = [COLUMNS] + [[str(row[column]) for column in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     for line in lines:

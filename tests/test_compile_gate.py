@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_gate import SHARED_LIMIT, TABLE_ROW, TARGETS
+from compile_gate import LOOPS_SHOWN, SHARED_LIMIT, TABLE_ROW, TARGETS
 
 from dynconv import kernels
 
@@ -73,7 +73,7 @@ def rows(target):
 
 
 SHOWN = ("kernel", "function", "channels", "filters", "dtype", "precision", "variant", "tile", "registers", "spills")
-SHOWN += ("shared", "error")
+SHOWN += ("shared", "warnings", "error")
 
 
 def describe(rows):
@@ -140,6 +140,56 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
             assert row["cp_async"] > 0, describe([row])
             continue
         assert row["cp_async_16"] > 0, describe([row])
+
+
+def is_copied(row):
+    """Whether cp.async takes its elements: by 4 bytes or more, which single half-precision numbers are not."""
+    return "unaligned" not in row["variant"] or row["dtype"] == "float32"
+
+
+def most_barriers(row):
+    """Of a step of its loop: one hands the tiles over, and one takes them back.
+
+    What is loaded of a row inside of the loop goes to the threads that need it through shared memory, with barriers of
+    its own: the place of a packed row, wgrad's sites, dgrad's gate.
+    """
+    flags = row["variant"].split("+")
+    loads_rows = "packed" in flags or row["kernel"] in ("weight_grad", "gathered_weight_grad")
+    if row["kernel"] == "input_grad" and "gate" in flags:
+        return 6
+    # A gathered convolution's packed source is so by columns.
+    return 5 if loads_rows and row["kernel"] != "gathered_forward" else 2
+
+
+def test_products_are_pipelined(target, rows):
+    """In machine code: Triton gives up silently, and then each step waits for its own copies."""
+    if target not in LOOPS_SHOWN:
+        pytest.skip(f"the machine code of {', '.join(LOOPS_SHOWN)} is read; {target} has their IR, or other copies")
+    # Deformable convolution samples into registers; fp64 is for exactness.
+    found = [
+        row
+        for row in rows
+        if is_gemm(row) and row["function"] not in DEFORMABLE and row["dtype"] != "float64" and is_copied(row)
+    ]
+    found = [row for row in found if row["wgmma"] or row["mma"]]
+    assert {row["function"] for row in found} == set(GEMMS) - set(DEFORMABLE)
+    for row in found:
+        assert row["loops"], describe([row])
+        for loop in row["loops"]:
+            # In front of the loop lie the copies of the steps that its buffers hold, at least of one.
+            assert loop["is_pipelined"] and loop["copies_before"] >= loop["copies"], (loop, describe([row]))
+            assert loop["barriers"] <= most_barriers(row), (loop, describe([row]))
+
+
+# Whose A comes out of registers: rows that are sampled, or multiplied by a gate of their tap.
+SERIALISED = ("deform_forward", "input_grad")
+
+
+def test_the_assembler_serialises_no_product(rows):
+    warned = [row for row in rows if row["warnings"]]
+    unknown = [row for row in warned if row["kernel"] not in SERIALISED]
+    unknown += [row for row in warned if row["kernel"] == "input_grad" and "gate" not in row["variant"]]
+    assert not unknown, describe(unknown)
 
 
 def test_runs_of_channels_are_loaded_16_bytes_at_a_time(target, rows):
