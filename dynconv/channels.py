@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ._arguments import check_mask, check_size
-from ._backend import keeps_tensors, kept, module, saveable, unwatched
+from ._backend import backend_for, is_reference, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import integer
 from .sites import warn_if_nothing_is_skipped
 
@@ -44,14 +44,45 @@ def _places(mask: Tensor) -> Tensor:
     return torch.where(mask, mask.cumsum(1, dtype=torch.int32) - 1, -1)
 
 
-def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    if mask.is_cpu and unwatched(mask):
-        return module(".cpu.channels").compact(mask.contiguous())
-    width = mask.shape[1]
+def _compact(mask: Tensor, channels: int, granularity: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask bool [N, C], index, count) of a mask [N, ceil(C / granularity)]; see `ActiveChannels`."""
+    if backend == "triton":
+        return module(".kernels.compaction").compact_channels(mask, channels, granularity)
+    if granularity != 1:
+        mask = mask.repeat_interleave(granularity, 1)[:, :channels]
+    # A copy: whoever refills the mask afterwards must not change half of what is derived from it. Compared, as the
+    # bytes behind a bool tensor may be others than zeros and ones.
+    mask = (mask != 0).contiguous()
+    if backend == "cpu":
+        return mask, *module(".cpu.channels").compact(mask)
     # In int32 and of numbers that differ: ONNX has no stable sort.
-    own = torch.arange(width, dtype=torch.int32, device=mask.device)
-    index = torch.where(mask, own, width).sort(1).values
-    return torch.where(index < width, index, -1), mask.sum(1, dtype=torch.int32)
+    own = torch.arange(channels, dtype=torch.int32, device=mask.device)
+    index = torch.where(mask, own, channels).sort(1).values
+    return mask, torch.where(index < channels, index, -1), mask.sum(1, dtype=torch.int32)
+
+
+_library = torch.library.Library("dynconv", "FRAGMENT")
+_library.define(
+    "compact_channels(Tensor mask, SymInt channels, SymInt granularity, str backend) "
+    "-> (Tensor mask, Tensor index, Tensor count)"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("compact_channels", _compact, _key)
+
+
+@torch.library.register_fake("dynconv::compact_channels", lib=_library)
+def _(mask, channels, granularity, backend):
+    shape = (mask.shape[0], channels)
+    of = lambda shape, dtype: mask.new_empty(shape, dtype=dtype)
+    return of(shape, torch.bool), of(shape, torch.int32), of(shape[:1], torch.int32)
+
+
+def _compacted(mask: Tensor, channels: int, granularity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the backend in force: one launch on a GPU, plain PyTorch for the reference."""
+    if is_reference():
+        return _compact(mask, channels, granularity, "reference")
+    run = _compact if unwatched(mask) else torch.ops.dynconv.compact_channels
+    return run(mask, channels, granularity, backend_for(mask.device))
 
 
 class ActiveChannels:
@@ -109,15 +140,13 @@ class ActiveChannels:
                 f"mask: expected a shape that broadcasts to {list(coarse)}, got {list(shape)}{_cure(mask)}"
             )
         mask = mask.expand(coarse)
-        if granularity != 1:
-            mask = mask.repeat_interleave(granularity, 1)[:, : size[1]]
-        self.gate = None if mask.dtype == torch.bool else saveable(mask)
-        # A copy: whoever refills the mask afterwards must not change half of what is derived from it. Compared, as the
-        # bytes behind a bool tensor may be others than zeros and ones.
-        self.mask = (mask.detach() != 0).contiguous()
+        self.mask, self.index, self.count = _compacted(mask.detach(), size[1], granularity)
+        self.gate = None
+        if mask.dtype != torch.bool:
+            spread = mask if granularity == 1 else mask.repeat_interleave(granularity, 1)[:, : size[1]]
+            self.gate = saveable(spread)
         warn_if_nothing_is_skipped(self.mask, self.gate)
         self.granularity, self._capacity, self._inverse = granularity, None, []
-        self.index, self.count = _compact(self.mask)
         if capacity is not None and capacity < size[1]:
             self._bound(capacity)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import check_mask, check_size
+from ._arguments import check_mask, check_pixels, check_size
 from ._backend import backend_for, is_reference, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
 
@@ -292,9 +292,9 @@ class ActiveSites:
         self._length: int | None = None
         self._compacted: list[Tensor] = []
         self._active: list[Tensor] = []
+        self._inverse: list[Tensor] = []
         if self._backend != "cpu":  # now, not in the capture of a graph that only uses it
             self._compact()
-        self._inverse: list[Tensor] = []
         # Lists, not dicts: hashing a symbolic size would tie a compiled graph to that size.
         self._tables: list[tuple] = []
         self._packed_tables: list[tuple] = []
@@ -304,11 +304,19 @@ class ActiveSites:
     def _compact(self) -> list[Tensor]:
         if not self._compacted:
             if unwatched(self.mask) and not is_reference():
-                made = kept(_compact, self.mask, self._backend)
+                made = kept(self._compact_here)
             else:
                 made = kept(_run, "compact", self.mask, self._backend)
             self._compacted.extend(made)
         return self._compacted
+
+    def _compact_here(self) -> tuple[Tensor, Tensor]:
+        if self._backend == "cpu":
+            return _compact(self.mask, "cpu")
+        # The inverse is 4 bytes a site here, and two launches later.
+        inverse = torch.empty(self.mask.numel(), dtype=torch.int32, device=self.mask.device)
+        self._inverse.append(inverse)
+        return module(".kernels.compaction").compact(self.mask, inverse)
 
     @property
     def index(self) -> Tensor:
@@ -461,8 +469,7 @@ class ActiveSites:
         self._check_pixels(input_size)
 
     def _check_pixels(self, input_size: tuple[int, int]) -> None:
-        if self.shape[0] * input_size[0] * input_size[1] >= 2**31:
-            raise ValueError(f"input: expected fewer than 2^31 pixels, got {self.shape[0]} x {list(input_size)}")
+        check_pixels("input", self.shape[0], *input_size)
 
     def __len__(self) -> int:
         """The number of active sites. Waits for the device."""

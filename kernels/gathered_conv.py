@@ -38,6 +38,7 @@ from ._common import (
     store_rows,
     unit,
 )
+from .compaction import channel_places
 from .masked_conv import (
     PRECISION,
     REDUCE_BLOCK,
@@ -371,7 +372,7 @@ def _gathered_weight_grad_kernel(
     """partial[i, split, m, tap, n] = sum over s in the split of grad[s, f(m)] * source[p(s, tap), c(n)].
 
     s are the sites of sample first_sample + i, f(m) and c(n) its kept channels: m counts those of all groups of grad, n
-    those of m's group of source. source_places and grad_places are [N, channels of all groups + 1], see `places`;
+    those of m's group of source. source_places and grad_places are [N, channels of all groups + 1] (channel_places);
     source [source rows, columns], grad [site rows, columns], partial [samples of the chunk, splits, groups * filters,
     taps, channels], of which only the kept places are written. Which sites meet in a sum depends on their count alone.
     """
@@ -655,7 +656,7 @@ def weight_grad(
         return torch.zeros_like(weight)
     channel_unit, filter_unit = piece(granularity, channels), piece(granularity, filters)
     source_unit, grad_unit = piece(source.shape[1], channel_unit), piece(grad.shape[1], filter_unit)
-    in_places, out_places = places(ins[0]), places(outs[0])
+    in_places, out_places = channel_places(*ins), channel_places(*outs)
     with on_device(source):
         kind = arithmetic(source.dtype, allow_tf32)
         narrowest = min(channel_unit, filter_unit, source_unit, grad_unit)
@@ -726,10 +727,9 @@ def bias_grad(grad, outs, rows, packed):
 
     grad is packed if `packed`. Reads all of grad, since it takes no product to be skipped.
     """
-    index, _ = outs
     dtype = partial_dtype(grad.dtype)
     if grad.numel() == 0:
-        return torch.zeros(index.shape[1], dtype=grad.dtype, device=grad.device)
+        return torch.zeros(outs[0].shape[1], dtype=grad.dtype, device=grad.device)
     if rows is not None:
         sites, starts = rows
         listed = torch.arange(len(sites), device=grad.device) < starts[-1]
@@ -739,7 +739,7 @@ def bias_grad(grad, outs, rows, packed):
         active.scatter_(0, torch.where(listed, sites, len(sites)).long(), True)
         grad = torch.where(active[:-1].view(samples, 1, height, width), grad, 0)
     sums = grad.sum((2, 3), dtype=dtype)
-    place = places(index)
+    place = channel_places(*outs)
     kept = place[:, 1:] > place[:, :-1]
     if packed:
         sums = sums.gather(1, torch.where(kept, place[:, :-1], 0).long())
@@ -836,15 +836,7 @@ def piece(granularity, channels):
     return unit(math.gcd(granularity, channels))
 
 
-def places(index):
-    """int32 [N, C + 1]: how many of a sample's kept channels come before each channel, and in the end all of them."""
-    channels = index.shape[1]
-    ascending = torch.where(index < 0, channels, index)
-    every = torch.arange(channels + 1, dtype=torch.int32, device=index.device)
-    return torch.searchsorted(ascending, every.expand(len(index), -1).contiguous(), out_int32=True)
-
-
 def _bounded(channels, groups):
     """(index, bounds): what find_places takes as the bounds of the channels' groups."""
     index, count = channels
-    return index, count if groups == 1 else places(index)[:, :: index.shape[1] // groups].contiguous()
+    return index, count if groups == 1 else channel_places(index, count, index.shape[1] // groups)

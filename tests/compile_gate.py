@@ -299,8 +299,14 @@ def launch(case):
         return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
-        index, count = compaction.compact(mask)
+        index, count = compaction.compact(mask, torch.empty(mask.numel(), dtype=torch.int32))
         compaction.inverse_map(index, count, mask.numel())
+        _, index, count = compaction.compact_channels(torch.ones(2, 64, dtype=torch.bool), 64)
+        compaction.channel_places(index, count)
+        for dtype in (torch.float16, torch.float64):
+            out = torch.zeros(2, 24, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            compaction.fill_skipped(mask, out, None)
+            compaction.fill_skipped(mask, out, out.clone())
         compaction.touched(mask, (8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
         return
     dtype = getattr(torch, dtype)

@@ -76,6 +76,12 @@ def _no_kernel_can_raise():
         assert not [kernel._cache.name for kernel in compiled if can_raise(kernel)]
 
 
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    """Float32 means float32: PyTorch's default for convolutions on a GPU is TF32, which has tests of its own."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class Target:
     """A backend and the device it takes; `use()` forces it."""
 

@@ -1,5 +1,6 @@
 """The Triton launchers against plain dense formulations: interpreted on CPU tensors where there is no GPU."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,6 +469,47 @@ def test_rounding(dtype):
     assert (out[~case.mask.expand_as(out)] == 0).all()
 
 
+@pytest.fixture
+def tf32(monkeypatch):
+    """Let Triton's interpreter, which multiplies TF32 as float32, cut the operands as tensor cores do: to 10 bits."""
+    if ON_GPU:
+        return
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter
+
+    exact = interpreter.InterpreterBuilder.create_dot
+
+    def cut(handle):
+        bits = handle.data.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def create_dot(self, a, b, total, precision, most):
+        assert precision == ir.INPUT_PRECISION.TF32
+        return exact(self, cut(a), cut(b), total, precision, most)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tf32(tf32, groups):
+    """Operands of 10 bits after the point, off by 2^-10 each where they are cut; sums in float32. Also, it is TF32."""
+    case = Case(cin=40, cout=24, groups=groups, gated=False)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda like: torch.randn(like.shape, generator=generator).to(DEVICE)
+    case.input, case.grad = channels_last(draw(case.input)), channels_last(draw(case.grad))
+    case.weight, case.bias = draw(case.weight), torch.zeros_like(case.bias)
+    case.common = lambda: Case.common(case) | dict(allow_tf32=True)
+    have = [case.actual_output(), *case.actual_grads()[:2]]
+    expected = [case.expected_output(case.cache)[0], *case.expected_grads()[:2]]
+    case.input, case.grad, case.weight = case.input.abs(), case.grad.abs(), case.weight.abs()
+    # Of the same sums' absolute values; 2^-10 twice, their product, and what float32 rounds.
+    magnitude = [case.expected_output(case.cache.abs())[0], *case.expected_grads()[:2]]
+    for want, got, most in zip(expected, have, magnitude, strict=True):
+        error = (got.double() - want).abs()
+        assert (error <= 2.0**-8.9 * most.abs()).all()
+        assert error.max() > 2.0**-18 * most.abs().max()  # further than float32 is
+
+
 class Epilogue:
     """Operands of one epilogue over packed rows, and its dense results in fp64."""
 
@@ -728,12 +770,59 @@ def test_compact(shape, density):
     assert index.shape == (mask.numel(),)
     assert count.tolist() == [len(expected)]
     assert torch.equal(index[: len(expected)], expected)
+    inverse = torch.empty(mask.numel(), dtype=torch.int32, device=DEVICE)
+    again, _ = compaction.compact(mask, inverse)
+    assert torch.equal(again[: len(expected)], expected)
+    assert torch.equal(inverse, compaction.inverse_map(index, count, mask.numel()))
 
 
 def test_compact_adds_up_more_blocks_than_a_chunk(monkeypatch):
     monkeypatch.setattr(compaction, "SCAN_BLOCK", 16)
     monkeypatch.setattr(compaction, "CHUNK", 16)
     test_compact((16 * 40 + 5,), 0.5)
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("channels", [1, 5, 16, compaction.CHANNEL_BLOCK + 7])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16])
+def test_compact_channels(dtype, channels, granularity):
+    """Samples that keep none, some and all; masks of either stride zero; bytes of a bool that are not one; NaN."""
+    groups = -(-channels // granularity)
+    own = random_mask(3, groups) & torch.tensor([[False], [True], [True]], device=DEVICE)
+    own[2] = True
+    for of in (own, own[1:2].expand(3, -1), own[:, :1].expand(-1, groups), own.t().contiguous().t(), own[:0]):
+        if dtype == torch.bool:
+            mask = (of.to(torch.uint8) * 254).view(torch.bool) if of.is_contiguous() else of
+        else:
+            mask = torch.where(of, torch.tensor(torch.nan, dtype=dtype, device=DEVICE), 0)
+        made, index, count = compaction.compact_channels(mask, channels, granularity)
+        expected = of.repeat_interleave(granularity, 1)[:, :channels]
+        assert torch.equal(made.view(torch.uint8), expected.to(torch.uint8))
+        assert torch.equal(count, expected.sum(1, dtype=torch.int32))
+        for row, kept in zip(index, expected, strict=True):
+            listed = kept.nonzero().flatten().int()
+            assert torch.equal(row, F.pad(listed, (0, channels - len(listed)), value=-1))
+        before = F.pad(expected.int().cumsum(1), (1, 0)).int()
+        for step in (1, channels):
+            assert torch.equal(compaction.channel_places(index, count, step), before[:, ::step])
+
+
+def test_compact_channels_of_none():
+    made, index, count = compaction.compact_channels(torch.ones(2, 0, dtype=torch.bool, device=DEVICE), 0)
+    assert made.shape == index.shape == (2, 0) and count.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 7, 64, compaction.FILL_COLUMNS + 24])
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_fill_skipped(density, filled, channels):
+    """Active sites keep what they have, whatever that is."""
+    mask, shape = random_mask(2, 1, 9, 5, density=density), (2, channels, 9, 5)
+    out = channels_last(torch.full(shape, torch.nan, device=DEVICE))
+    inactive = channels_last(integers(*shape)) if filled else None
+    compaction.fill_skipped(mask, out, inactive)
+    expected = torch.where(mask, torch.nan, inactive if filled else 0.0).expand(shape)
+    assert torch.equal(out.nan_to_num(99), expected.nan_to_num(99))
 
 
 def test_inverse_map():

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_dynamo_compiling
 
 from .. import calibration, reference
+from .._arguments import check_pixels
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding, is_stencil, plain
@@ -117,7 +118,8 @@ def _forward_into(
             activation, reads,
         )  # fmt: skip
     else:
-        fill(out, inactive, in_place)
+        if not in_place and out.dim() == 4:
+            module(".kernels.compaction").fill_skipped(mask, out, in_rows(inactive))
         module(".kernels.masked_conv").forward(
             input, weight, bias, index, count, gate, residual, source[0].view(-1) if source else None, out,
             input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]), activation=activation,
@@ -891,6 +893,7 @@ def _sites(
     if isinstance(mask, ActiveSites):
         sites = mask
     elif borrows and _is_plain(mask, size):
+        check_pixels("mask", *size)
         sites = ActiveSites._of(mask)
     else:
         sites = ActiveSites(mask, size)
