@@ -18,6 +18,10 @@ ARGS ?=
 # The tests on one worker a core, and not on more than pay: ARGS="-n 0" runs them in this process, for a debugger.
 WORKERS := -n auto --maxprocesses 4
 
+# Another release of Triton for `make gate`, beside the pinned one: GPU machines have their own.
+TRITON ?=
+OTHER_TRITON := build/triton-$(TRITON)
+
 # Not dynconv-pose, whose maps at batch 32 take 14 GB.
 SHAPES := resnet50 mobilenetv2 lasnet sige-ddpm sbnet laudnet linear
 # Filters of pixels. Not ddf and carafe, whose idioms take minutes and gigabytes.
@@ -28,7 +32,7 @@ STAMP := $(VENV)/.installed
 BENCH := build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format verify bench demo gpu clean
+.PHONY: help test lint format verify gate bench demo gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +50,12 @@ format: $(STAMP) ## apply the format and the safe fixes
 
 verify: $(STAMP) ## compare every op with its dense reference on this machine
 	$(RUN) -m dynconv verify $(ARGS)
+
+gate: $(STAMP) $(if $(TRITON),$(OTHER_TRITON)) ## compile every kernel for GPUs that are not here; TRITON=3.6.0 for another release
+	$(if $(TRITON),PYTHONPATH=$(OTHER_TRITON)) $(RUN) -m pytest -n 0 tests/test_compile_gate.py $(ARGS)
+
+build/triton-%: $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps --target $@ triton==$*
 
 bench: $(STAMP) ## measure dense against dynconv, then run the demo; results in build/bench/
 	$(RUN) -m dynconv bench --networks all --json $(BENCH)/networks.json

@@ -94,7 +94,7 @@ def weight_grad_config(kind, channels, filters, arch, *, piece, listed):
     if not listed:
         # Without a list ahead of them the loads keep all stages to themselves: half as many are as many buffers.
         tile["num_stages"] = triton.cdiv(tile["num_stages"] - 1, 2) + 1
-    if arch == "sm_100" and kind == "tf32" and tile["BLOCK_M"] == 64:
+    if (arch, kind, tile["BLOCK_M"]) in (("sm_100", "tf32", 64), ("sm_90", "half", 128)):
         tile["num_warps"] = 8  # with four it spills
     return tile
 

@@ -99,7 +99,8 @@ WEIGHT_GRAD_TILES = {
     # Triton shares the stages out between the site list and the loads whose addresses depend on it: of 5, the
     # latter get 3 buffers.
     "sm_80": _AMPERE_WGRAD,
-    "sm_90": _AMPERE_WGRAD | {("half", 128): (128, 128, 64, 8, 5)},
+    # Four warps: with eight, Triton 3.6.0 lets wgmma wait for itself.
+    "sm_90": _AMPERE_WGRAD | {("half", 128): (128, 128, 64, 4, 5)},
     "sm_100": _AMPERE_WGRAD
     | {
         ("half", 64): (64, 64, 64, 8, 5),
