@@ -6,7 +6,7 @@ network takes as long. The comparison here is two calls into PyTorch: `torch.com
 
 from __future__ import annotations
 
-from torch import Tensor, get_num_threads
+from torch import Tensor, get_num_threads, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import forward_ad, profiler
 
@@ -24,6 +24,7 @@ class Likeness:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._settings, self._calibration, self._threads = _settings(), calibration.edition, get_num_threads()
+        self._is_grad_enabled = is_grad_enabled()
         sizes, strides = ([list(of(t)) for t in tensors] for of in (Tensor.size, Tensor.stride))
         self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
@@ -41,6 +42,8 @@ class Likeness:
         return (
             self._guards.check(*tensors)
             and settings == self._settings
+            # The guards look at what a tensor requires, not at whether anybody asks for it now.
+            and is_grad_enabled() is self._is_grad_enabled
             and _len_torch_function_stack() == 0
             and _len_torch_dispatch_stack() == 0
             and not profiler._is_profiler_enabled

@@ -215,6 +215,28 @@ def test_a_layer_like_an_earlier_one(change, within):
     assert_same(actual, changed())
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["mask", "sites"])
+@pytest.mark.parametrize("before", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "residual", "inactive"])
+def test_a_layer_trains_after_inference(name, before, shared):
+    """A call without gradients is no call with them, though its operands are the very same."""
+    mask = ActiveSites(mask_of()) if shared else mask_of()
+    operands = {
+        "input": channels_last(*SIZE), "weight": draw(6, 8, 3, 3), "bias": draw(6),
+        "residual": channels_last(2, 6, 7, 6, seed=8), "inactive": channels_last(2, 6, 7, 6, seed=9),
+    }  # fmt: skip
+    operands[name].requires_grad_()
+    call = lambda: masked_conv2d(**operands, padding=1, mask=mask)
+    with before():
+        expected = [call().clone() for _ in range(3)][-1]
+    actual = call()
+    assert actual.requires_grad and torch.allclose(actual, expected, atol=1e-5)
+    gradient = torch.autograd.grad(actual.sum(), operands[name])[0]
+    conv = F.conv2d(operands["input"], operands["weight"], operands["bias"], padding=1) + operands["residual"]
+    dense = torch.where(mask_of(), conv, operands["inactive"])
+    assert torch.allclose(gradient, torch.autograd.grad(dense.sum(), operands[name])[0], atol=1e-4)
+
+
 def test_layers_are_remembered_and_differ_by_their_weights(monkeypatch):
     """The second call of a kind is not checked any more; eight kinds of each weight are kept, the newest ones."""
     checked, right = [], masked_conv.check_convolution
@@ -388,6 +410,20 @@ def test_a_block_that_is_another(state, is_prepared):
         STATES[state](block)
         expected = block_outcome(copy.deepcopy(block), OPERANDS["the same"], "sparse")
         assert_same(block_outcome(block, OPERANDS["the same"], "sparse"), expected)
+
+
+@pytest.mark.parametrize("before", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["basic", "projected", "inverted"])
+def test_a_block_trains_after_inference(kind, before):
+    block, input, mask = block_of(kind), channels_last(*SIZE), mask_of()
+    with before():
+        for _ in range(3):
+            block(input, mask)
+    result = block(input, mask)
+    assert result.requires_grad
+    wanted = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(result.sum(), wanted, allow_unused=True)
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in found)
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])

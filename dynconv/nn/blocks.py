@@ -360,7 +360,7 @@ class _Passed:
 
     def is_like(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites | None, inplace: bool) -> bool:
         """Whether a call may take the same way, with no more to look at than its values."""
-        if inplace is not self.inplace or torch.is_grad_enabled():
+        if inplace is not self.inplace:
             return False
         if self.is_shared:
             if not isinstance(mask, ActiveSites) or mask.gate is not None:
