@@ -185,6 +185,18 @@ def find_taps(
 
 
 @triton.jit
+def split_step(step, taps, TAPS: tl.constexpr):
+    """(block of channels, bit of the tap) of a product's step, of which `taps` of TAPS follow each other."""
+    if TAPS <= TAP_GROUP:  # all of them: the compiler divides by a constant
+        block = step // TAPS
+        bit = step % TAPS
+    else:
+        block = step // taps
+        bit = step - block * taps
+    return block, bit
+
+
+@triton.jit
 def split_rows(split, splits, rows, BLOCK: tl.constexpr):
     """(begin, end) of the split-th equal share of `rows`, in whole blocks: it depends on rows and splits alone."""
     share = tl.cdiv(tl.cdiv(rows, splits), BLOCK) * BLOCK

@@ -35,6 +35,7 @@ from ._common import (
     on_device,
     partial_dtype,
     split_rows,
+    split_step,
     store_rows,
     unit,
 )
@@ -278,12 +279,7 @@ def _gathered_conv_kernel(
         # pipelining the loop. The taps of a block of channels are neighbours: they find its pixels in the cache.
         taps = tl.minimum(TAPS - first_tap, TAP_GROUP)
         for step in range(0, taps * tl.cdiv(k_end - k_first, BLOCK_K)):
-            if TAPS <= TAP_GROUP:
-                block = step // TAPS
-                bit = step % TAPS
-            else:
-                block = step // taps
-                bit = step - block * taps
+            block, bit = split_step(step, taps, TAPS)
             k_place = k_first + block * BLOCK_K + k
             k_inside = k_place < k_end
             channel = find_channels(source_index, k_place, k_inside, CHANNEL_UNIT)

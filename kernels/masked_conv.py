@@ -33,6 +33,7 @@ from ._common import (
     rows_capacity,
     split_rows,
     split_site,
+    split_step,
     store_rows,
     unit,
 )
@@ -313,12 +314,7 @@ def _masked_conv_kernel(
         # All that a step reads follows from its number, as in gathered_conv.py.
         taps = tl.minimum(TAPS - first_tap, TAP_GROUP)
         for step in range(0, taps * tl.cdiv(channels, BLOCK_K)):
-            if TAPS <= TAP_GROUP:
-                block = step // TAPS
-                bit = step % TAPS
-            else:
-                block = step // taps
-                bit = step - block * taps
+            block, bit = split_step(step, taps, TAPS)
             channel = block * BLOCK_K
             k_inside = channel + k < channels
             tap = first_tap + bit

@@ -325,13 +325,8 @@ class Settling:
         All are channels_last. The skipped sites get zeros or what is `inactive` there.
         """
         arguments = self.arguments[:]
-        arguments[2], arguments[3], arguments[5] = result.data_ptr(), out.data_ptr(), mask.data_ptr()
-        if inactive is not None:
-            arguments[4] = inactive.data_ptr()
-        if residual is not None:
-            arguments[6] = residual.data_ptr()
-        if gate is not None:
-            arguments[7] = gate.data_ptr()
+        arguments[2], arguments[3], arguments[4] = result.data_ptr(), out.data_ptr(), address(inactive)
+        arguments[5], arguments[6], arguments[7] = mask.data_ptr(), address(residual), address(gate)
         _run_settle.start(self.dtype, self.threads, arguments)
 
 

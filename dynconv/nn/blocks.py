@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import calibration
 from .._backend import backend_for, in_onnx_export, module, unwatched
 from .._likeness import Likeness, can_be_like
-from ..ops._common import Counted, activate_, expanded, gate_of, in_rows, settle
+from ..ops._common import Counted, Settled, activate_, expanded, gate_of, in_rows, settle
 from ..ops.epilogue import epilogue
 from ..ops.masked_chain import Layer, chain_of, masked_chain, prepare, run_chain
 from ..ops.masked_conv import masked_conv2d
@@ -351,11 +351,8 @@ class _Passed:
         self.chain = call.chain if self.least_dense > 0 else None
         self.is_in_rows = input.is_contiguous(memory_format=torch.channels_last)
         self.adds_input = call.block._fused_shortcut == "identity" and input.shape == call.shape
-        self.activation, self.sites = call.layers[-1].activation, mask.numel()
-        self.settling = None  # half types settle in steps
-        if input.element_size() > 2:
-            kind, adds = self.activation or "none", call.block._fused_shortcut is not None
-            self.settling = module(".cpu.epilogue").Settling(self.shape, input.dtype, kind, adds=adds, copies=False)
+        adds, self.activation = call.block._fused_shortcut is not None, call.layers[-1].activation
+        self.settled = Settled(self.shape, input.dtype, self.activation, adds=adds)
         self.count_active = module(".cpu.sites").count_active
 
     def is_like(self, block: MaskedBlock, input: Tensor, mask: Tensor | ActiveSites | None, inplace: bool) -> bool:
@@ -388,16 +385,9 @@ class _Passed:
         """As `_BlockCall.dense`."""
         result = _branch(input, self.layers)
         shortcut = input if self.adds_input else block._shortcut_of(input, self.shape)
-        if self.inplace or (active < self.sites and self.settling is None):
-            inactive, out = (None, input) if self.inplace else (shortcut, None)
-            return settle(result, Counted(mask, active), None, shortcut, inactive, self.activation, out)
-        if active == self.sites:
-            if shortcut is not None:
-                result += shortcut
-            return activate_(result, self.activation).contiguous(memory_format=torch.channels_last)
-        result, shortcut = in_rows(result), in_rows(shortcut)
-        self.settling.run(result, mask, None, shortcut, shortcut, result)
-        return result
+        if self.inplace:
+            return settle(result, Counted(mask, active), None, shortcut, None, self.activation, input)
+        return self.settled(result, mask, active, shortcut, shortcut)
 
 
 def _as_read(weight: Tensor, groups: int) -> Tensor:

@@ -145,6 +145,38 @@ def settle(
     return out
 
 
+class Settled:
+    """`settle` of results of one size and type, on the CPU without a gate and `out`: worked out once.
+
+    Args:
+        shape: [N, C, H, W] of the results.
+        dtype: theirs.
+        activation: its name, or None.
+        adds: whether there is a residual.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, *, adds: bool) -> None:
+        self.sites, self.activation, self.activate_ = shape[0] * shape[2] * shape[3], activation, in_place(activation)
+        self.settling = None  # half types settle in steps
+        if dtype.itemsize > 2:
+            kind = activation or "none"
+            self.settling = module(".cpu.epilogue").Settling(shape, dtype, kind, adds=adds, copies=False)
+
+    def __call__(
+        self, result: Tensor, mask: Tensor, active: int, residual: Tensor | None, inactive: Tensor | None
+    ) -> Tensor:
+        """`active`: how many sites of the mask are; the operands are of the result's shape."""
+        if active == self.sites:
+            if residual is not None:
+                result += residual
+            return in_rows(self.activate_(result))
+        if self.settling is None:
+            return settle(result, Counted(mask, active), None, residual, inactive, self.activation, None)
+        result = in_rows(result)
+        self.settling.run(result, mask, None, in_rows(residual), in_rows(inactive), result)
+        return result
+
+
 def check_features(name: str, features: Tensor | PackedFeatures) -> Tensor:
     """The tensor behind dense or packed features."""
     tensor = features.rows if isinstance(features, PackedFeatures) else features

@@ -22,7 +22,7 @@ from ..packed import PackedFeatures
 from ..sites import ActiveSites
 from ._common import (
     Compacted,
-    Counted,
+    Settled,
     allow_tf32,
     autocast,
     channels_last,
@@ -37,7 +37,6 @@ from ._common import (
     expanded_inactive,
     fill,
     gate_of,
-    in_place,
     in_rows,
     is_autocast,
     is_same_memory,
@@ -345,13 +344,9 @@ class _Ways:
         stride, padding, dilation, groups, _ = call.geometry
         samples, _, height, width = sites.mask.shape
         self.shape, self.sites = (samples, weight.shape[0], height, width), samples * height * width
-        self.dtype, self.conv2d, self.is_shared, self.kind = input.dtype, call.geometry[:4], is_shared, kind
+        self.dtype, self.conv2d, self.is_shared = input.dtype, call.geometry[:4], is_shared
         self.is_in_rows = all(t is None or in_rows(t) is t for t in (input, residual, inactive))
-        self.activate_ = in_place(kind)
-        self.settling = None  # half types settle in steps
-        if input.element_size() > 2:
-            adds = residual is not None
-            self.settling = module(".cpu.epilogue").Settling(self.shape, input.dtype, kind, adds=adds, copies=False)
+        self.settled = Settled(self.shape, input.dtype, kind, adds=residual is not None)
         kernels = module(".cpu.sites")
         self.list_active, self.neighbours = kernels.list_active, kernels.neighbours
         self.taps = Geometry(tuple(weight.shape[2:]), stride, padding, padding, dilation)
@@ -392,15 +387,7 @@ class _Ways:
         if not self.is_in_rows:
             input, residual, inactive = in_rows(input), in_rows(residual), in_rows(inactive)
         result = F.conv2d(input, weight, bias, *self.conv2d)
-        if active == self.sites:
-            if residual is not None:
-                result += residual
-            return self.activate_(result).contiguous(memory_format=torch.channels_last)
-        if self.settling is None:
-            return settle(result, Counted(mask, active), None, residual, inactive, self.kind, None)
-        result = result.contiguous(memory_format=torch.channels_last)
-        self.settling.run(result, mask, None, residual, inactive, result)
-        return result
+        return self.settled(result, mask, active, residual, inactive)
 
 
 class _Backward(_Call):
