@@ -52,6 +52,8 @@ class Setting(threading.local):
             current.settings = None
 
 
+# The GPU that kernels are compiled for, while none of them run; see _launches.
+_target = Setting(None)
 _forced = Setting(_checked(os.environ["DYNCONV_BACKEND"]) if os.environ.get("DYNCONV_BACKEND") else None)
 
 
@@ -65,6 +67,13 @@ def backend(name: str) -> AbstractContextManager[None]:
     forward pass. Raises ValueError for another name.
     """
     return _forced.using(_checked(name))
+
+
+@contextmanager
+def compiled_for(target: str) -> Iterator[None]:
+    """Let CPU tensors take the "triton" backend, whose kernels somebody compiles for that GPU and does not run."""
+    with _target.using(target), _forced.using("triton"):
+        yield
 
 
 def forced_backend() -> str | None:
@@ -93,7 +102,8 @@ def backend_for(device: torch.device) -> str:
     name = _forced.value or ("cpu" if device.type == "cpu" else "triton")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' takes CPU tensors, got tensors on {device}")
-    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    runs_on_cpu = os.environ.get("TRITON_INTERPRET") == "1" or _target.value is not None
+    if name == "triton" and device.type == "cpu" and not runs_on_cpu:
         raise ValueError("backend: 'triton' takes CPU tensors under TRITON_INTERPRET=1 only")
     return name
 

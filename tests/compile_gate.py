@@ -12,27 +12,15 @@ Must run without TRITON_INTERPRET: under the interpreter the kernels are not com
 
 import argparse
 import concurrent.futures
-import contextlib
-import functools
-import io
 import json
 import os
 import re
-import struct
-import subprocess
 import sys
 import tempfile
-import time
 
-from machine_code import disassemble, matrix_loops
+from dynconv._launches import TARGETS, recorded
+from dynconv._machine_code import matrix_loops, resources, sass
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_89": ("cuda", 89, 32),  # stands for "default", having no row of its own in the tables
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 TABLE_ROW = {"sm_89": "default"}
 # Shared memory a program may use, bytes.
 SHARED_LIMIT = {
@@ -262,25 +250,6 @@ def dynamic_filter_cases(target):
     yield target, "dynamic_filter_channel_grad", "float32", False, 32, 1, "rows+channel"
 
 
-class TargetDriver:
-    """What Triton's launcher asks of a driver before it compiles."""
-
-    def __init__(self, name):
-        from triton.backends.compiler import GPUTarget
-
-        self.name = name
-        self.target = GPUTarget(*TARGETS[name])
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.name  # the key of the kernels' caches
-
-    def get_current_stream(self, device):
-        return 0
-
-
 def launch(case):
     """Calls the launcher of one case on small CPU tensors."""
     import torch
@@ -483,119 +452,43 @@ def launch_dynamic_filter(case):
 
 def compile_case(case):
     """Rows of the table for one case: one for each kernel that its launcher would run."""
-    import triton
-    from triton import knobs
-    from triton.runtime.jit import JITFunction
-
-    target = case[0]
-    compiled = []
-    run = JITFunction.run
-    knobs.nvidia.dump_ptxas_log = True
-
-    def compile_only(self, *args, grid, warmup, **options):
-        began, log = time.perf_counter(), io.StringIO()
-        with contextlib.redirect_stdout(log):
-            binary = run(self, *args, grid=grid, warmup=True, **options)
-        # Of what the assembler could not do as it was told: C75xx are of wgmma.
-        warnings = sorted(set(re.findall(r"\((C75\d\d)\)", log.getvalue())))
-        compiled.append((self.__name__, options, binary, warnings, time.perf_counter() - began))
-
-    triton.runtime.driver.set_active(TargetDriver(target))
-    JITFunction.run = compile_only
     try:
-        launch(case)
+        with recorded(case[0]) as launches:
+            launch(case)
     except Exception as error:  # a failed compile is a row of the table, not the end of it
         return [
             dict.fromkeys(COLUMNS, "") | {"loops": []} | dict(zip(CASE, case, strict=True)) | {"error": repr(error)}
         ]
-    finally:
-        JITFunction.run = run
-    return [
-        describe(case, name, options, binary) | {"warnings": " ".join(warnings), "seconds": round(seconds, 2)}
-        for name, options, binary, warnings, seconds in compiled
-    ]
+    return [describe(case, launched) for launched in launches]
 
 
-def describe(case, name, options, binary):
+def describe(case, launched):
     target, kernel, dtype, _, channels, filters, variant = case
-    tile = "x".join(str(options[key]) for key in TILE if key in options)
+    arguments, compiled = launched.arguments, launched.kernel
     row = dict(
         target=target,
         kernel=kernel,
-        function=name.strip("_"),
+        function=launched.name,
         error="",
         dtype=dtype,
-        precision=options.get("PRECISION", ""),
+        precision=arguments.get("PRECISION", ""),
         channels=channels,
         filters=filters,
         variant=variant,
-        tile=tile,
-        num_warps=binary.metadata.num_warps,
-        num_stages=binary.metadata.num_stages,
-        shared=binary.metadata.shared,
+        tile="x".join(str(arguments[key]) for key in TILE if key in arguments),
+        num_warps=compiled.metadata.num_warps,
+        num_stages=compiled.metadata.num_stages,
+        warnings=" ".join(launched.warnings),
+        seconds=round(launched.seconds, 2),
+        hash=compiled.hash,
     )
-    if "ptx" in binary.asm:
-        assembly = binary.asm["ptx"]
-        row |= nvidia_resources(binary.asm["cubin"])
-    else:
-        assembly = binary.asm["amdgcn"]
-        row |= amd_resources(assembly)
-    row |= {name: len(re.findall(pattern, assembly)) for name, pattern in PATTERNS.items()} | {"hash": binary.hash}
+    row |= resources(compiled)._asdict()
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    row |= {name: len(re.findall(pattern, assembly)) for name, pattern in PATTERNS.items()}
     loops = []
     if target in LOOPS_SHOWN and (row["wgmma"] or row["mma"]):
-        loops = matrix_loops(disassemble(binary.asm["cubin"], _path("nvdisasm")))
+        loops = matrix_loops(sass(compiled))
     return row | {"loops": [loop._asdict() | {"is_pipelined": loop.is_pipelined} for loop in loops]}
-
-
-def nvidia_resources(cubin):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return dict(
-        registers=int(found["REG"]),
-        spills=int(found["STACK"]) + int(found["LOCAL"]),
-        scalar_spills=0,
-        instructions=code_bytes(cubin) // 16,
-    )
-
-
-def code_bytes(elf):
-    """Bytes of the executable sections of a 64-bit ELF file. An instruction takes 16 of them since sm_70, and to
-    disassemble a cubin for their number takes as long as to compile it."""
-    (offset,) = struct.unpack_from("<Q", elf, 40)  # of the section headers
-    size, number = struct.unpack_from("<2H", elf, 58)
-    total = 0
-    for start in range(offset, offset + number * size, size):
-        flags, _, _, length = struct.unpack_from("<4Q", elf, start + 8)
-        total += length if flags & 4 else 0
-    return total
-
-
-def amd_resources(assembly):
-    def field(name):
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
-
-    instructions = re.findall(r"^\t[a-z]\w+", assembly, re.MULTILINE)
-    return dict(
-        registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("private_segment_fixed_size"),
-        # Into lanes of vector registers: what reaches memory is in private_segment_fixed_size.
-        scalar_spills=field("sgpr_spill_count"),
-        instructions=len(instructions),
-    )
-
-
-@functools.cache
-def _path(name):
-    import triton
-
-    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
-
-
-def _tool(name, *arguments):
-    return subprocess.run([_path(name), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def compile_all(selected, processes=2):

@@ -1,8 +1,10 @@
-"""What the loops around matrix instructions look like in a compiled kernel's machine code (SASS, sm_80 and sm_90)."""
+"""What a compiled kernel is made of: registers, instructions, and the loops around matrix instructions (SASS)."""
 
 from __future__ import annotations
 
+import os
 import re
+import struct
 import subprocess
 import tempfile
 from typing import NamedTuple
@@ -28,11 +30,65 @@ class Loop(NamedTuple):
         return self.copies > 0 and any(self.waits) and self.copies_before > 0
 
 
-def disassemble(cubin: bytes, nvdisasm: str) -> str:
+class Resources(NamedTuple):
+    """What a program of a kernel takes."""
+
+    registers: int  # of a thread
+    spills: int  # bytes of a thread that registers did not hold
+    scalar_spills: int  # of AMD: scalar registers that wait in lanes of vector registers
+    shared: int  # bytes
+    instructions: int  # all that there are of them, whether they run or not
+
+
+def resources(kernel) -> Resources:
+    """Of a kernel that Triton has compiled."""
+    shared = kernel.metadata.shared
+    if "ptx" not in kernel.asm:
+        return _amd_resources(kernel.asm["amdgcn"], shared)
+    cubin = kernel.asm["cubin"]
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin)))
+    spills = int(found["STACK"]) + int(found["LOCAL"])
+    return Resources(int(found["REG"]), spills, 0, shared, _code_bytes(cubin) // 16)
+
+
+def sass(kernel) -> str:
+    """The machine code of a kernel that Triton has compiled for NVIDIA; takes about as long as to compile it."""
+    return _tool("nvdisasm", "-c", kernel.asm["cubin"])
+
+
+def _code_bytes(elf: bytes) -> int:
+    """Bytes of the executable sections of a 64-bit ELF file.
+
+    An instruction takes 16 of them since sm_70, and to disassemble a cubin for their number takes as long as to compile
+    it.
+    """
+    (offset,) = struct.unpack_from("<Q", elf, 40)  # of the section headers
+    size, number = struct.unpack_from("<2H", elf, 58)
+    total = 0
+    for start in range(offset, offset + number * size, size):
+        flags, _, _, length = struct.unpack_from("<4Q", elf, start + 8)
+        total += length if flags & 4 else 0
+    return total
+
+
+def _amd_resources(assembly: str, shared: int) -> Resources:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
+
+    instructions = re.findall(r"^\t[a-z]\w+", assembly, re.MULTILINE)
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    return Resources(field("vgpr_count"), spills, field("sgpr_spill_count"), shared, len(instructions))
+
+
+def _tool(name: str, flag: str, cubin: bytes) -> str:
+    """What one of the tools that Triton brings prints of a cubin."""
+    import triton
+
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([nvdisasm, "-c", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([path, flag, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def matrix_loops(sass: str) -> list[Loop]:
