@@ -34,6 +34,12 @@ def architecture_of(backend, arch):
     return "gfx942" if str(arch).startswith("gfx942") else "default"
 
 
+@functools.cache
+def multiprocessors(device):
+    """How many the device has; 132, an H100's, where it is no GPU: kernels are interpreted, or compiled for another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def warps(threads):
     """num_warps of that many threads on the current device: AMD's data-centre GPUs have 64 to a warp."""
     try:
@@ -194,6 +200,12 @@ def split_step(step, taps, TAPS: tl.constexpr):
         block = step // taps
         bit = step - block * taps
     return block, bit
+
+
+@triton.jit
+def split_steps(split, splits, steps):
+    """(begin, end) of the split-th of shares of a product's steps that differ by one at most."""
+    return split * steps // splits, (split + 1) * steps // splits
 
 
 @triton.jit

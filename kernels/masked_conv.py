@@ -28,12 +28,14 @@ from ._common import (
     find_taps,
     is_inside,
     is_packed,
+    multiprocessors,
     on_device,
     partial_dtype,
     rows_capacity,
     split_rows,
     split_site,
     split_step,
+    split_steps,
     store_rows,
     unit,
 )
@@ -113,6 +115,17 @@ WEIGHT_GRAD_TILES = {
     | {("double", 64): (64, 64, 16, 4, 2)},
 }
 
+# A product of few tiles splits K between programs, one for each multiprocessor as far as they go. Two on one would
+# share its path to L2, which one nearly fills by itself: 32 KiB a step of 128 x 128 x 64, at 64 bytes a cycle, beside
+# 512 cycles of products. A split's partial sums take as long on their way to L2 and back as four such steps, and a
+# program has as much to do before its first. So K has to be this long, and leaves each split this much.
+SPLIT_FROM = 2048
+SPLIT_LEAST = 512
+# The sum over the splits is a launch, which takes about 2 us even if it has nothing to do: products that have so many
+# tiles that an eighth of the sites occupies half of the multiprocessors go without.
+SPLIT_TILES = 4  # for each multiprocessor, at most
+SPLIT_ELEMENTS = 2048  # of a tile that a program sums
+
 # Programs that wgrad wants in flight, and the fewest K steps that are worth a split.
 WEIGHT_GRAD_PROGRAMS = 512
 WEIGHT_GRAD_STEPS = 8
@@ -125,7 +138,7 @@ PRECISION = {"half": "ieee", "tf32": "tf32", "ieee": "ieee", "double": "ieee"}
 
 _VARIES = ["source_height", "source_width", "site_height", "height_multiplier", "height_shift"]
 _VARIES += ["site_width", "width_multiplier", "width_shift", "pad_top", "pad_left"]
-_VARIES += ["dilation_h", "dilation_w", "splits", "sites", "channel_units", "filter_units"]
+_VARIES += ["dilation_h", "dilation_w", "splits", "parallel", "sites", "channel_units", "filter_units"]
 # `groups` stays specialised: where it is 1 it is a constant, and the kernel is the ungrouped one.
 
 
@@ -176,6 +189,67 @@ def _tile(table, kind, width, aligned):
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages)
 
 
+def most_splits(terms, tiles, parallel):
+    """How many splits of K a tile has at most: 1 where that brings nothing, whatever the mask.
+
+    terms are those of a sum, tiles those of all sites, parallel the multiprocessors.
+    """
+    return terms // SPLIT_LEAST if terms >= SPLIT_FROM and tiles <= SPLIT_TILES * parallel else 1
+
+
+@triton.jit
+def find_splits(rows, row_tiles, splits, parallel, BLOCK_M: tl.constexpr):
+    """(tiles, splits of each) of that many rows: at most `splits`, and all at most `parallel` unless it is one each.
+
+    row_tiles are those of the same rows. Where K is split there are few of them; see most_splits.
+    """
+    tiles = tl.cdiv(rows, BLOCK_M) * row_tiles
+    return tiles, tl.maximum(tl.minimum(parallel // tl.maximum(tiles, 1), splits), 1)
+
+
+@triton.jit
+def finish_rows(
+    total,
+    bias,
+    gate,
+    residual,
+    grad,
+    out,
+    row,
+    site,
+    listed,
+    tile,
+    n,
+    sites,
+    groups,
+    filters,
+    tiles_n,
+    PACKED_SITES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """What follows the sum over K in _masked_conv_kernel; tile counts the tiles of N of all groups, n is in its group.
+
+    total [M, N] in the accumulator's type, row, site and listed [M], n [N].
+    """
+    column = tile // tiles_n * filters + n
+    n_inside = n[None, :] < filters
+    if bias is not None:
+        total += tl.load(bias + column, mask=n < filters, other=0.0).to(total.dtype)[None, :]
+    if PACKED_SITES:
+        out_row = row
+    else:
+        out_row = site.to(tl.int64)
+    inside = listed[:, None] & n_inside
+    offset = out_row[:, None] * (filters * groups) + column[None, :]
+    if grad is not None:
+        dual = tl.load(grad + offset, mask=inside, other=0.0).to(total.dtype)
+        # Columns past `filters` are an input times zero, which is not zero where the input is infinite.
+        share = tl.sum(tl.where(n_inside, total * dual, 0.0), axis=1)
+        tl.store(out + tile.to(tl.int64) * sites + site, share, mask=listed)
+    else:
+        store_rows(total, gate, residual, out, site, offset, listed, inside, ACTIVATION)
+
+
 @triton.jit(do_not_specialize=_VARIES)
 def _masked_conv_kernel(
     source,
@@ -188,6 +262,9 @@ def _masked_conv_kernel(
     count,
     grad,
     out,
+    partial,
+    splits,
+    parallel,
     source_height,
     source_width,
     site_height,
@@ -235,6 +312,9 @@ def _masked_conv_kernel(
     gate [rows of the convolution's output]. lookup int32 [source rows] names the row of a PACKED_SOURCE, and the active
     sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad. EVEN says that tiles
     of K and N are full.
+    partial [splits, tiles, BLOCK_M, BLOCK_N], if given, takes the sums of the tiles that several programs share, for
+    _add_splits_kernel to finish: as many as find_splits says of `splits` and `parallel`. Which products meet in a sum
+    depends on count alone.
     Skips sites not listed, taps that fall outside the source, and sources that lookup does not have.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
@@ -243,11 +323,17 @@ def _masked_conv_kernel(
     filters = filter_units * FILTER_UNIT
     # The tiles of N of the same sites are neighbours in launch order: they share the gathered rows in L2.
     tiles_n = tl.cdiv(filters, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n
-    group = tl.program_id(0) // tiles_n % groups
-    tile_m = tl.program_id(0) // tiles_n // groups
     rows = tl.load(count)
-    start = tile_m.to(tl.int64) * BLOCK_M
+    tile = tl.program_id(0)
+    if partial is not None:
+        tiles, splits = find_splits(rows, tiles_n * groups, splits, parallel, BLOCK_M)
+        if tile >= tiles * splits:
+            return
+        split = tile // tiles
+        tile -= split * tiles
+    tile_n = tile % tiles_n
+    group = tile // tiles_n % groups
+    start = (tile // tiles_n // groups).to(tl.int64) * BLOCK_M
     if start >= rows:
         return
 
@@ -283,6 +369,9 @@ def _masked_conv_kernel(
         weight_pointer = weight + (group * channels + k).to(tl.int64)[:, None] * (TAPS * filters) + n[None, :]
     n_inside = n[None, :] < filters
 
+    blocks = tl.cdiv(channels, BLOCK_K)
+    if partial is not None:
+        first_step, last_step = split_steps(split, splits, TAPS * blocks)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR)
     for first_tap in range(0, TAPS, TAP_GROUP):
         # Which taps a row has is the same for every block of channels, so it is found once, ahead of the
@@ -313,7 +402,12 @@ def _masked_conv_kernel(
         tap_bits = has_tap[:, None]
         # All that a step reads follows from its number, as in gathered_conv.py.
         taps = tl.minimum(TAPS - first_tap, TAP_GROUP)
-        for step in range(0, taps * tl.cdiv(channels, BLOCK_K)):
+        begin = 0
+        end = taps * blocks
+        if partial is not None:
+            begin = tl.maximum(first_step - first_tap * blocks, 0)
+            end = tl.minimum(last_step - first_tap * blocks, end)
+        for step in range(begin, end):
             block, bit = split_step(step, taps, TAPS)
             channel = block * BLOCK_K
             k_inside = channel + k < channels
@@ -351,24 +445,100 @@ def _masked_conv_kernel(
                 a = (a.to(ACCUMULATOR) * scale).to(source.dtype.element_ty)
             total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
 
-    column = group * filters + n
-    if bias is not None:
-        total += tl.load(bias + column, mask=n < filters, other=0.0).to(ACCUMULATOR)[None, :]
-    if PACKED_SITES:
-        out_row = row
-    else:
-        out_row = site.to(tl.int64)
-    inside = listed[:, None] & n_inside
-    offset = out_row[:, None] * (filters * groups) + column[None, :]
-    if grad is not None:
-        dual = tl.load(grad + offset, mask=inside, other=0.0).to(ACCUMULATOR)
-        # Columns past `filters` are an input times zero, which is not zero where the input is infinite.
-        share = tl.sum(tl.where(n_inside, total * dual, 0.0), axis=1)
-        tl.store(out + (group * tiles_n + tile_n).to(tl.int64) * sites + site, share, mask=listed)
-    elif TRANSPOSED:
-        tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
-    else:
-        store_rows(total, gate, residual, out, site, offset, listed, inside, ACTIVATION)
+    if partial is not None and splits > 1:
+        place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(partial + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N) + place, total)
+        return
+    if TRANSPOSED:
+        gate = None  # it is in the sum
+    finish_rows(
+        total,
+        bias,
+        gate,
+        residual,
+        grad,
+        out,
+        row,
+        site,
+        listed,
+        group * tiles_n + tile_n,
+        n,
+        sites,
+        groups,
+        filters,
+        tiles_n,
+        PACKED_SITES,
+        ACTIVATION,
+    )
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _add_splits_kernel(
+    partial,
+    bias,
+    gate,
+    residual,
+    index,
+    count,
+    grad,
+    out,
+    splits,
+    parallel,
+    sites,
+    groups,
+    filter_units,
+    FILTER_UNIT: tl.constexpr,
+    PACKED_SITES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Adds the sums over K that _masked_conv_kernel leaves in partial, in order, and does what follows them.
+
+    A program takes ROWS of a tile's BLOCK_M rows. Does nothing where each tile has one split.
+    """
+    filters = filter_units * FILTER_UNIT
+    tiles_n = tl.cdiv(filters, BLOCK_N)
+    rows = tl.load(count)
+    tiles, splits = find_splits(rows, tiles_n * groups, splits, parallel, BLOCK_M)
+    SHARES: tl.constexpr = BLOCK_M // ROWS
+    tile = tl.program_id(0) // SHARES
+    first = tl.program_id(0) % SHARES * ROWS
+    start = (tile // (tiles_n * groups)).to(tl.int64) * BLOCK_M + first
+    if (splits == 1) | (start >= rows):
+        return
+
+    row = start + tl.arange(0, ROWS)
+    listed = row < rows
+    site = tl.load(index + row, mask=listed, other=0)
+    place = (first + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    pointer = partial + tile.to(tl.int64) * (BLOCK_M * BLOCK_N) + place
+    total = tl.load(pointer)
+    for _split in range(1, splits):
+        pointer += tiles.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        total += tl.load(pointer)
+    tile = tile % (tiles_n * groups)
+    n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    finish_rows(
+        total,
+        bias,
+        gate,
+        residual,
+        grad,
+        out,
+        row,
+        site,
+        listed,
+        tile,
+        n,
+        sites,
+        groups,
+        filters,
+        tiles_n,
+        PACKED_SITES,
+        ACTIVATION,
+    )
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -854,8 +1024,14 @@ def _launch_conv(
         kind = arithmetic(source.dtype, allow_tf32)
         finished = residual is not None or activation != "none" or (grad is not None and is_packed(source))
         tile = config(kind, channels, filters, architecture(), packed=is_packed(source), finished=finished)
-        programs = triton.cdiv(capacity, tile["BLOCK_M"]) * triton.cdiv(filters, tile["BLOCK_N"]) * groups
-        _masked_conv_kernel[(programs,)](
+        block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+        tiles = triton.cdiv(capacity, block_m) * triton.cdiv(filters, block_n) * groups
+        parallel = multiprocessors(source.device)
+        splits, shared, partial = most_splits(kernel_height * kernel_width * channels, tiles, parallel), 0, None
+        if splits > 1:
+            shared = min(parallel, tiles * splits)
+            partial = torch.empty((shared, block_m, block_n), dtype=partial_dtype(source.dtype), device=source.device)
+        _masked_conv_kernel[(max(tiles, shared),)](
             source,
             weight,
             bias,
@@ -866,6 +1042,9 @@ def _launch_conv(
             count,
             grad,
             out,
+            partial,
+            splits,
+            parallel,
             *input_size,
             *divisor(site_size[0]),
             *divisor(site_size[1]),
@@ -891,6 +1070,31 @@ def _launch_conv(
             ACCUMULATOR=accumulator(source.dtype),
             PRECISION=PRECISION[kind],
             **tile,
+        )
+        if partial is None:
+            return
+        share = min(block_m, SPLIT_ELEMENTS // block_n)
+        # Tiles that have splits have two at least.
+        _add_splits_kernel[(shared // 2 * (block_m // share),)](
+            partial,
+            bias,
+            None if transposed else gate,
+            residual,
+            index,
+            count,
+            grad,
+            out,
+            splits,
+            parallel,
+            index.numel(),
+            groups,
+            filters // unit(filters),
+            FILTER_UNIT=unit(filters),
+            PACKED_SITES=is_packed(result),
+            ACTIVATION=activation,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            ROWS=share,
         )
 
 

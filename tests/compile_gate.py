@@ -53,6 +53,7 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #   packed                 source and result are packed
 #   grouped, depthwise     2 groups of that many channels and filters; as many groups as channels
 #   stride2, 1x1, 7x7      another geometry than 3 x 3
+#   split                  of K: says so, the number of channels makes it true
 #   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true, or
 #                          in gathered convolution that kept channels do not lie side by side
 #   mask                   of deformable convolution
@@ -152,9 +153,15 @@ def all_cases():
                 yield target, "bias_grad", dtype, False, depth, width, "gate"
                 # The most that a forward holds at once.
                 yield target, "forward", dtype, tf32, depth, width, "packed+gate+bias+residual+gelu"
+                long = masked_conv.SPLIT_FROM // 8  # and divided by any depth
+                yield target, "forward", dtype, tf32, long, width, "split"
                 if kind in ("half", "tf32"):
+                    yield target, "input_grad", dtype, tf32, long, width, "split"
                     yield target, "input_grad", dtype, tf32, depth, width, "packed"
                 if kind == "half":
+                    yield target, "forward", dtype, tf32, long, width, "split+packed+gate+bias+residual+gelu"
+                    yield target, "gate_grad", dtype, tf32, long, width, "split+bias"
+                    yield target, "input_grad", dtype, tf32, long, width, "split+stride2+gate"
                     yield target, "forward", dtype, tf32, depth - 1, width, "packed+residual+silu+unaligned"
                     yield target, "input_grad", dtype, tf32, depth, width, "packed+stride2+gate"
                     yield target, "gate_grad", dtype, tf32, depth, width, "packed+bias"

@@ -36,8 +36,9 @@ TENSOR_CORE = {
 # The targets for which every kernel is compiled: the fifth, sm_89, has what differs there.
 FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Kernels that read rows into registers, and the fewest 16-byte loads: of a depthwise kernel row's three taps the source
-# and the weight; of wgrad the source and grad; rows, grad and residual; the source of all taps in a row of a dynamic
-# filter, and of the four that a thread has in its gradients; four pixels around a position; one load elsewhere.
+# and the weight; of wgrad the source and grad; rows, grad and residual; of a tile two splits, by 4 warps of AMD 8
+# elements each; the source of all taps in a row of a dynamic filter, and of the four that a thread has in its
+# gradients; four pixels around a position; one load elsewhere.
 STREAMING = {
     "depthwise_conv_kernel": 6,
     "depthwise_weight_grad_kernel": 2,
@@ -45,6 +46,7 @@ STREAMING = {
     "epilogue_backward_kernel": 3,
     "moments_kernel": 2,
     "gather_kernel": 1,
+    "add_splits_kernel": 8,
     "aggregate_kernel": 4,
     "dynamic_filter_kernel": 3,
     "dynamic_filter_grad_kernel": 4,

@@ -446,6 +446,115 @@ def test_memory_is_written_before_it_is_read():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def splits(monkeypatch):
+    """Sums so short are split, on a GPU of 24 multiprocessors; a list of what is then asked: most splits of a call."""
+    asked, most_splits = [], masked_conv.most_splits
+
+    def ask(*arguments):
+        asked.append(most_splits(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(masked_conv, "multiprocessors", lambda device: 24)
+    monkeypatch.setattr(masked_conv, "SPLIT_FROM", 16)
+    monkeypatch.setattr(masked_conv, "SPLIT_LEAST", 16)
+    monkeypatch.setattr(masked_conv, "most_splits", ask)
+    return asked
+
+
+# Those whose sums are long enough in all of forward, input_grad and gate_grad.
+SPLIT = {
+    "3x3": dict(gated=False),
+    "gated": dict(activation="relu6", residual=True),
+    "stride_2": dict(stride=(2, 2)),
+    "stride_and_dilation": GEOMETRIES["stride_and_dilation"],
+    "more_taps_than_bits": GEOMETRIES["more_taps_than_bits"],
+    "steps_and_tiles": dict(cin=24, cout=70, size=(3, 4)),
+    "aligned": dict(cin=16, cout=32, size=(4, 4)),
+    "several_tiles_of_sites": dict(size=(11, 13), cin=4, cout=4, density=0.8),
+    "groups": dict(cin=20, cout=24, groups=2),
+    "input": dict(packed="input"),
+    "output": dict(packed="output", activation="silu", residual=True),
+    "input+output": dict(packed="input+output", stride=(2, 1), cin=12, cout=12, groups=2),
+    "empty": dict(density=0.0),
+    "one_site": dict(density=0.01, size=(5, 9)),
+    "full": dict(density=1.0),
+    "halves": dict(dtype=torch.float16),
+    "doubles": dict(dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_split(splits, name):
+    case = Case(**dict(n=1) | SPLIT[name])
+    case.check()
+    assert len(splits) == 3 and min(splits) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sites=st.integers(1, 150), share=st.integers(0, 150), channels=st.integers(16, 120), filters=st.integers(1, 70),
+    parallel=st.integers(2, 40), least=st.integers(1, 64),
+)  # fmt: skip
+def test_splits_take_every_product_once(sites, share, channels, filters, parallel, least):
+    """Whatever there is of sites, steps and multiprocessors: sums of integers are exact."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masked_conv, "multiprocessors", lambda device: parallel)
+        patch.setattr(masked_conv, "SPLIT_FROM", 1)
+        patch.setattr(masked_conv, "SPLIT_LEAST", least)
+        case = Case(n=1, cin=channels, cout=filters, size=(1, sites), kernel=(1, 1), padding=(0, 0), gated=False)
+        case.mask = (torch.arange(sites, device=DEVICE) < share).view(1, 1, 1, sites)
+        case.sites = active_set(case.mask)
+        case.check_output()
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=st.integers(1, 5000), splits=st.integers(1, 64))
+def test_shares_of_steps(steps, splits):
+    shares = [kernels._common.split_steps.fn(split, splits, steps) for split in range(splits)]
+    assert [step for begin, end in shares for step in range(begin, end)] == list(range(steps))
+    lengths = [end - begin for begin, end in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_splits_follow_the_tiles():
+    """Of what the shapes allow; an H100 has 132."""
+    assert masked_conv.most_splits(9 * 512, 196, 132) == 9
+    assert masked_conv.most_splits(9 * 256, 392, 132) == 4
+    assert masked_conv.most_splits(9 * 128, 8, 132) == 1  # too short
+    assert masked_conv.most_splits(9 * 512, 529, 132) == 1  # an eighth of so many tiles is enough
+
+
+def test_sums_of_splits_have_a_kernel_of_their_own(splits, monkeypatch):
+    """What the other tests of splits would not notice: that K is split at all."""
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(masked_conv, "_add_splits_kernel", Nothing())
+    case = Case(packed="output")
+    assert case.actual_output()[case.mask.expand_as(case.cache)].isnan().all()
+    # As many tiles as multiprocessors: each has one split, whose program finishes it.
+    monkeypatch.setattr(masked_conv, "multiprocessors", lambda device: 1)
+    case.check_output()
+
+
+def test_splits_give_the_same_bits_every_time(splits):
+    case = Case(cin=20, cout=20, n=1, activation="gelu")
+    case.input = channels_last(torch.randn(case.input.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE))
+    first, second = (case.actual() for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_splits_write_their_memory_before_it_is_read(splits):
+    torch.use_deterministic_algorithms(True)
+    try:
+        Case(cin=10, cout=20, n=1).check()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", dtypes(torch.float16, torch.float32, torch.bfloat16))
 def test_rounding(dtype):
     """Forward on random numbers, within the bound for sums in fp32 and one rounding to dtype.

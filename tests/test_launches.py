@@ -122,6 +122,16 @@ def test_masked(count):
         assert call(packed=True) == ["zero_", "masked_conv_kernel"]
 
 
+def test_masked_of_few_tiles(count):
+    """Long sums are split between programs, and added up."""
+    x, w, cold = operand(1, 256, 4, 4), operand(16, 256, 3, 3), torch.rand(1, 1, 4, 4, device=DEVICE) < 0.4
+    with torch.no_grad():
+        shared = ActiveSites(cold)
+        count(lambda: shared.index)
+        call = lambda: masked_conv2d(x, w, padding=1, mask=shared)
+        assert count(call) == ["fill_skipped_kernel", "masked_conv_kernel", "add_splits_kernel"]
+
+
 def test_gathered(count):
     x, w, ins, outs = operand(*X), operand(*WEIGHT), kept(), kept()
     with torch.no_grad():
