@@ -36,7 +36,7 @@ from ._common import (
     unit,
     warps,
 )
-from .masked_conv import PRECISION, WEIGHT_GRAD_PROGRAMS, channels_last_rows, is_aligned, transposed_rows
+from .masked_conv import PRECISION, channels_last_rows, is_aligned, transposed_rows, weight_grad_splits
 
 # Tiles, by (arithmetic, bucket of what N is): (BLOCK_M, BLOCK_N, BLOCK_K, threads, num_stages). The same for every
 # architecture: four pixels are loaded for a sample, and it is their registers and shared memory, not the matrix
@@ -77,8 +77,6 @@ INPUT_GRAD_TILES = {
 }
 # Rows that do not start on 16 bytes are loaded element by element, each with an address in a register: smaller tiles.
 INPUT_GRAD_UNALIGNED = (16, 16, 16, 128, 2)
-# The fewest K steps of wgrad that are worth a split.
-WEIGHT_GRAD_STEPS = 8
 
 # What a program of the aggregation holds of each of the four pixels: two 16-byte loads for each thread.
 AGGREGATE_THREADS = 128
@@ -909,7 +907,7 @@ def conv_weight_grad(input, offset, mask, grad, weight, *, stride, padding, dila
         tile = weight_grad_config(arithmetic(input.dtype, allow_tf32), run, filters)
         tiles = triton.cdiv(filters, tile["BLOCK_M"]) * triton.cdiv(run, tile["BLOCK_N"])
         tiles *= kernel_height * kernel_width * arguments["groups"] * arguments["group_runs"]
-        splits = min(triton.cdiv(WEIGHT_GRAD_PROGRAMS, tiles), triton.cdiv(sites, tile["BLOCK_K"] * WEIGHT_GRAD_STEPS))
+        splits = weight_grad_splits(tiles, sites, tile, input.device)
         shape = (splits, total_filters, kernel_height, kernel_width, channels)
         partial = torch.empty(shape, dtype=partial_dtype(input.dtype), device=input.device)
         _deform_weight_grad_kernel[(tiles * splits,)](

@@ -43,11 +43,10 @@ from .compaction import channel_places
 from .masked_conv import (
     PRECISION,
     REDUCE_BLOCK,
-    WEIGHT_GRAD_PROGRAMS,
-    WEIGHT_GRAD_STEPS,
     channels_last_rows,
     is_aligned,
     transposed_rows,
+    weight_grad_splits,
 )
 
 # Room for the partial sums of wgrad: samples beyond it wait for their turn.
@@ -658,9 +657,7 @@ def weight_grad(
         narrowest = min(channel_unit, filter_unit, source_unit, grad_unit)
         tile = weight_grad_config(kind, channels, filters, architecture(), piece=narrowest, listed=rows is not None)
         tiles = triton.cdiv(filters, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_N"]) * taps * groups
-        splits = min(
-            triton.cdiv(WEIGHT_GRAD_PROGRAMS, tiles * samples), triton.cdiv(sites, tile["BLOCK_K"] * WEIGHT_GRAD_STEPS)
-        )
+        splits = weight_grad_splits(tiles * samples, sites, tile, source.device)
         chunk = max(1, min(samples, PARTIAL_BYTES // (splits * total.numel() * total.element_size())))
         partial = torch.empty((chunk * splits, total.numel()), dtype=total.dtype, device=source.device)
         block = min(REDUCE_BLOCK, triton.next_power_of_2(taps * channels))

@@ -58,6 +58,10 @@ _AMPERE = {
 CONV_TILES = {
     "sm_80": _AMPERE,
     # Four warps for 128 x 128: two programs fit an SM, and one's prologue hides behind the other's products.
+    # 128 x 256 x 64 with eight warps would read a quarter less of L2 for the same products, in 134 instructions a step
+    # and 242 registers. It is for layers that fill the GPU with half as many tiles: at 14 x 14 with 256 channels, batch
+    # 128 and density 0.25 there would be 49 on 132 multiprocessors, and their steps take twice as long; at 7 x 7 with
+    # 512, 26, which splits of K make as fast as the smaller ones. With a residual or an activation it spills.
     "sm_90": _AMPERE | {("half", 128): (128, 128, 64, 4, 3), ("tf32", 128): (128, 128, 32, 8, 3)},
     "sm_100": _AMPERE | {("half", 128): (128, 128, 64, 4, 3), ("tf32", 128): (128, 128, 32, 8, 3)},
     # 64 KiB of LDS; two stages are what its software pipeline uses.
@@ -126,8 +130,12 @@ SPLIT_LEAST = 512
 SPLIT_TILES = 4  # for each multiprocessor, at most
 SPLIT_ELEMENTS = 2048  # of a tile that a program sums
 
-# Programs that wgrad wants in flight, and the fewest K steps that are worth a split.
-WEIGHT_GRAD_PROGRAMS = 512
+# Programs of wgrad that a multiprocessor has room for, by registers and shared memory as compiled: of the largest tile,
+# by architecture, and of any smaller one, of which there is room for four or more everywhere.
+WEIGHT_GRAD_PLACES = {"sm_80": 1, "sm_90": 2, "sm_100": 1, "gfx942": 2}
+WEIGHT_GRAD_SMALL_PLACES = 4
+# How full the last wave of programs is at least, and the fewest K steps that are worth a split.
+WEIGHT_GRAD_FULL = 0.8
 WEIGHT_GRAD_STEPS = 8
 BIAS_GRAD_SPLITS = 256
 BIAS_GRAD_TILE = 2048  # elements of grad a program adds up at a time
@@ -172,6 +180,28 @@ def weight_grad_config(kind, channels, filters, arch, *, packed=False, piece=Non
         if arch == "sm_100" and kind == "tf32" and tile["BLOCK_M"] == 64:
             tile["num_warps"] = 8  # with four it spills
     return tile
+
+
+def weight_grad_splits(tiles, rows, tile, device):
+    """How many splits of at most `rows` rows wgrad takes where there are so many tiles: whole waves of programs.
+
+    The fewest waves of which the last is nearly full: every split more costs a weight's size of partial sums. How many
+    there are depends on the shapes and the device alone.
+    """
+    places = weight_grad_places(tile["BLOCK_M"], architecture()) * multiprocessors(device)
+    return min(whole_waves(tiles, places), triton.cdiv(rows, tile["BLOCK_K"] * WEIGHT_GRAD_STEPS))
+
+
+def weight_grad_places(block_m, arch):
+    return WEIGHT_GRAD_PLACES[arch] if block_m >= 128 else WEIGHT_GRAD_SMALL_PLACES
+
+
+def whole_waves(tiles, places):
+    """The fewest splits of each tile with which their programs fill all waves of so many places."""
+    waves = triton.cdiv(tiles, places)
+    while waves * places // tiles * tiles < WEIGHT_GRAD_FULL * waves * places:
+        waves += 1
+    return waves * places // tiles
 
 
 def is_aligned(kind, channels):
@@ -911,9 +941,7 @@ def weight_grad(
         tile = weight_grad_config(kind, channels, filters, architecture(), packed=is_packed(input))
         tiles = triton.cdiv(filters, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_N"])
         tiles *= kernel_height * kernel_width * groups
-        splits = min(
-            triton.cdiv(WEIGHT_GRAD_PROGRAMS, tiles), triton.cdiv(capacity, tile["BLOCK_K"] * WEIGHT_GRAD_STEPS)
-        )
+        splits = weight_grad_splits(tiles, capacity, tile, input.device)
         partial = torch.empty((splits, size), dtype=partial_dtype(input.dtype), device=grad.device)
         _weight_grad_kernel[(tiles * splits,)](
             input,

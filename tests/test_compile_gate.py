@@ -123,6 +123,34 @@ def test_shared_memory_fits(target, rows):
     assert not too_large, describe(too_large)
 
 
+def places(row):
+    """How many programs of a kernel a multiprocessor has room for, by their shared memory and registers."""
+    if row["target"] == "gfx942":  # four units of 512 registers for each of 64 lanes
+        return min(65536 // row["shared"], 4 * (512 // (-(-row["registers"] // 8) * 8)) // row["num_warps"])
+    shared = SHARED_LIMIT[row["target"]] + 1024  # of which each program takes 1 KiB more than its own
+    registers = -(-row["registers"] // 8) * 8 * 32 * row["num_warps"]
+    return min(shared // (row["shared"] + 1024), 65536 // registers)
+
+
+def test_multiprocessors_have_room_for_the_programs_of_wgrad(target, rows):
+    """As many as their splits count on: of tensor cores, and of rows that start on 16 bytes."""
+    if target not in FULL:
+        pytest.skip(f"{target} has not all of the tiles")
+    found = [
+        row
+        for row in rows
+        if row["function"] in ("weight_grad_kernel", "gathered_weight_grad_kernel")
+        and (row["precision"] == "tf32" or row["dtype"] in ("float16", "bfloat16"))
+        and "unaligned" not in row["variant"]
+    ]
+    seen = set()
+    for row in found:
+        block_m = int(row["tile"].split("x")[0])
+        seen.add(block_m)
+        assert places(row) >= kernels.masked_conv.weight_grad_places(block_m, target), describe([row])
+    assert seen == {16, 64, 128}
+
+
 def test_products_use_tensor_cores(target, rows):
     best, *_, older = TENSOR_CORE[target] * 2
     for row in rows:

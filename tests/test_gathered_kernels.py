@@ -247,6 +247,6 @@ def test_equals_reference_in(dtype, name):
 
 def test_weight_gradient_in_chunks_and_parts(monkeypatch):
     case = Case(n=5, cin=5, cout=6, size=(7, 7), kernel=(1, 1), padding=(0, 0), density=0.9)
-    monkeypatch.setattr(gathered_conv, "WEIGHT_GRAD_STEPS", 1)  # 49 sites in 4 parts of 16
+    monkeypatch.setattr(kernels.masked_conv, "WEIGHT_GRAD_STEPS", 1)  # 49 sites in 4 parts of 16
     monkeypatch.setattr(gathered_conv, "PARTIAL_BYTES", 2 * 4 * case.weight.numel() * 4)  # 2 samples of 4 parts
     case.check_grads()

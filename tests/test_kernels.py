@@ -525,6 +525,17 @@ def test_splits_follow_the_tiles():
     assert masked_conv.most_splits(9 * 512, 529, 132) == 1  # an eighth of so many tiles is enough
 
 
+@settings(max_examples=200, deadline=None)
+@given(tiles=st.integers(1, 10**6), places=st.integers(1, 1216))
+def test_whole_waves(tiles, places):
+    splits = masked_conv.whole_waves(tiles, places)
+    waves = -(-tiles * splits // places)
+    assert splits >= 1 and tiles * splits >= 0.8 * waves * places
+    # No smaller number of whole waves is as full.
+    for fewer in range(-(-tiles // places), waves):
+        assert fewer * places // tiles * tiles < 0.8 * fewer * places
+
+
 def test_sums_of_splits_have_a_kernel_of_their_own(splits, monkeypatch):
     """What the other tests of splits would not notice: that K is split at all."""
 
