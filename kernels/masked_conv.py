@@ -604,6 +604,7 @@ def _weight_grad_kernel(
     FILTER_UNIT: tl.constexpr,
     PACKED_SITES: tl.constexpr,
     GATES_SOURCE: tl.constexpr,
+    EVEN: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -614,7 +615,8 @@ def _weight_grad_kernel(
 
     source [source rows, groups * channels], grad [site rows, groups * filters], and m and n of the same group:
     partial [splits, groups * filters, taps, channels]. lookup, if given, names the rows of a packed source; with
-    PACKED_SITES the m-th listed site is row m of grad. With GATES_SOURCE the gate multiplies the source's rows.
+    PACKED_SITES the m-th listed site is row m of grad. With GATES_SOURCE the gate multiplies the source's rows. EVEN
+    says that tiles of M and N are full.
     Split i takes the i-th equal share of index[:count]: which rows meet in a sum depends on count alone.
     Skips inactive sites; taps outside the source, and sources that lookup does not have, contribute zeros.
     """
@@ -660,9 +662,13 @@ def _weight_grad_kernel(
         else:
             grad_row = site
         a_offset = grad_row.to(tl.int64)[:, None] * (filters * groups) + m[None, :]
-        a = tl.load(grad + a_offset, mask=listed[:, None] & m_inside, other=0.0)
         b_offset = source_row.to(tl.int64)[:, None] * (channels * groups) + n[None, :]
-        b = tl.load(source + b_offset, mask=valid[:, None] & n_inside, other=0.0)
+        if EVEN:
+            a = tl.load(grad + a_offset, mask=listed[:, None], other=0.0)
+            b = tl.load(source + b_offset, mask=valid[:, None], other=0.0)
+        else:
+            a = tl.load(grad + a_offset, mask=listed[:, None] & m_inside, other=0.0)
+            b = tl.load(source + b_offset, mask=valid[:, None] & n_inside, other=0.0)
         if gate is not None:
             scale = tl.load(gate + site, mask=listed, other=0.0).to(ACCUMULATOR)[:, None]
             if GATES_SOURCE:
@@ -969,6 +975,8 @@ def weight_grad(
             PACKED_SITES=is_packed(grad),
             # wgmma waits for itself where its A comes from registers, as what has been multiplied does.
             GATES_SOURCE=architecture() == "sm_90" and kind in ("half", "tf32") and tile["BLOCK_M"] >= 64,
+            # Of TF32 the compiler would keep more loads in flight than there are registers (sm_100).
+            EVEN=kind == "half" and filters % tile["BLOCK_M"] == 0 and channels % tile["BLOCK_N"] == 0,
             ACCUMULATOR=accumulator(input.dtype),
             PRECISION=PRECISION[kind],
             **tile,
