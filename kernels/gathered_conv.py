@@ -299,11 +299,17 @@ def _gathered_conv_kernel(
                 column = channel
             valid = ((tap_bits >> bit) & 1) != 0
             a = tl.load(a_pointer + column[None, :], mask=valid & k_inside[None, :], other=0.0)
+            # A weight has fewer than 2**31 elements; the sum is wide for what find_channels says.
             if WEIGHT_K_CONTIGUOUS:
-                b_offset = tap.to(tl.int64) * channels + channel
+                b_offset = (tap * channels + channel.to(tl.int32)).to(tl.int64)
             else:
-                b_offset = (channel * TAPS + tap) * filters
-            b = tl.load(weight_pointer + b_offset[:, None], mask=k_inside[:, None] & n_inside[None, :], other=0.0)
+                b_offset = (channel.to(tl.int32) * (TAPS * filters) + tap * filters).to(tl.int64)
+            # A column past the last one has a channel as well: read, but not stored. fp32 masks it, or ptxas spills for
+            # sm_80.
+            b_inside = k_inside[:, None]
+            if source.dtype.element_ty.primitive_bitwidth > 16:
+                b_inside = b_inside & n_inside[None, :]
+            b = tl.load(weight_pointer + b_offset[:, None], mask=b_inside, other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
 
     if bias is not None:
@@ -770,6 +776,8 @@ def _launch(
     as the GEMM sees them.
     """
     total_filters, channels, kernel_height, kernel_width = shape
+    if math.prod(shape) >= 2**31:
+        raise ValueError(f"weight: expected fewer than 2**31 elements, got {math.prod(shape)}")
     filters = total_filters // groups
     samples, sites = out.shape[0], site_size[0] * site_size[1]
     if samples == 0 or sites == 0 or filters == 0:

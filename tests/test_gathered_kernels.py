@@ -250,3 +250,16 @@ def test_weight_gradient_in_chunks_and_parts(monkeypatch):
     monkeypatch.setattr(kernels.masked_conv, "WEIGHT_GRAD_STEPS", 1)  # 49 sites in 4 parts of 16
     monkeypatch.setattr(gathered_conv, "PARTIAL_BYTES", 2 * 4 * case.weight.numel() * 4)  # 2 samples of 4 parts
     case.check_grads()
+
+
+def test_a_weight_of_2_31_elements_is_refused():
+    """Its offsets are of 32 bits."""
+    source, out = (channels_last(torch.zeros(1, columns, 1, 1)) for columns in (2**15, 2**16))
+    every = [
+        (torch.zeros(1, columns, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)) for columns in (2**15, 2**16)
+    ]
+    where = dict(input_size=(1, 1), site_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+    where |= dict(packed_source=False, packed_out=False, granularity=1, allow_tf32=False, activation="none")
+    weight = torch.empty(2**16, 2**15, 1, 1, device="meta")
+    with pytest.raises(ValueError, match="weight: expected fewer than 2\\*\\*31 elements, got 2147483648"):
+        gathered_conv.forward(source, weight, None, None, None, out, *every, None, **where)
