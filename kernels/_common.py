@@ -94,6 +94,11 @@ def unit(channels):
     return math.gcd(channels, 8)
 
 
+def offset_type(*sizes):
+    """The integer in which a kernel counts elements, of tensors with so many: 32 bits where they will do."""
+    return tl.int32 if max(sizes) < 2**31 else tl.int64
+
+
 def is_packed(features):
     """Features are [N, C, H, W] (dense) or [capacity, C] (packed)."""
     return features.dim() == 2

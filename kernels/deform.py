@@ -27,8 +27,10 @@ from ._common import (
     accumulator,
     arithmetic,
     bucket,
+    divide,
     divisor,
     is_inside,
+    offset_type,
     on_device,
     partial_dtype,
     split_rows,
@@ -46,6 +48,7 @@ CONV_TILES = {
     ("half", 16): (64, 16, 32, 128, 2),
     ("half", 64): (64, 64, 32, 128, 2),
     ("half", 128): (64, 128, 32, 128, 2),
+    ("half", 256): (64, 256, 32, 256, 2),
     ("tf32", 16): (64, 16, 16, 128, 2),
     ("tf32", 64): (64, 64, 16, 256, 2),
     ("ieee", 16): (64, 16, 16, 256, 2),
@@ -78,7 +81,8 @@ INPUT_GRAD_TILES = {
 # Rows that do not start on 16 bytes are loaded element by element, each with an address in a register: smaller tiles.
 INPUT_GRAD_UNALIGNED = (16, 16, 16, 128, 2)
 
-# What a program of the aggregation holds of each of the four pixels: two 16-byte loads for each thread.
+# What a program of the aggregation holds of each of the four pixels: two 16-byte loads for each thread, of one pair
+# where a group is as wide.
 AGGREGATE_THREADS = 128
 AGGREGATE_BYTES = 4096
 # A gradient has addresses and integers of 64 bits as well.
@@ -91,6 +95,7 @@ FIXED_POINT_BITS = 62
 _VARIES = ["source_height", "source_width", "site_height", "height_multiplier", "height_shift"]
 _VARIES += ["site_width", "width_multiplier", "width_shift", "sites", "pad_top", "pad_left"]
 _VARIES += ["dilation_h", "dilation_w", "splits", "channel_units", "run_units", "filter_units"]
+_VARIES += ["groups_multiplier", "groups_shift"]
 # The numbers of groups and of runs in them stay specialised: mostly they are 1, and what they count falls away.
 
 
@@ -122,12 +127,16 @@ def aggregate_config(dtype, channels, *, grads=False):
     A site's groups lie side by side, so narrow groups fill a line as well.
     """
     block_c = min(128 // dtype.itemsize, bucket(channels, (8, 16, 32, 64)))
-    elements = AGGREGATE_BYTES // dtype.itemsize
+    piece, elements = 16 // dtype.itemsize, AGGREGATE_BYTES // dtype.itemsize
+    pieces = 1 if grads else min(2, block_c // piece)
     if unit(channels) * dtype.itemsize < 16:
-        elements = min(elements, UNALIGNED_ELEMENTS)
+        elements, pieces, piece = min(elements, UNALIGNED_ELEMENTS), 1, 1
     elif grads:
         elements = min(elements // 2, AGGREGATE_GRAD_ELEMENTS)
-    return dict(BLOCK_M=elements // block_c, BLOCK_C=block_c, num_warps=warps(AGGREGATE_THREADS))
+    block_m = min(elements // block_c, AGGREGATE_THREADS * piece * pieces // block_c)
+    even = channels % block_c == 0
+    tile = dict(BLOCK_M=block_m, BLOCK_C=block_c, PIECES=pieces, PIECE=piece, EVEN=even)
+    return tile | dict(num_warps=warps(AGGREGATE_THREADS))
 
 
 def _tile(table, kind, width, aligned):
@@ -144,22 +153,63 @@ def _named(block_m, block_n, block_k, threads, num_stages):
 
 
 @triton.jit
-def locate(offset, pair, y, x, listed, source_height, source_width, ACCUMULATOR: tl.constexpr):
-    """(top, left, below, right, inside): the pixel above and to the left of (y, x) + (dy, dx), how far below and to the
-    right of it that is, in [0, 1), and whether any pixel of the source is less than one away.
+def load_pair(pairs, place, listed, PAIRED: tl.constexpr):
+    """The two numbers at pairs[2 * place], zero where not listed (None: all are). PAIRED: in one load, as a word."""
+    if PAIRED:
+        BITS: tl.constexpr = pairs.dtype.element_ty.primitive_bitwidth
+        HALF: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
+        WORD: tl.constexpr = tl.uint32 if BITS == 16 else tl.uint64
+        word = _load(pairs.to(tl.pointer_type(WORD), bitcast=True) + place, listed)
+        first = word.to(HALF).to(pairs.dtype.element_ty, bitcast=True)
+        second = (word >> BITS).to(HALF).to(pairs.dtype.element_ty, bitcast=True)
+    else:
+        first = _load(pairs + 2 * place, listed)
+        second = _load(pairs + 2 * place + 1, listed)
+    return first, second
 
-    All have the shape of pair, int64, where (dy, dx) are in offset. Where not inside, top and left are 0: safe to
-    convert, not to be used.
+
+@triton.jit
+def _load(pointer, listed):
+    if listed is None:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=listed, other=0)
+    return value
+
+
+@triton.jit
+def locate(offset, place, y, x, listed, source_height, source_width, ACCUMULATOR: tl.constexpr, PAIRED: tl.constexpr):
+    """(top, left, below, right): the pixel above and to the left of (y, x) + (dy, dx), and how far below and to the
+    right of it that is, in [0, 1).
+
+    y and x are in the accumulator's type. All have the shape of place, the pair of offset that (dy, dx) is. listed:
+    None where all are. Along an axis on which no pixel of the source is less than one away, or where not listed, the
+    pixel is outside of it, and so is the next one: see is_near.
     """
-    y = y.to(ACCUMULATOR) + tl.load(offset + pair, mask=listed, other=0.0).to(ACCUMULATOR)
-    x = x.to(ACCUMULATOR) + tl.load(offset + pair + 1, mask=listed, other=0.0).to(ACCUMULATOR)
-    # False for NaN as well.
-    inside = (y > -1.0) & (y < source_height.to(ACCUMULATOR)) & (x > -1.0) & (x < source_width.to(ACCUMULATOR)) & listed
-    y = tl.where(inside, y, 0.0)
-    x = tl.where(inside, x, 0.0)
-    top = tl.floor(y)
-    left = tl.floor(x)
-    return top.to(tl.int32), left.to(tl.int32), y - top, x - left, inside
+    dy, dx = load_pair(offset, place, listed, PAIRED)
+    top, below = _split_position(y + dy.to(ACCUMULATOR), listed, source_height.to(ACCUMULATOR))
+    left, right = _split_position(x + dx.to(ACCUMULATOR), None, source_width.to(ACCUMULATOR))
+    return top, left, below, right
+
+
+@triton.jit
+def _split_position(position, listed, size):
+    """(whole int32, rest): floor(position) and what is left; -2 and 0 where not above -1 (NaN) and size and 0 past it.
+
+    A condition for each axis and side: of their conjunction the compiler makes three times the instructions.
+    """
+    inside = position > -1.0
+    if listed is not None:
+        inside &= listed
+    position = tl.where(inside, tl.minimum(position, size), -2.0)
+    whole = tl.floor(position)
+    return whole.to(tl.int32), position - whole
+
+
+@triton.jit
+def is_near(top, left, source_height, source_width):
+    """Whether any pixel of the source is less than one away from a position: see `locate`."""
+    return (top >= -1) & (top < source_height) & (left >= -1) & (left < source_width)
 
 
 @triton.jit
@@ -171,7 +221,7 @@ def as_column(rows):
 
 
 @triton.jit
-def find_corner(corner, sample, top, left, below, right, inside, source_height, source_width):
+def find_corner(corner, sample, top, left, below, right, source_height, source_width):
     """(row, valid, share_y, share_x), shaped as `top` is, of one of the four pixels around a position: see `locate`.
 
     Its row of the source, whether it has one, and its shares of the sample along either axis, 1 - distance. The corners
@@ -179,9 +229,27 @@ def find_corner(corner, sample, top, left, below, right, inside, source_height, 
     """
     down = corner // 2
     beside = corner % 2
-    valid = inside & is_inside(top + down, left + beside, source_height, source_width)
+    valid = is_inside(top + down, left + beside, source_height, source_width)
     row = (sample * source_height + top + down) * source_width + left + beside
     return row, valid, tl.abs((1 - down) - below), tl.abs((1 - beside) - right)
+
+
+@triton.jit
+def weigh_corner(corner: tl.constexpr, sample, top, left, below, right, scale, source_height, source_width):
+    """(row, valid, share) of a corner: as find_corner, of one known at compile time, with its scaled share of all."""
+    if corner // 2 == 0:
+        share = 1 - below
+    else:
+        share = below
+    if scale is not None:
+        share *= scale
+    if corner % 2 == 0:
+        share *= 1 - right
+    else:
+        share *= right
+    valid = is_inside(top + corner // 2, left + corner % 2, source_height, source_width)
+    row = (sample * source_height + top) * source_width + left
+    return row + (corner // 2 * source_width + corner % 2), valid, share
 
 
 @triton.jit
@@ -192,35 +260,64 @@ def sample_pixels(
     left,
     below,
     right,
-    inside,
     scale,
-    c,
     c_inside,
     columns,
     source_height,
     source_width,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """scale * sample(position, c), [..., C] in the accumulator's type: see `locate`.
+    """scale * sample(position, c), [M, C] in the accumulator's type: see `locate`.
 
-    What belongs to a position is [M] or [..., 1], scale too, which may be None. c, which broadcasts with it as a
-    column, are elements of a source row, which has that many columns.
+    What belongs to a position is [M], scale too, which may be None. source points to c of the source's first row,
+    [1, C] as c_inside is; a row has that many columns. OFFSET is the integer that counts the elements of the source.
     """
     # Unrolled: the four loads do not wait for one another.
     for corner in tl.static_range(4):
-        row, valid, share_y, share_x = find_corner(
-            corner, sample, top, left, below, right, inside, source_height, source_width
-        )
-        share = share_y * share_x
-        if scale is not None:
-            share *= scale
-        element = as_column(row.to(tl.int64)) * columns + c
-        value = tl.load(source + element, mask=as_column(valid) & c_inside, other=0.0)
+        row, valid, share = weigh_corner(corner, sample, top, left, below, right, scale, source_height, source_width)
+        element = row.to(OFFSET) * columns
+        value = tl.load(source + element[:, None], mask=valid[:, None] & c_inside, other=0.0).to(ACCUMULATOR)
         if corner == 0:
-            total = as_column(share) * value.to(ACCUMULATOR)
+            total = share[:, None] * value
         else:
-            total += as_column(share) * value.to(ACCUMULATOR)
+            total += share[:, None] * value
     return total
+
+
+@triton.jit
+def add_pixels(
+    total,
+    other,
+    source,
+    other_source,
+    sample,
+    top,
+    left,
+    below,
+    right,
+    scale,
+    inside,
+    other_inside,
+    columns,
+    source_height,
+    source_width,
+    OFFSET: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """(total, other) + scale * sample(position, c): as sample_pixels, with positions [M, 1] and c [M, C].
+
+    other, if not None, are more channels of the same positions. Of inside, None says that all c are. The source has a
+    row at least: what is outside of it reads the first one and is not added, a condition of the addition's own. Zeros
+    in its place would have to be written to the registers ahead of each load.
+    """
+    for corner in tl.static_range(4):
+        row, valid, share = weigh_corner(corner, sample, top, left, below, right, scale, source_height, source_width)
+        element = tl.where(valid, row, 0).to(OFFSET) * columns
+        total = tl.where(valid, total + share * _load(source + element, inside).to(ACCUMULATOR), total)
+        if other is not None:
+            other = tl.where(valid, other + share * _load(other_source + element, other_inside).to(ACCUMULATOR), other)
+    return total, other
 
 
 @triton.jit
@@ -234,7 +331,6 @@ def sample_grads(
     left,
     below,
     right,
-    inside,
     scale,
     c,
     c_inside,
@@ -244,6 +340,7 @@ def sample_grads(
     along_y,
     along_x,
     value,
+    OFFSET: tl.constexpr,
     WANTS_SUMS: tl.constexpr,
 ):
     """The backward of `sample_pixels`, of the grad `column` [..., C] of scale * sample(position, c).
@@ -254,10 +351,8 @@ def sample_grads(
     LAST: tl.constexpr = len(column.shape) - 1
     # Not unrolled: what a corner needs, addresses and integers of 64 bits, would not find registers four times.
     for corner in tl.range(0, 4, loop_unroll_factor=1):
-        row, valid, share_y, share_x = find_corner(
-            corner, sample, top, left, below, right, inside, source_height, source_width
-        )
-        element = as_column(row.to(tl.int64)) * columns + c
+        row, valid, share_y, share_x = find_corner(corner, sample, top, left, below, right, source_height, source_width)
+        element = as_column(row.to(OFFSET)) * columns + c
         reads = as_column(valid) & c_inside
         if WANTS_SUMS:
             # Columns past the channels are a weight times zero, which is not zero where the weight is infinite.
@@ -313,6 +408,8 @@ def _deform_conv_kernel(
     STRIDE_W: tl.constexpr,
     RUN_UNIT: tl.constexpr,
     FILTER_UNIT: tl.constexpr,
+    PAIRED: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -343,14 +440,16 @@ def _deform_conv_kernel(
     )
     y = y * STRIDE_H - pad_top
     x = x * STRIDE_W - pad_left
-    first_tap = row * (offset_groups * TAPS)
+    first_tap = row.to(OFFSET) * (offset_groups * TAPS)
 
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    weight_pointer = weight + (group * filters + n).to(tl.int64)[None, :] * (TAPS * group_runs * run) + k[:, None]
-    n_inside = n[None, :] < filters
+    weight_pointer = weight + (group * filters + n).to(tl.int64)[:, None] * (TAPS * group_runs * run) + k[None, :]
+    n_inside = n[:, None] < filters
 
-    total = tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR)
+    # The product is transposed: wgmma takes its second operand from shared memory, into which the samples go. As the
+    # first they would come out of registers, and the assembler would let no two products overlap.
+    total = tl.zeros([BLOCK_N, BLOCK_M], ACCUMULATOR)
     part = 0
     tap = 0
     channel = 0
@@ -358,15 +457,16 @@ def _deform_conv_kernel(
     for _ in range(0, group_runs * TAPS * tl.cdiv(run, BLOCK_K)):
         run_index = group * group_runs + part
         place = first_tap + (run_index // offset_group_runs * TAPS + tap)
-        top, left, below, right, inside = locate(
+        top, left, below, right = locate(
             offset,
-            2 * place,
-            y + tap // KERNEL_WIDTH * dilation_h,
-            x + tap % KERNEL_WIDTH * dilation_w,
+            place,
+            (y + tap // KERNEL_WIDTH * dilation_h).to(ACCUMULATOR),
+            (x + tap % KERNEL_WIDTH * dilation_w).to(ACCUMULATOR),
             listed,
             source_height,
             source_width,
             ACCUMULATOR,
+            PAIRED,
         )
         if mask is None:
             scale = None
@@ -374,24 +474,25 @@ def _deform_conv_kernel(
             scale = tl.load(mask + place, mask=listed, other=0.0).to(ACCUMULATOR)
         k_inside = channel + k < run
         a = sample_pixels(
-            source + (run_index * run + channel),
+            source + (run_index * run + channel + k)[None, :],
             sample,
             top,
             left,
             below,
             right,
-            inside,
             scale,
-            k[None, :],
             k_inside[None, :],
             groups * group_runs * run,
             source_height,
             source_width,
+            OFFSET,
             ACCUMULATOR,
         )
         b_offset = (tap * group_runs + part) * run + channel
-        b = tl.load(weight_pointer + b_offset, mask=k_inside[:, None] & n_inside, other=0.0)
-        total = tl.dot(a.to(source.dtype.element_ty), b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        b = tl.load(weight_pointer + b_offset, mask=k_inside[None, :] & n_inside, other=0.0)
+        total = tl.dot(
+            b, tl.trans(a.to(source.dtype.element_ty)), total, input_precision=PRECISION, out_dtype=ACCUMULATOR
+        )
         channel += BLOCK_K
         tap += (channel >= run).to(tl.int32)
         channel = tl.where(channel >= run, 0, channel)
@@ -400,9 +501,9 @@ def _deform_conv_kernel(
 
     column = group * filters + n
     if bias is not None:
-        total += tl.load(bias + column, mask=n < filters, other=0.0).to(ACCUMULATOR)[None, :]
+        total += tl.load(bias + column, mask=n < filters, other=0.0).to(ACCUMULATOR)[:, None]
     target = row[:, None] * (groups * filters) + column[None, :]
-    tl.store(out + target, total.to(out.dtype.element_ty), mask=listed[:, None] & n_inside)
+    tl.store(out + target, tl.trans(total).to(out.dtype.element_ty), mask=listed[:, None] & tl.trans(n_inside))
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -438,6 +539,8 @@ def _deform_weight_grad_kernel(
     STRIDE_W: tl.constexpr,
     RUN_UNIT: tl.constexpr,
     FILTER_UNIT: tl.constexpr,
+    PAIRED: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -471,7 +574,7 @@ def _deform_weight_grad_kernel(
     tap_x = tap % KERNEL_WIDTH * dilation_w - pad_left
     m_inside = m[None, :] < filters
     n_inside = n[None, :] < run
-    source += run_index * run
+    source += run_index * run + n[None, :]
     grad += group * filters
     total = tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR)
     for start in range(begin, end, BLOCK_K):
@@ -481,16 +584,17 @@ def _deform_weight_grad_kernel(
             site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
         )
         row = site.to(tl.int64)
-        place = row * (offset_groups * TAPS) + (run_index // offset_group_runs * TAPS + tap)
-        top, left, below, right, inside = locate(
+        place = row.to(OFFSET) * (offset_groups * TAPS) + (run_index // offset_group_runs * TAPS + tap)
+        top, left, below, right = locate(
             offset,
-            2 * place,
-            y * STRIDE_H + tap_y,
-            x * STRIDE_W + tap_x,
+            place,
+            (y * STRIDE_H + tap_y).to(ACCUMULATOR),
+            (x * STRIDE_W + tap_x).to(ACCUMULATOR),
             listed,
             source_height,
             source_width,
             ACCUMULATOR,
+            PAIRED,
         )
         if mask is None:
             scale = None
@@ -503,13 +607,12 @@ def _deform_weight_grad_kernel(
             left,
             below,
             right,
-            inside,
             scale,
-            n[None, :],
             n_inside,
             groups * group_runs * run,
             source_height,
             source_width,
+            OFFSET,
             ACCUMULATOR,
         )
         a = tl.load(grad + (row[:, None] * (groups * filters) + m[None, :]), mask=listed[:, None] & m_inside, other=0.0)
@@ -556,6 +659,8 @@ def _deform_input_grad_kernel(
     STRIDE_W: tl.constexpr,
     RUN_UNIT: tl.constexpr,
     FILTER_UNIT: tl.constexpr,
+    PAIRED: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -584,16 +689,17 @@ def _deform_input_grad_kernel(
     sample, y, x = split_site(
         row.to(tl.int32), site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
     )
-    place = row * (offset_groups * TAPS) + (offset_group * TAPS + tap)
-    top, left, below, right, inside = locate(
+    place = row.to(OFFSET) * (offset_groups * TAPS) + (offset_group * TAPS + tap)
+    top, left, below, right = locate(
         offset,
-        2 * place,
-        y * STRIDE_H + (tap // KERNEL_WIDTH * dilation_h - pad_top),
-        x * STRIDE_W + (tap % KERNEL_WIDTH * dilation_w - pad_left),
+        place,
+        (y * STRIDE_H + (tap // KERNEL_WIDTH * dilation_h - pad_top)).to(ACCUMULATOR),
+        (x * STRIDE_W + (tap % KERNEL_WIDTH * dilation_w - pad_left)).to(ACCUMULATOR),
         listed,
         source_height,
         source_width,
         ACCUMULATOR,
+        PAIRED,
     )
     if mask is None:
         scale = None
@@ -633,7 +739,6 @@ def _deform_input_grad_kernel(
                 left,
                 below,
                 right,
-                inside,
                 scale,
                 c[None, :],
                 n_inside[None, :],
@@ -643,6 +748,7 @@ def _deform_input_grad_kernel(
                 along_y,
                 along_x,
                 value,
+                OFFSET,
                 grad_offset is not None or grad_mask is not None,
             )
 
@@ -652,6 +758,7 @@ def _deform_input_grad_kernel(
         if scale is not None:
             along_y *= scale
             along_x *= scale
+        inside = is_near(top, left, source_height, source_width)
         along_y = tl.where(inside, along_y, 0.0)
         along_x = tl.where(inside, along_x, 0.0)
         tl.store(grad_offset + 2 * place, along_y.to(grad_offset.dtype.element_ty), mask=listed)
@@ -659,23 +766,43 @@ def _deform_input_grad_kernel(
 
 
 @triton.jit
-def find_pairs(start, groups, sites, BLOCK_M: tl.constexpr, PIECES: tl.constexpr):
-    """(row int64, site int32, group, listed) of BLOCK_M pairs of site and group from the int64 `start`-th on.
+def find_pairs(local, start, groups, groups_multiplier, groups_shift, sites):
+    """(row, site int32, group, listed), like `local`, of pairs of site and group: the local-th from the `start`-th on.
 
-    All are [BLOCK_M, PIECES, 1]: every thread that has a piece of a pair's channels finds for itself what belongs to
-    the pair. One that found it for others would hand it over through shared memory, at every tap.
+    Row is of start's type. Past the last pair, where not listed, it is the last one again: what it reads needs no mask.
     """
-    first = start // groups
-    place = tl.arange(0, BLOCK_M)[:, None, None] + tl.zeros([BLOCK_M, PIECES, 1], tl.int32)
-    pair = (start - first * groups).to(tl.int32) + place
-    site = first + pair // groups
-    return start + place, site.to(tl.int32), pair % groups, site < sites
+    rest = tl.minimum(sites.to(start.dtype) * groups - start, 2**30).to(tl.int32)
+    listed = local < rest
+    local = tl.minimum(local, rest - 1)
+    if start.dtype == tl.int32:
+        site = divide(start + local, groups_multiplier, groups_shift)
+        group = start + local - site * groups
+    else:
+        first = start // groups
+        group = (start - first * groups).to(tl.int32) + local
+        step = divide(group, groups_multiplier, groups_shift)
+        site = first.to(tl.int32) + step
+        group -= step * groups
+    return start + local, site, group, listed
 
 
 @triton.jit
-def find_columns(first, PIECES: tl.constexpr, PIECE: tl.constexpr):
-    """PIECES * PIECE channels from the `first` on, [1, PIECES, PIECE]."""
-    return first + tl.arange(0, PIECES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+def find_columns(first, BLOCK_M: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """(c, other): PIECES * LANES * PIECE channels from the `first` on, of each of BLOCK_M pairs.
+
+    A thread has PIECE channels of a pair, 16 bytes, hence LANES threads: [BLOCK_M * LANES, PIECE]. With PIECES == 2 it
+    has as many `other` ones. Which come first alternates between the pairs of one 128-byte line and those of the next:
+    together the threads of a warp read all of a line, not twice the same half of it.
+    """
+    LINE_PAIRS: tl.constexpr = max(1, 8 // (PIECES * LANES))
+    thread = tl.arange(0, BLOCK_M * LANES)[:, None]
+    inner = thread % LANES * PIECE + tl.arange(0, PIECE)[None, :]
+    if PIECES == 1:
+        turn = 0
+    else:
+        tl.static_assert(PIECES == 2)
+        turn = thread // (LANES * LINE_PAIRS) % 2
+    return first + turn * (LANES * PIECE) + inner, first + (1 - turn) * (LANES * PIECE) + inner
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -694,6 +821,8 @@ def _aggregate_kernel(
     width_shift,
     sites,
     groups,
+    groups_multiplier,
+    groups_shift,
     channel_units,
     pad_top,
     pad_left,
@@ -704,9 +833,14 @@ def _aggregate_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
+    PAIRED: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """out[s, g, c] = sum over tap of weights[s, g, tap] * sample(position(s, g, tap), (g, c)).
 
@@ -714,52 +848,65 @@ def _aggregate_kernel(
     source [pixels, groups * channels].
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-    PIECE: tl.constexpr = 8 if BLOCK_C >= 8 else BLOCK_C
-    PIECES: tl.constexpr = BLOCK_C // PIECE
+    LANES: tl.constexpr = BLOCK_C // (PIECES * PIECE)
     channels = channel_units * CHANNEL_UNIT
     # The tiles of C of the same rows are neighbours in launch order: they share offsets and weights in L2.
     tiles_c = tl.cdiv(channels, BLOCK_C)
-    c = find_columns(tl.program_id(0) % tiles_c * BLOCK_C, PIECES, PIECE)
-    start = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M
-    row, site, group, listed = find_pairs(start, groups, sites, BLOCK_M, PIECES)
+    start = (tl.program_id(0) // tiles_c).to(OFFSET) * BLOCK_M
+    # What belongs to a pair is [BLOCK_M * LANES, 1]: each thread with channels of it finds that for itself. One that
+    # found it for others would hand it over through shared memory, at every tap.
+    thread = tl.arange(0, BLOCK_M * LANES)[:, None]
+    row, site, group, listed = find_pairs(thread // LANES, start, groups, groups_multiplier, groups_shift, sites)
     sample, y, x = split_site(
         site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
     )
     y = y * STRIDE_H - pad_top
     x = x * STRIDE_W - pad_left
-    c_inside = c < channels
-    column = group * channels + c
+    c, other_c = find_columns(tl.program_id(0) % tiles_c * BLOCK_C, BLOCK_M, LANES, PIECES, PIECE)
+    inside = None if EVEN else c < channels
+    other_inside = None if EVEN else other_c < channels
+    first = source + group * channels
 
-    total = tl.zeros([BLOCK_M, PIECES, PIECE], ACCUMULATOR)
-    for tap in range(0, TAPS):
-        place = row * TAPS + tap
-        top, left, below, right, inside = locate(
-            offset,
-            2 * place,
-            y + tap // KERNEL_WIDTH * dilation_h,
-            x + tap % KERNEL_WIDTH * dilation_w,
-            listed,
-            source_height,
-            source_width,
-            ACCUMULATOR,
-        )
-        total += sample_pixels(
-            source,
-            sample,
-            top,
-            left,
-            below,
-            right,
-            inside,
-            tl.load(weights + place, mask=listed, other=0.0).to(ACCUMULATOR),
-            column,
-            c_inside,
-            groups * channels,
-            source_height,
-            source_width,
-            ACCUMULATOR,
-        )
-    tl.store(out + (row * channels + c), total.to(out.dtype.element_ty), mask=listed & c_inside)
+    total = tl.zeros([BLOCK_M * LANES, PIECE], ACCUMULATOR)
+    other = total if PIECES == 2 else None
+    for tap_row in range(KERNEL_HEIGHT):
+        tap_y = (y + tap_row * dilation_h).to(ACCUMULATOR)
+        for tap_column in tl.static_range(KERNEL_WIDTH):
+            place = row * TAPS + tap_row * KERNEL_WIDTH + tap_column
+            top, left, below, right = locate(
+                offset,
+                place,
+                tap_y,
+                (x + tap_column * dilation_w).to(ACCUMULATOR),
+                None,
+                source_height,
+                source_width,
+                ACCUMULATOR,
+                PAIRED,
+            )
+            total, other = add_pixels(
+                total,
+                other,
+                first + c,
+                first + other_c,
+                sample,
+                top,
+                left,
+                below,
+                right,
+                tl.load(weights + place).to(ACCUMULATOR),
+                inside,
+                other_inside,
+                groups * channels,
+                source_height,
+                source_width,
+                OFFSET,
+                ACCUMULATOR,
+            )
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(out + (row * channels + c), total.to(dtype), mask=listed if EVEN else listed & inside)
+    if PIECES == 2:
+        tl.store(out + (row * channels + other_c), other.to(dtype), mask=listed if EVEN else listed & other_inside)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -782,6 +929,8 @@ def _aggregate_grad_kernel(
     width_shift,
     sites,
     groups,
+    groups_multiplier,
+    groups_shift,
     channel_units,
     pad_top,
     pad_left,
@@ -792,9 +941,14 @@ def _aggregate_grad_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
+    PAIRED: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """The gradients of _aggregate_kernel's operands from one tap at BLOCK_M rows, pairs of site and group.
 
@@ -806,37 +960,38 @@ def _aggregate_grad_kernel(
     grad_weights may be None.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-    PIECE: tl.constexpr = 8 if BLOCK_C >= 8 else BLOCK_C
-    PIECES: tl.constexpr = BLOCK_C // PIECE
+    LANES: tl.constexpr = BLOCK_C // (PIECES * PIECE)
     channels = channel_units * CHANNEL_UNIT
     # The taps of the same rows are neighbours in launch order: they share the rows of grad in L2.
     tap = tl.program_id(0) % TAPS
-    start = (tl.program_id(0) // TAPS).to(tl.int64) * BLOCK_M
-    row, site, group, listed = find_pairs(start, groups, sites, BLOCK_M, PIECES)
+    start = (tl.program_id(0) // TAPS).to(OFFSET) * BLOCK_M
+    thread = tl.arange(0, BLOCK_M * LANES)[:, None]
+    row, site, group, listed = find_pairs(thread // LANES, start, groups, groups_multiplier, groups_shift, sites)
     sample, y, x = split_site(
         site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
     )
     place = row * TAPS + tap
-    top, left, below, right, inside = locate(
+    top, left, below, right = locate(
         offset,
-        2 * place,
-        y * STRIDE_H + (tap // KERNEL_WIDTH * dilation_h - pad_top),
-        x * STRIDE_W + (tap % KERNEL_WIDTH * dilation_w - pad_left),
+        place,
+        (y * STRIDE_H + (tap // KERNEL_WIDTH * dilation_h - pad_top)).to(ACCUMULATOR),
+        (x * STRIDE_W + (tap % KERNEL_WIDTH * dilation_w - pad_left)).to(ACCUMULATOR),
         listed,
         source_height,
         source_width,
         ACCUMULATOR,
+        PAIRED,
     )
     scale = tl.load(weights + place, mask=listed, other=0.0).to(ACCUMULATOR)
     fixed_scale = None
     if fixed is not None:
         fixed_scale = tl.load(scales).to(ACCUMULATOR)
 
-    along_y = tl.zeros([BLOCK_M, PIECES, 1], ACCUMULATOR)
-    along_x = tl.zeros([BLOCK_M, PIECES, 1], ACCUMULATOR)
-    value = tl.zeros([BLOCK_M, PIECES, 1], ACCUMULATOR)
+    along_y = tl.zeros([BLOCK_M * LANES, 1], ACCUMULATOR)
+    along_x = tl.zeros([BLOCK_M * LANES, 1], ACCUMULATOR)
+    value = tl.zeros([BLOCK_M * LANES, 1], ACCUMULATOR)
     for channel in range(0, channels, BLOCK_C):
-        c = find_columns(channel, PIECES, PIECE)
+        c, _ = find_columns(channel, BLOCK_M, LANES, PIECES, PIECE)
         c_inside = c < channels
         dual = tl.load(grad + (row * channels + c), mask=listed & c_inside, other=0.0)
         along_y, along_x, value = sample_grads(
@@ -849,7 +1004,6 @@ def _aggregate_grad_kernel(
             left,
             below,
             right,
-            inside,
             scale,
             group * channels + c,
             c_inside,
@@ -859,17 +1013,20 @@ def _aggregate_grad_kernel(
             along_y,
             along_x,
             value,
+            OFFSET,
             grad_offset is not None or grad_weights is not None,
         )
 
-    # The pieces of a pair, which have each their share of the sums, meet here; the first one's thread writes.
-    writes = listed & (tl.arange(0, PIECES)[None, :, None] == 0)
+    # The threads of a pair, which have each their share of the sums, meet here.
+    pair, _, _, writes = find_pairs(tl.arange(0, BLOCK_M), start, groups, groups_multiplier, groups_shift, sites)
+    place = pair * TAPS + tap
     if grad_weights is not None:
-        value = tl.sum(value, axis=1, keep_dims=True)
+        value = tl.sum(tl.reshape(value, [BLOCK_M, LANES]), axis=1)
         tl.store(grad_weights + place, value.to(grad_weights.dtype.element_ty), mask=writes)
     if grad_offset is not None:
-        along_y = tl.where(inside, tl.sum(along_y, axis=1, keep_dims=True) * scale, 0.0)
-        along_x = tl.where(inside, tl.sum(along_x, axis=1, keep_dims=True) * scale, 0.0)
+        inside = is_near(top, left, source_height, source_width)
+        along_y = tl.sum(tl.reshape(tl.where(inside, along_y * scale, 0.0), [BLOCK_M, LANES]), axis=1)
+        along_x = tl.sum(tl.reshape(tl.where(inside, along_x * scale, 0.0), [BLOCK_M, LANES]), axis=1)
         tl.store(grad_offset + 2 * place, along_y.to(grad_offset.dtype.element_ty), mask=writes)
         tl.store(grad_offset + 2 * place + 1, along_x.to(grad_offset.dtype.element_ty), mask=writes)
 
@@ -965,6 +1122,9 @@ def aggregate(input, offset, weights, out, *, kernel_size, stride, padding, dila
     rows, channels, arguments = _aggregate_arguments(input, offset, kernel_size, stride, padding, dilation)
     if rows == 0 or channels == 0:
         return
+    if input.numel() == 0:  # no pixel to read: all positions are outside
+        out.zero_()
+        return
     with on_device(input):
         tile = aggregate_config(input.dtype, channels)
         programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_C"])
@@ -1038,7 +1198,9 @@ def _aggregate_arguments(input, offset, kernel_size, stride, padding, dilation):
     channels = input.shape[1] // groups
     geometry, sites = _geometry(input, offset, kernel_size, stride, padding, dilation)
     units = dict(channel_units=channels // unit(channels), CHANNEL_UNIT=unit(channels))
-    return sites * groups, channels, dict(**geometry, groups=groups, **units)
+    multiplier, shift = divisor(groups)[1:]
+    units |= dict(groups=groups, groups_multiplier=multiplier, groups_shift=shift)
+    return sites * groups, channels, dict(**geometry, **units)
 
 
 def _geometry(input, offset, kernel_size, stride, padding, dilation):
@@ -1062,6 +1224,9 @@ def _geometry(input, offset, kernel_size, stride, padding, dilation):
         KERNEL_WIDTH=kernel_size[1],
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
+        # Whether a pair of offsets is a word of its own; Triton itself looks no finer than 16 bytes.
+        PAIRED=offset.element_size() <= 4 and offset.data_ptr() % (2 * offset.element_size()) == 0,
+        OFFSET=offset_type(input.numel(), offset.numel(), sites * input.shape[1]),
         ACCUMULATOR=accumulator(input.dtype),
     ), sites
 

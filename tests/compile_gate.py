@@ -235,6 +235,7 @@ def gathered_cases(target):
 def deform_cases(target):
     """The largest tiles, of the operands that take the most registers."""
     yield target, "deform_forward", "float16", False, 128, 128, "mask+bias"
+    yield target, "deform_forward", "bfloat16", False, 256, 256, "mask+bias"
     yield target, "deform_forward", "float32", True, 64, 64, "mask"
     yield target, "deform_forward", "float16", False, 15, 15, "grouped+mask+unaligned"
     yield target, "deform_weight_grad", "bfloat16", False, 64, 64, "mask"
@@ -248,6 +249,7 @@ def deform_cases(target):
 def dynamic_filter_cases(target):
     """channels are those of a group, filters the groups: involution, CARAFE and DDF, and what holds the most."""
     yield target, "dynamic_filter_forward", "float16", False, 16, 4, "7x7+rows"
+    yield target, "dynamic_filter_forward", "float16", False, 16, 4, "7x7"
     yield target, "dynamic_filter_forward", "float16", False, 63, 1, "rows+softmax+channel+unaligned"
     yield target, "dynamic_filter_forward", "bfloat16", False, 64, 1, "5x5+scale2+softmax"
     yield target, "dynamic_filter_forward", "float64", False, 16, 1, "5x5+rows+softmax+channel"

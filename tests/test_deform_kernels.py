@@ -7,6 +7,7 @@ integers, so that every product and sum is exact and the results have to be equa
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from test_kernels import DEVICE, channels_last, dtypes, integers
 
 from dynconv import kernels
@@ -158,6 +159,8 @@ AGGREGATIONS = {
     "several_tiles_of_channels": dict(cin=70, kernel=(1, 2), size=(2, 2), n=1),
     "float64": dict(cin=8, offset_groups=2, kernel=(2, 1), size=(3, 3), dtype=torch.float64),
     "float16": dict(cin=32, offset_groups=4, kernel=(2, 1), size=(3, 3), dtype=torch.float16),
+    "float16_two_pieces": dict(cin=32, offset_groups=2, kernel=(2, 1), size=(3, 3), dtype=torch.float16),
+    "float16_one_and_a_half": dict(cin=48, offset_groups=2, kernel=(1, 1), size=(3, 3), dtype=torch.float16),
 }
 
 
@@ -165,6 +168,39 @@ AGGREGATIONS = {
 def test_triton_aggregation_equals_formula(name):
     case = Case(**AGGREGATIONS[name])
     check(case.actual_aggregate(), case.expected_aggregate())
+
+
+@pytest.mark.parametrize("family", ["conv", "aggregate"])
+def test_triton_offsets_of_64_bits(family, monkeypatch):
+    monkeypatch.setattr(deform, "offset_type", lambda *sizes: tl.int64)
+    case = Case(cin=8, offset_groups=2, kernel=(1, 2), size=(3, 2))
+    check(getattr(case, f"actual_{family}")(), getattr(case, f"expected_{family}")())
+
+
+def test_triton_pairs_of_offsets_that_are_no_words():
+    """Where the first does not start on a word, they are loaded one by one."""
+    case = Case(cin=16, dtype=torch.float16, kernel=(1, 1), padding=(0, 0), size=(3, 2))
+    rows = case.offset.permute(0, 2, 3, 1)
+    moved = torch.empty(case.offset.numel() + 1, dtype=torch.float16, device=DEVICE)[1:].view(rows.shape).copy_(rows)
+    want = case.expected_aggregate()
+    case.offset = moved.permute(0, 3, 1, 2)
+    assert case.offset.data_ptr() % 4
+    check(case.actual_aggregate(), want)
+
+
+def test_triton_aggregation_adds_nothing_from_outside():
+    """Not of the first pixel either, which stands in for those that there are not; and there may be no pixel at all."""
+    case = Case(n=1, cin=8, size=(3, 3), kernel=(1, 1), padding=(0, 0))
+    case.input[:, :, 0, 0] = 64
+    case.offset[:] = -9
+    case.offset[0, :, 2, 2] = -0.5  # of the pixels (1, 1) to (2, 2)
+    out = case.actual_aggregate()[0]
+    pixels = case.input[0, :, 1:, 1:].mean((1, 2))
+    assert torch.equal(out[0, :, 2, 2], pixels * case.mask[0, 0, 2, 2])
+    out[0, :, 2, 2] = 0
+    assert not out.any()
+    case.input = channels_last(case.input[:, :, :0])
+    assert not case.actual_aggregate()[0].any()
 
 
 @pytest.mark.parametrize("dtype", dtypes(torch.bfloat16))
