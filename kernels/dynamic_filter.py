@@ -28,6 +28,7 @@ from ._common import (
     divide,
     divisor,
     is_inside,
+    offset_type,
     on_device,
     partial_dtype,
     sigmoid,
@@ -39,7 +40,7 @@ from ._common import (
 )
 
 THREADS = 128
-# What a program loads for a tap: one 16-byte load for each thread. The taps of a kernel's row are in flight together,
+# What a program loads for a pixel: one 16-byte load for each thread. The taps of a kernel's row are in flight together,
 # UNROLL of them at most.
 TILE_BYTES = 2048
 UNROLL = 7
@@ -63,18 +64,21 @@ LEAST_NORM = tl.constexpr(1e-12)
 
 _VARIES = ["source_height", "source_width", "site_height", "height_multiplier", "height_shift"]
 _VARIES += ["site_width", "width_multiplier", "width_shift", "groups", "groups_multiplier", "groups_shift"]
-_VARIES += ["sites", "group_units", "pad_top", "pad_left", "dilation_h", "dilation_w", "splits"]
+_VARIES += ["sites", "runs", "runs_width", "group_units", "pad_top", "pad_left", "dilation_h", "dilation_w", "splits"]
 
 
 def config(dtype, group_channels, taps):
-    """Tile: BLOCK_C channels of a group, at most one 128-byte line, by BLOCK_M rows. BLOCK_T is the normalisation's.
+    """Tile: BLOCK_C channels of a group, at most one 128-byte line, by BLOCK_M rows, or runs of them.
+
+    A thread has PIECE channels of a row. BLOCK_T is the normalisation's.
 
     The same for every architecture: what it is made of, 16-byte loads and 128-byte lines, is too.
     """
     block_c = _line(dtype, group_channels)
     block_m = _elements(dtype, group_channels, TILE_BYTES, UNALIGNED_ELEMENTS) // block_c
     block_t = min(NORMALIZE_TAPS, NORMALIZE_ELEMENTS // block_m, triton.next_power_of_2(taps))
-    return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=warps(THREADS))
+    piece = 16 // dtype.itemsize if _is_aligned(dtype, group_channels) else 1
+    return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_T=block_t, PIECE=piece, num_warps=warps(THREADS))
 
 
 def normalize_config(taps):
@@ -118,17 +122,19 @@ def _is_aligned(dtype, group_channels):
 
 
 @triton.jit
-def _find_rows(index, first, start, sites, groups, groups_multiplier, groups_shift, BLOCK_M: tl.constexpr):
-    """(site, group, listed), int32 and bool [BLOCK_M], of the rows from `start`: groups run fastest, then sites.
+def _find_rows(index, local, start, sites, groups, groups_multiplier, groups_shift):
+    """(site, group, listed), int32 and bool, of the rows start + local: groups run fastest, then sites.
 
-    first = start // groups. Rows are numbered in int64; from the first of them on, 32 bits and no division will do.
+    Rows are numbered in the type of start, int64 if there are that many; from their first site on, 32 bits and no
+    division will do. Past the last listed site, of which there is one, it is that one again: it may be read.
     """
-    local = (start - first * groups).to(tl.int32) + tl.arange(0, BLOCK_M)
+    first = start // groups
+    local += (start - first * groups).to(tl.int32)
     step = divide(local, groups_multiplier, groups_shift)
-    row = first + step
-    listed = row < sites
+    listed = first + step < sites
+    row = tl.minimum(first + step, sites - 1)
     if index is not None:
-        site = tl.load(index + row, mask=listed, other=0)
+        site = tl.load(index + row)
     else:
         site = row.to(tl.int32)
     return site, local - step * groups, listed
@@ -197,6 +203,54 @@ def _normalized(filter, shift, scale, NORMALIZATION: tl.constexpr):
     return filter
 
 
+@triton.jit
+def _load_words(filters, first, TAPS: tl.constexpr):
+    """Four words with the half-precision filters first to first + TAPS - 1, two to a word; TAPS is odd, 7 at most.
+
+    A row begins on any of them, a load on an even one: with an odd first, a word is put together from two.
+    """
+    pointer = filters.to(tl.pointer_type(tl.uint32), bitcast=True) + (first >> 1)
+    shift = ((first & 1) * 16).to(tl.uint32)
+    word0 = tl.load(pointer)
+    word1 = tl.load(pointer + 1) if TAPS > 1 else word0
+    word2 = tl.load(pointer + 2) if TAPS > 3 else word1
+    word3 = tl.load(pointer + 3) if TAPS > 5 else word2
+    return _funnel(word0, word1, shift), _funnel(word1, word2, shift), _funnel(word2, word3, shift), word3 >> shift
+
+
+@triton.jit
+def _funnel(low, high, shift):
+    return (low >> shift) | (high << 1 << (shift ^ 31))
+
+
+@triton.jit
+def _find_turn(row, turn, x, groups, site_width, RUN: tl.constexpr):
+    """The row of a run's site: of the last one where the line of sites is over. row and x are those of its first."""
+    if RUN > 1:
+        row += tl.minimum(turn, site_width - 1 - x) * groups
+    return row
+
+
+@triton.jit
+def _of_turn(statistic, turn, RUN: tl.constexpr, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK_M * LANES, 1]: a run's one of [RUN * BLOCK_M], for each thread of the row."""
+    if RUN > 1:
+        of_turn = (tl.arange(0, RUN) == turn)[:, None]
+        statistic = tl.sum(tl.where(of_turn, tl.reshape(statistic, [RUN, BLOCK_M]), 0.0), axis=0)
+    return tl.reshape(tl.broadcast_to(statistic[:, None], [BLOCK_M, LANES]), [BLOCK_M * LANES, 1])
+
+
+@triton.jit
+def _replaced(values, place: tl.constexpr, value):
+    return values[:place] + (value,) + values[place + 1 :]  # noqa: RUF005, which Triton does not know
+
+
+@triton.jit
+def _half_of(words, tap: tl.constexpr, DTYPE: tl.constexpr):
+    """The filter `tap` of the words of _load_words."""
+    return (words[tap // 2] >> (tap % 2 * 16)).to(tl.uint16).to(DTYPE, bitcast=True)
+
+
 @triton.jit(do_not_specialize=_VARIES)
 def _dynamic_filter_kernel(
     source,
@@ -211,18 +265,19 @@ def _dynamic_filter_kernel(
     site_height,
     height_multiplier,
     height_shift,
-    site_width,
+    runs_width,
     width_multiplier,
     width_shift,
     groups,
     groups_multiplier,
     groups_shift,
-    sites,
+    runs,
     group_units,
     pad_top,
     pad_left,
     dilation_h,
     dilation_w,
+    site_width,
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -232,10 +287,14 @@ def _dynamic_filter_kernel(
     GROUP_UNIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     NORMALIZATION: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    RUN: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """Stencil with filters of its own at each listed site, group by group.
 
@@ -247,56 +306,90 @@ def _dynamic_filter_kernel(
     int32 [source rows], where TRANSPOSED, is negative at the sites that do not count; None: all count.
     Skips rows not listed, taps that fall outside the source, and sites that lookup does not have: neither their filters
     nor their source are read.
+
+    A run is RUN sites side by side, which mostly read the same pixels: each is loaded and converted once for all of
+    them. runs_width runs are a line of sites, the last one maybe cut; of the listed sites, in whatever order, a run has
+    one. Runs of more have a stride and dilation of 1 along the line, UNROLL == KERNEL_WIDTH, and RUN is a multiple of
+    SCALE. WORDS: filters are loaded by _load_words.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    LANES: tl.constexpr = BLOCK_C // PIECE
+    # How many pixels the last site of a run is ahead of the first one.
+    AHEAD: tl.constexpr = (RUN - 1) // SCALE if RUN > 1 else 0
     if count is not None:
-        sites = tl.load(count)
+        runs = tl.load(count)
     # A product with a constant shows the compiler what divides the row length, hence how wide a load may be.
     channels = group_units * GROUP_UNIT
     tiles_c = tl.cdiv(channels, BLOCK_C)
     # The tiles of C of the same rows are neighbours in launch order: they share filters in L2.
     tile_c = tl.program_id(0) % tiles_c
-    start = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M
-    first = start // groups
-    if first >= sites:
+    start = (tl.program_id(0) // tiles_c).to(OFFSET) * BLOCK_M
+    if start // groups >= runs:
         return
 
-    site, group, listed = _find_rows(
-        index, first, start, sites, groups, groups_multiplier, groups_shift, BLOCK_M=BLOCK_M
-    )
+    shifts = (0.0, 0.0, 0.0, 0.0)
+    scales = (1.0, 1.0, 1.0, 1.0)
+    if not TRANSPOSED and (NORMALIZATION == "softmax" or NORMALIZATION == "l2"):
+        # By rows alone: the threads of a row would each read all of its filters. Ahead of all else, which does not have
+        # to outlast the divisions then.
+        number = tl.arange(0, RUN * BLOCK_M)
+        run, group, listed = _find_rows(index, number % BLOCK_M, start, runs, groups, groups_multiplier, groups_shift)
+        sample, y, x = split_site(
+            run, site_height, height_multiplier, height_shift, runs_width, width_multiplier, width_shift
+        )
+        x *= RUN
+        row = ((sample * site_height + y) * site_width + x).to(OFFSET) * groups + group
+        row = _find_turn(row, number // BLOCK_M, x, groups, site_width, RUN)
+        # Of the row that stands in for one not listed as well: its filters are read, and meet their own statistics.
+        shift, scale = _statistics(filters, row, row >= 0, NORMALIZATION, TAPS, ACCUMULATOR, BLOCK_T)
+        shifts = ()
+        scales = ()
+        for turn in tl.static_range(RUN):
+            shifts += (_of_turn(shift, turn, RUN, BLOCK_M, LANES),)
+            scales += (_of_turn(scale, turn, RUN, BLOCK_M, LANES),)
+
+    # A thread has PIECE channels of a row, 16 bytes: [BLOCK_M * LANES, PIECE]. What belongs to a row, [.., 1], each of
+    # its threads finds for itself, or it would go through shared memory.
+    thread = tl.arange(0, BLOCK_M * LANES)[:, None]
+    run, group, listed = _find_rows(index, thread // LANES, start, runs, groups, groups_multiplier, groups_shift)
     sample, y, x = split_site(
-        site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
+        run, site_height, height_multiplier, height_shift, runs_width, width_multiplier, width_shift
     )
-    row = site.to(tl.int64) * groups + group
+    x *= RUN
+    site_x = x
+    row = ((sample * site_height + y) * site_width + x).to(OFFSET) * groups + group
     if TRANSPOSED:
         y += pad_top
         x += pad_left
     else:
         y = y // SCALE * STRIDE_H - pad_top
         x = x // SCALE * STRIDE_W - pad_left
-        shift, scale = _statistics(filters, row, listed, NORMALIZATION, TAPS, ACCUMULATOR, BLOCK_T)
-    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_inside = (c < channels)[None, :]
-    channel_row = sample.to(tl.int64) * TAPS * groups + group
+    c = tile_c * BLOCK_C + thread % LANES * PIECE + tl.arange(0, PIECE)[None, :]
+    c_inside = c < channels
+    columns = groups.to(OFFSET) * channels
+    source += group * channels + c
+    channel_row = (sample.to(OFFSET) * TAPS * groups + group) * channels + c
 
-    total = tl.zeros([BLOCK_M, BLOCK_C], ACCUMULATOR)
+    rows = ()
+    totals = ()
+    for turn in tl.static_range(RUN):
+        rows += (_find_turn(row, turn, site_x, groups, site_width, RUN),)
+        totals += (tl.zeros([BLOCK_M * LANES, PIECE], ACCUMULATOR),)
     # scale_factor**2 sites stand on one position of the kernel.
     for position in range(SCALE * SCALE if TRANSPOSED else 1):
         for tap_row in range(KERNEL_HEIGHT):
             tap_y = tap_row * dilation_h
             if not TRANSPOSED:
-                # Of a line of taps the first; the others are a scalar away from it. In 64 bits once for the line.
                 in_line = listed & is_inside(y + tap_y, tl.zeros_like(y), source_height, 1)
-                first_row = ((sample * source_height + y + tap_y) * source_width + x).to(tl.int64) * groups + group
-                line_pointer = source + (first_row[:, None] * channels + c[None, :])
-                line_filters = filters + (row * TAPS + tap_row * KERNEL_WIDTH)
-                tap_columns = (dilation_w * groups).to(tl.int64) * channels
+                line = ((sample * source_height + y + tap_y) * source_width + x).to(OFFSET) * columns
+                if WORDS:
+                    words = ()
+                    for turn in tl.static_range(RUN):
+                        words += (_load_words(filters, rows[turn] * TAPS + tap_row * KERNEL_WIDTH, KERNEL_WIDTH),)
             for first_column in range(0, KERNEL_WIDTH, UNROLL):
                 # Unrolled taps do not wait for one another.
-                for step in tl.static_range(UNROLL):
-                    column = first_column + step
-                    tap = tap_row * KERNEL_WIDTH + column
-                    tap_x = column * dilation_w
+                for step in tl.static_range(UNROLL + AHEAD):
+                    tap_x = (first_column + step) * dilation_w
                     if TRANSPOSED:
                         source_y, source_x, valid = undo_stride(y - tap_y, x - tap_x, STRIDE_H, STRIDE_W)
                         source_y = source_y * SCALE + position // SCALE
@@ -305,25 +398,38 @@ def _dynamic_filter_kernel(
                         source_row = (sample * source_height + source_y) * source_width + source_x
                         if lookup is not None:
                             valid = tl.load(lookup + source_row, mask=valid, other=-1) >= 0
-                        source_row = source_row.to(tl.int64) * groups + group
-                        a_pointer = source + (source_row[:, None] * channels + c[None, :])
-                        weight = tl.load(filters + source_row * TAPS + tap, mask=valid, other=0.0).to(ACCUMULATOR)
+                        element = source_row.to(OFFSET) * columns
                     else:
                         valid = in_line & is_inside(tl.zeros_like(x), x + tap_x, 1, source_width)
-                        a_pointer = line_pointer + column * tap_columns
-                        # Outside the source as well: a filter that is not finite gives NaN there, as unfold does.
-                        weight = tl.load(line_filters + column, mask=listed, other=0.0).to(ACCUMULATOR)
-                        weight = _normalized(weight, shift, scale, NORMALIZATION)
-                    a = tl.load(a_pointer, mask=valid[:, None] & c_inside, other=0.0).to(ACCUMULATOR)
-                    if channel_filters is not None:
-                        offset = (channel_row + tap * groups)[:, None] * channels + c[None, :]
-                        channel = tl.load(channel_filters + offset, mask=listed[:, None] & c_inside, other=0.0)
-                        total += a * (weight[:, None] * channel.to(ACCUMULATOR))
-                    else:
-                        total += a * weight[:, None]
+                        element = line + tap_x * columns
+                    a = tl.load(source + element, mask=valid & c_inside, other=0.0).to(ACCUMULATOR)
+                    for turn in tl.static_range(RUN):
+                        # A site's first pixel is turn // SCALE ahead of its run's.
+                        if step >= turn // SCALE and step - turn // SCALE < UNROLL:
+                            tap = tap_row * KERNEL_WIDTH + first_column + (step - turn // SCALE)
+                            if TRANSPOSED:
+                                filter_row = source_row.to(OFFSET) * groups + group
+                                weight = tl.load(filters + (filter_row * TAPS + tap), mask=valid, other=0.0)
+                                weight = weight.to(ACCUMULATOR)
+                            else:
+                                # Outside the source as well: a filter that is not finite gives NaN, as unfold does.
+                                if WORDS:
+                                    weight = _half_of(words[turn], step - turn // SCALE, filters.dtype.element_ty)
+                                else:
+                                    weight = tl.load(filters + (rows[turn] * TAPS + tap))
+                                weight = _normalized(weight.to(ACCUMULATOR), shifts[turn], scales[turn], NORMALIZATION)
+                            if channel_filters is not None:
+                                channel = tl.load(
+                                    channel_filters + (channel_row + tap * columns), mask=c_inside, other=0.0
+                                )
+                                weight = weight * channel.to(ACCUMULATOR)
+                            totals = _replaced(totals, turn, totals[turn] + a * weight)
 
-    offset = row[:, None] * channels + c[None, :]
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=listed[:, None] & c_inside)
+    for turn in tl.static_range(RUN):
+        writes = listed & c_inside
+        if RUN > 1:
+            writes &= site_x + turn < site_width
+        tl.store(out + ((row + turn * groups) * channels + c), totals[turn].to(out.dtype.element_ty), mask=writes)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -346,11 +452,10 @@ def _normalize_kernel(
     if count is not None:
         sites = tl.load(count)
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    first = start // groups
-    if first >= sites:
+    if start // groups >= sites:
         return
     site, group, listed = _find_rows(
-        index, first, start, sites, groups, groups_multiplier, groups_shift, BLOCK_M=BLOCK_M
+        index, tl.arange(0, BLOCK_M), start, sites, groups, groups_multiplier, groups_shift
     )
     row = site.to(tl.int64) * groups + group
     shift, scale = _statistics(filters, row, listed, NORMALIZATION, TAPS, ACCUMULATOR, BLOCK_T)
@@ -418,12 +523,11 @@ def _dynamic_filter_grad_kernel(
         sites = tl.load(count)
     channels = group_units * GROUP_UNIT
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    first = start // groups
-    if first >= sites:
+    if start // groups >= sites:
         return
 
     site, group, listed = _find_rows(
-        index, first, start, sites, groups, groups_multiplier, groups_shift, BLOCK_M=BLOCK_M
+        index, tl.arange(0, BLOCK_M), start, sites, groups, groups_multiplier, groups_shift
     )
     sample, y, x = split_site(
         site, site_height, height_multiplier, height_shift, site_width, width_multiplier, width_shift
@@ -786,6 +890,18 @@ def _unroll(kernel_width, aligned):
     return next(taps for taps in range(UNROLL if aligned else UNALIGNED_UNROLL, 0, -1) if kernel_width % taps == 0)
 
 
+def _run(site_width, scale_factor):
+    """Sites of a line that are computed together: up to four, unless over a fifth of the last ones would be no site."""
+    fits = (run for run in (4, 2) if run % scale_factor == 0 and triton.cdiv(site_width, run) * run <= 1.2 * site_width)
+    return next(fits, 1)
+
+
+def has_words(filters, kernel_width, unroll):
+    """Whether a kernel's row of taps can be loaded by words, which begin at even elements and end past the row."""
+    is_half = filters.element_size() == 2 and filters.data_ptr() % 4 == 0 and filters.numel() % 2 == 0
+    return is_half and kernel_width % 2 == 1 and unroll == kernel_width
+
+
 def _launch(
     source,
     filters,
@@ -813,8 +929,21 @@ def _launch(
     if sites == 0:
         return
     with on_device(source):
+        aligned = _is_aligned(source.dtype, group_channels)
+        unroll = _unroll(kernel_width, aligned)
+        run = 1
+        if (
+            not transposed
+            and index is None
+            and aligned
+            and unroll == kernel_width
+            and (stride[1], dilation[1]) == (1, 1)
+        ):
+            run = _run(site_size[1], scale_factor)
+        runs_width = triton.cdiv(site_size[1], run)
+        runs = sites // site_size[1] * runs_width
         tile = config(source.dtype, group_channels, kernel_height * kernel_width)
-        programs = triton.cdiv(sites * groups, tile["BLOCK_M"]) * triton.cdiv(group_channels, tile["BLOCK_C"])
+        programs = triton.cdiv(runs * groups, tile["BLOCK_M"]) * triton.cdiv(group_channels, tile["BLOCK_C"])
         _dynamic_filter_kernel[(programs,)](
             source,
             filters,
@@ -825,21 +954,27 @@ def _launch(
             out,
             *source_size,
             *divisor(site_size[0]),
-            *divisor(site_size[1]),
+            *divisor(runs_width),
             *divisor(groups),
-            sites,
+            runs,
             group_channels // unit(group_channels),
             *padding,
             *dilation,
+            site_size[1],
             KERNEL_HEIGHT=kernel_height,
             KERNEL_WIDTH=kernel_width,
-            UNROLL=_unroll(kernel_width, _is_aligned(source.dtype, group_channels)),
+            UNROLL=unroll,
             STRIDE_H=stride[0],
             STRIDE_W=stride[1],
             SCALE=scale_factor,
             GROUP_UNIT=unit(group_channels),
             TRANSPOSED=transposed,
             NORMALIZATION=normalization,
+            OFFSET=offset_type(
+                *(tensor.numel() for tensor in (source, filters, channel_filters, out) if tensor is not None)
+            ),
             ACCUMULATOR=accumulator(source.dtype),
+            RUN=run,
+            WORDS=not transposed and has_words(filters, kernel_width, unroll),
             **tile,
         )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from test_kernels import DEVICE, active_set, assert_rounded, channels_last, dtypes, integers, random_mask
 
 from dynconv import kernels
@@ -179,6 +180,9 @@ CASES = {
     "scale_3_of_stride_2": dict(scale_factor=3, stride=(2, 1), size=(3, 2), kernel_size=(1, 3), padding=(0, 1)),
     "7x7": dict(kernel_size=(7, 7), padding=(3, 3), n=1, size=(2, 2)),
     "row_of_11": dict(kernel_size=(1, 11), padding=(0, 5), size=(1, 3), density=0.5),
+    "runs_of_4": dict(group_channels=4, size=(3, 7), channel_filters=True),
+    "runs_of_2": dict(group_channels=4, size=(2, 6), kernel_size=(3, 5), padding=(1, 2)),
+    "runs_of_4_at_scale_2": dict(group_channels=4, size=(2, 4), scale_factor=2, channel_filters=True),
     "no_samples": dict(n=0, channel_filters=True),
 }
 
@@ -191,6 +195,27 @@ def test_triton_equals_formula(name):
 @pytest.mark.parametrize("dtype", dtypes(torch.float64, torch.float16, torch.bfloat16))
 def test_triton_equals_formula_in(dtype):
     Case(groups=2, group_channels=8, channel_filters=True, density=0.5, dtype=dtype, size=(3, 3)).check()
+
+
+@pytest.mark.parametrize("taps", [1, 3, 5, 7])
+def test_triton_loads_half_precision_filters_by_words(taps):
+    """Of rows that begin on even and odd elements, the last one at the very end; and not by words if that is odd."""
+    kernel = dict(dtype=torch.float16, groups=1, group_channels=8, kernel_size=(1, taps), padding=(0, taps // 2))
+    for size, is_even in (((2, 4), True), ((1, 7), False)):
+        case = Case(n=1, size=size, **kernel)
+        assert dynamic_filter.has_words(case.filters, taps, taps) == is_even
+        case.check()
+
+
+def test_triton_offsets_of_64_bits(monkeypatch):
+    monkeypatch.setattr(dynamic_filter, "offset_type", lambda *sizes: tl.int64)
+    Case(**CASES["runs_of_4_at_scale_2"]).check()
+    Case(**CASES["groups_of_16"]).check()
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "sigmoid", "l2"])
+def test_triton_normalization_in_runs(normalization):
+    Case(group_channels=4, size=(2, 4), scale_factor=2, normalization=normalization).check_rounded()
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "sigmoid", "l2"])
