@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -817,6 +819,7 @@ BAD_VALUES = {
     "--limit": ("nan", "-1", "x", ""),
     "--density": ("0", "-0.1", "1.5", "nan", "inf", "x", ""),
     "--layers": ("no such layer",),
+    "--resume": ("folder", "file", "nothing.json", ""),
     "--device": ("tpu", "", *(() if torch.cuda.is_available() else ("cuda",))),
 } | dict.fromkeys(("--batch", "--repeats", "--most", "--jobs"), WHOLE)
 BAD_VALUES |= {"--scaling": BAD_VALUES["--plot"], "--edited": (*BAD_VALUES["--density"], "1")}
@@ -946,55 +949,208 @@ def test_a_missing_extra_is_one_line():
         extra("no_such_module")
 
 
-def test_gpu_script_survives_failing_parts(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """benchmarks/gpu.py in folders of its own, on a machine that starts processes at once; gpu.call(*parts, ...)."""
     gpu = script("gpu")
+    monkeypatch.setattr(gpu, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(gpu, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(gpu, "machine", lambda environment: ({"device": "cpu", "torch": "2", "triton": "3"}, 0.1))
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
 
-    def parts(out, made, dry_run):
-        assert dry_run
-        python = [sys.executable, "-c"]
-        text = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
-        yield gpu.Part("good", [*python, text, str(made / "good.json"), '{"figure": 7}'], 30)
-        yield gpu.Part("half written", [*python, text, str(made / "half.json"), '{"figure":'], 30)
-        yield gpu.Part("bad", [*python, "raise SystemExit(3)"], 30)
-        child = f"[{sys.executable!r}, '-c', 'import time; time.sleep(60)', {str(made)!r}]"
-        slow = f"import subprocess; print('begun', flush=True); subprocess.run({child})"
-        yield gpu.Part("slow", [*python, slow], 5)
-        yield gpu.Part("not there", [str(tmp_path / "nothing")], 30)
-        yield gpu.Part("later", [*python, "print('still here')"], 30, "because")
+    def call(*parts, options=(), out="out"):
+        monkeypatch.setattr(gpu, "parts", lambda dry_run: parts)
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path / out), *options])
+        status = gpu.main()
+        written = (tmp_path / out / "results.json").read_text()
+        assert written == (tmp_path / "kept" / "results.json").read_text()
+        found = json.loads(written)
+        return status, {name: case["outcome"] for name, case in found["cases"].items()}, found
 
-    monkeypatch.setattr(gpu, "parts", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path / "out")])
-    assert gpu.main() == 1
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    outcomes = {part["part"]: part["outcome"] for part in results["parts"]}
+    gpu.call = call
+    return gpu
+
+
+def python(gpu, name, code, **more):
+    return gpu.Case(name, ["-c", code], **({"runs": 0.0} | more))
+
+
+WRITES = "import pathlib, sys; pathlib.Path(sys.argv[-1]).write_text({!r})"
+
+
+def test_gpu_script_survives_failing_cases(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "PATIENCE", 3.0)
+    child = f"[{sys.executable!r}, '-c', 'import time; time.sleep(60)', {str(tmp_path)!r}]"
+    slow = f"import subprocess; subprocess.run({child})"
+    status, outcomes, found = gpu.call(
+        gpu.Part(
+            "a",
+            [
+                python(gpu, "good", WRITES.format('{"figure": 7}'), writes=True, runs=30),
+                python(gpu, "half written", WRITES.format('{"figure":'), writes=True, runs=30),
+                python(gpu, "bad", "print('why'); raise SystemExit(3)", runs=30),
+                python(gpu, "slow", slow),
+                python(gpu, "left out", WRITES.format('{"left_out": ["one"]}'), writes=True, runs=30),
+            ],
+            at_once=3,
+        ),
+        gpu.Part("b", [python(gpu, "not there", "", under=[str(tmp_path / "nothing")])]),
+        gpu.Part("c", [python(gpu, "later", "print('still here')")], missing="because"),
+        gpu.Part("d", [python(gpu, "told", "raise SystemExit(9)", runs=30)], is_fatal=False),
+    )
+    assert status == 1
     assert outcomes == {
-        "good": "passed", "half written": "passed", "bad": "FAILED: exit status 3",
-        "slow": "FAILED: not done after 5 s", "not there": outcomes["not there"], "later": "skipped: because",
+        "a: good": "passed", "a: half written": "passed", "a: bad": "FAILED", "a: slow": "stopped",
+        "a: left out": "stopped", "b: not there": "FAILED", "d: told": "reported",
     }  # fmt: skip
-    assert outcomes["not there"].startswith("FAILED: ")
-    assert results["good"] == {"figure": 7}
-    assert "half" not in results
-    assert "begun" in (tmp_path / "out" / "log.txt").read_text()
-    assert "bad" in capsys.readouterr().out
+    assert found["cases"]["a: good"]["rows"] == {"figure": 7}
+    assert found["cases"]["a: half written"]["rows"] is None
+    assert found["cases"]["a: slow"]["told"].startswith("stopped: stopped after 3")
+    assert not subprocess.run(["pgrep", "-f", f"^.*sleep.60.*{tmp_path}"], capture_output=True).stdout
+    told = capsys.readouterr().out
+    failures = told[told.index("=== failures ===") :]
+    assert "--- a: bad: FAILED: exit status 3\nwhy" in failures and "--- d: told: reported: exit status 9" in failures
+    assert re.search(r"^c +0 of 1 +skipped: because$", failures, re.MULTILINE)
+    assert re.search(r"^a +2 of 5 +\d .* in \d+ s$", failures, re.MULTILINE)
+    assert "results.json: 0.00 MiB" in failures and "not all done" in failures
 
 
-def test_gpu_script_asks_for_what_there_is(tmp_path):
-    """A part that measures stops by itself before its time is over; the commands know all of their options."""
+def test_gpu_script_goes_on_where_it_stopped(gpu, monkeypatch, tmp_path):
+    """What passed is not run again, what failed comes last; other sources, or --again, begin anew."""
+    trace, good = tmp_path / "trace", tmp_path / "good"
+
+    def case(name, more="", **options):
+        code = f"import pathlib, sys; open({str(trace)!r}, 'a').write('{name} '); {more}"
+        return python(gpu, name, code, **options)
+
+    def ran(*given, **options):
+        trace.write_text("")
+        status, outcomes, _ = gpu.call(*given, **options)
+        return status, trace.read_text().split(), outcomes
+
+    fails = case("fails", f"sys.exit(not pathlib.Path({str(good)!r}).exists())")
+    long = case("long", kernels=1000)
+    first = [gpu.Part("a", [case("passes"), fails]), gpu.Part("b", [long])]
+    assert ran(*first) == (1, ["passes", "fails"], {"a: passes": "passed", "a: fails": "FAILED"})
+    good.touch()
+    short = gpu.Part("b", [case("long", kernels=1000, workers=1000), case("new")])
+    status, names, outcomes = ran(first[0], short)
+    assert (status, names) == (0, ["long", "new", "fails"]) and set(outcomes.values()) == {"passed"}
+    assert ran(first[0], short)[:2] == (0, [])
+    # On a machine that has kept nothing, from the file that came back.
+    (tmp_path / "kept" / "results.json").rename(tmp_path / "earlier.json")
+    assert ran(first[0], short, options=["--resume", str(tmp_path / "earlier.json")])[:2] == (0, [])
+    assert ran(first[0], short, options=["--again"])[1] == ["passes", "fails", "long", "new"]
+    monkeypatch.setattr(gpu, "digest", lambda names: "other sources")
+    assert ran(first[0], short)[1] == ["passes", "fails", "long", "new"]
+    # What only fills the cache is done where that is there, or where nobody needs it any more.
+    fills, timed = case("fills", fills=True), case("timed", stops=True)
+    assert ran(gpu.Part("c", [fills]), gpu.Part("d", [timed]))[:2] == (0, ["fills", "timed"])
+    (tmp_path / "cache" / "name").unlink()
+    assert ran(gpu.Part("c", [fills]), gpu.Part("d", [timed]))[:2] == (0, [])
+    assert ran(gpu.Part("c", [fills]), gpu.Part("d", [timed, case("too", stops=True)]))[1] == ["fills", "too"]
+
+
+def test_gpu_script_begins_what_fits(gpu, monkeypatch, capsys):
+    """By the kernels that a case compiles, once it is known how long that takes here."""
+
+    def compiled(number):
+        code = f"import pathlib, time; [pathlib.Path({str(gpu.CACHE)!r}, 'triton', str(n)).mkdir(parents=True) or "
+        code += f"pathlib.Path({str(gpu.CACHE)!r}, 'triton', str(n), '__grp__k.json').touch() for n in range({number})]"
+        return code + "; time.sleep(1)"
+
+    monkeypatch.setattr(gpu, "BUDGET", 30.0)
+    compiles = gpu.Part("a", [python(gpu, "compiles", compiled(4), kernels=4)], compiles=True)
+    many = gpu.Part("b", [python(gpu, "many", "", kernels=1000), python(gpu, "few", "", kernels=20)])
+    status, outcomes, _ = gpu.call(compiles, many)
+    told = capsys.readouterr().out
+    assert status == 1 and outcomes == {"a: compiles": "passed", "b: few": "passed"}
+    need, left = map(int, re.search(r"many: not begun: needs about (\d+) s, (\d+) s left", told).groups())
+    assert 200 < need < 1300 and left < 25  # 0.25 s a kernel, and what starting Python took
+    assert re.search(r"0\.\d\d s to compile a kernel \(measured\)", told) and "4 kernels in the cache" in told
+
+    clock, case = gpu.Clock(30.0), gpu.Case("x", [], kernels=10, runs=5.0, workers=2)
+    assert clock.needs(case) == 8 + 5 + 10 * 1.4 / 2 and clock.needs(case, is_compiled=True) == 13
+    clock.learn([], 10)
+    assert not clock.is_measured
+
+
+def test_gpu_script_keeps_what_it_has_when_it_is_stopped(gpu, monkeypatch, capsys):
+    """Of a case that runs, its rows so far."""
+    monkeypatch.setattr(gpu.Running, "has_more", lambda self: self.json.exists())
+    noted = gpu.Results.note
+
+    def note(self, part, case, **found):
+        noted(self, part, case, **found)
+        if found["outcome"] == "running":
+            assert json.loads((gpu.KEPT / "results.json").read_text())["cases"]["a: b"]["rows"] == {"rows": []}
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Results, "note", note)
+    forever = WRITES.format('{"rows": []}') + "; import time; time.sleep(60)"
+    status, outcomes, found = gpu.call(gpu.Part("a", [python(gpu, "b", forever, writes=True), python(gpu, "c", "")]))
+    assert status == 1 and outcomes == {"a: b": "stopped"} and found["cases"]["a: b"]["rows"] == {"rows": []}
+    assert "=== summary ===" in capsys.readouterr().out
+
+
+def test_gpu_script_compiles_for_a_gpu(gpu, capsys):
+    """Interpreted processes compile nothing: as in a dry run, for a GPU that is not here."""
+    parts = {part.name: part for part in gpu.parts(True, 2)}
+    case = next(case for case in parts["compile"].cases if case.name == "aggregate")
+    status, outcomes, _ = gpu.call(dataclasses.replace(parts["compile"], cases=[dataclasses.replace(case, kernels=2)]))
+    assert (status, outcomes) == (0, {"compile: aggregate": "passed"}), capsys.readouterr().out
+    assert gpu.kernels_compiled() >= 2 and "(measured)" in capsys.readouterr().out
+
+
+def test_gpu_script_tells_what_was_found(gpu):
+    row = {"op": "o", "dtype": "float16", "quantity": "output", "worst": 0.125, "passed": True}
+    rows = [row, row | {"quantity": "grad", "worst": "inf", "passed": False}]
+    layer = {"family": "f", "layer": "l", "mode": "plain", "check": {}, "of_floor": 0.5}
+    rows += [layer | {"density": 0.25, "dense": {"median": 2.0}, "sparse": {"median": 1.0}}]
+    filters = [layer | {"failure": "wrong result"}]
+    assert list(gpu.lines_of({"rows": rows, "filters": filters})) == [
+        "o float16, of the bounds: output 0.12, grad inf WRONG",
+        "f l plain 0.25: dense 2.0000 ms, sparse 1.0000 ms, floor / time 0.50",
+        "f l plain: wrong result",
+    ]
+    parallel = "[gw1] [  1%] PASSED tests/a.py::b[c d] \n[gw0] [100%] FAILED tests/a.py::e \n"
+    alone = "tests/a.py::b[c d] PASSED        [ 50%]\ntests/a.py::e FAILED       [100%]\n"
+    for output in (parallel, alone):
+        found = gpu.tests_in("collected 2 items\n" + output + "FAILED tests/a.py::e - assert 1 == 2\n")
+        assert found == {"tests": {"passed": 1, "failed": 1}, "failed": ["tests/a.py::e"]}
+        assert list(gpu.lines_of(found)) == ["1 passed, 1 failed", "tests/a.py::e"]
+    assert gpu.tests_in("no tests ran") is None
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_gpu_script_asks_for_what_there_is(dry_run):
+    """Names are not given twice, the commands know all of their options, and a case alone fits into a call."""
     gpu = script("gpu")
-    for dry_run in (True, False):
-        found = list(gpu.parts(tmp_path, tmp_path, dry_run))
-        assert {"ceilings", "verify", "tests", "memcheck", "bench peers", "sweep"} <= {part.name for part in found}
-        for part in found:
-            assert part.stops is None or part.stops < part.limit
-            if "dynconv" in part.command:
-                command, options = COMMANDS[part.command[3]][0], list(part.command[4:])
+    found = list(gpu.parts(dry_run, 16))
+    assert [part.name for part in found[:1]] == ["first"] and len({part.name for part in found}) == len(found)
+    assert {"tests", "verify", "graphs", "memcheck", "racecheck", "layers", "sweep"} <= {part.name for part in found}
+    pictures = [name for part in found for case in part.cases for _, name in case.pictures]
+    assert len({*pictures, "results.json", "log.txt"}) == len(pictures) + 2 <= gpu.MOST_FILES
+    probe = parser_of("probe")
+    for part in found:
+        assert len({case.name for case in part.cases}) == len(part.cases)
+        for case in part.cases:
+            assert gpu.Clock(0).needs(case) < 0.5 * gpu.BUDGET
+            assert not case.after or case.after in {part.name for part in found}
+            options = [
+                *case.command,
+                *(["--limit", "7"] if case.stops else []),
+                *(["--json", "x"] if case.writes else []),
+            ]
+            if "dynconv" in case.command and part.is_fatal:
                 parser = argparse.ArgumentParser()
-                command.add_arguments(parser)
-                parser.parse_args(options + ([] if part.stops is None else ["--limit", "7"]))
+                COMMANDS[case.command[2]][0].add_arguments(parser)
+                parser.parse_args(options[3:])
+            elif case.command[0] == "benchmarks/probe.py":
+                probe.parse_args(options[1:])
+            elif "pytest" in case.command:
+                assert all((ROOT / name).is_file() for name in case.command if name.startswith("tests/"))
     assert gpu.BUDGET <= 540
-    stopping = gpu.Part("p", [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 30, stops=20.0)
-    assert gpu.run(stopping, 10.0, tmp_path / "log.txt") == "passed"
-    assert "['--limit', '6']" in (tmp_path / "log.txt").read_text()
 
 
 def test_sweep_of_tiles(tmp_path):
@@ -1081,10 +1237,16 @@ def test_bench_stops_at_its_limit(tmp_path, capsys):
     assert "no time for 5 layers" in capsys.readouterr().out
 
 
-def test_gpu_script_says_what_is_missing_and_runs_dry():
+def test_gpu_script_says_what_is_missing(tmp_path):
     gpu = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    (tmp_path / "torch.py").write_text("raise RuntimeError('CUDA is broken here')")
+    broken = os.environ | {"PYTHONPATH": str(tmp_path)}
+    out = ["--out", str(tmp_path / "out")]
+    done = subprocess.run([*gpu, *out, "--dry-run"], capture_output=True, text=True, env=broken)
+    assert done.returncode == 1 and not done.stderr
+    assert "this Python does not run what it needs: RuntimeError: CUDA is broken here" in done.stdout
     if not torch.cuda.is_available():
-        done = subprocess.run(gpu, capture_output=True, text=True)
+        done = subprocess.run([*gpu, *out], capture_output=True, text=True)
         assert done.returncode == 1
         assert "no CUDA device" in done.stdout
     assert "--dry-run" in subprocess.run([*gpu, "--help"], capture_output=True, text=True, check=True).stdout

@@ -236,9 +236,10 @@ QUICK = (
 )  # fmt: skip
 
 
-def cases_of(quick: bool) -> list[tuple[type, Sequence]]:
-    """The operations with their cases."""
-    return [(kind, [case for case in kind.cases if not quick or case.name in QUICK]) for kind in OPERATIONS]
+def cases_of(quick: bool, names: Sequence[str] | None = None) -> list[tuple[type, Sequence]]:
+    """The operations with their cases; of those, the named ones."""
+    chosen = lambda name: (not quick or name in QUICK) and (names is None or name in names)
+    return [(kind, [case for case in kind.cases if chosen(case.name)]) for kind in OPERATIONS]
 
 
 def verify(
@@ -314,6 +315,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     few, all = (sum(len(cases) for _, cases in cases_of(quick)) for quick in (True, False))
     parser.add_argument("--quick", action="store_true", help=f"{few} cases of {all}")
+    names = dict.fromkeys(case.name for _, cases in cases_of(False) for case in cases)
+    parser.add_argument("--cases", nargs="+", choices=tuple(names), metavar="NAME", help="only these, of every op")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of execution, forced in turn")
     parser.add_argument("--json", type=options.output_file(), metavar="FILE", help="write every row there")
 
@@ -336,7 +339,7 @@ def main(arguments: argparse.Namespace) -> int:
                 skipped.append({"backend": backend, "dtype": dtype, "reason": reason})
                 continue
             status.update(f"{backend} {dtype}")
-            made = list(verify(backend, dtype, cases_of(arguments.quick), arguments.ways))
+            made = list(verify(backend, dtype, cases_of(arguments.quick, arguments.cases), arguments.ways))
             rows += made
             for row in made:
                 result = "[green]PASS" if row.passed else "[red]FAIL"
