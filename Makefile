@@ -67,7 +67,7 @@ bench: $(STAMP) ## measure dense against dynconv, then run the demo; results in 
 demo: $(STAMP) ## a photo through networks that compute only what matters or changed; pictures in build/bench/
 	$(RUN) -m dynconv demo --out $(BENCH) $(ARGS)
 
-gpu: ## on a GPU machine: tests, sanitizers and benchmarks, with GPU_PYTHON
+gpu: ## on a GPU machine, with GPU_PYTHON: tests, sanitizers, benchmarks; call again until all is done
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove .venv, build products and caches

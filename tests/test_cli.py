@@ -277,6 +277,15 @@ def test_verify_passes_and_records_every_quantity(tmp_path, capsys):
     assert str(ROOT) not in target.read_text()
 
 
+def test_verify_takes_the_cases_that_are_named():
+    chosen = {
+        kind.__name__: [case.name for case in cases] for kind, cases in verify.cases_of(True, ["1x1", "bottleneck"])
+    }
+    few = {"MaskedConv2d": ["1x1"], "EvalBlock": ["bottleneck"], "BlockTraining": ["bottleneck"]}
+    assert {name: cases for name, cases in chosen.items() if cases} == few
+    assert not any(cases for _, cases in verify.cases_of(True, ["3x3 full"]))
+
+
 def test_verify_fails_a_wrong_op(broken, capsys):
     assert main(["verify", "--quick", "--backends", "cpu", "--dtypes", "float32"]) == 1
     printed = capsys.readouterr().out
@@ -1100,6 +1109,33 @@ def test_gpu_script_compiles_for_a_gpu(gpu, capsys):
     status, outcomes, _ = gpu.call(dataclasses.replace(parts["compile"], cases=[dataclasses.replace(case, kernels=2)]))
     assert (status, outcomes) == (0, {"compile: aggregate": "passed"}), capsys.readouterr().out
     assert gpu.kernels_compiled() >= 2 and "(measured)" in capsys.readouterr().out
+
+
+def test_probe_sees_a_graph_that_is_stale(monkeypatch):
+    """One that computes nothing when it is replayed, beside one that does, of graphs that are none."""
+    probe, seen = script("probe"), []
+    results = probe.results
+    monkeypatch.setattr(probe, "results", lambda *given: seen.append((given, results(*given))) or seen[-1][1])
+
+    class Graph:
+        def replay(self):
+            if self.computes:
+                for old, new in zip(self.made, results(*self.given), strict=True):
+                    old.copy_(new)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        yield
+        graph.given, graph.made = seen[-1]
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, stream=lambda given: contextlib.nullcontext())
+    for name, fake in (fakes | dict(CUDAGraph=Graph, graph=capture)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with dynconv.backend("reference"):
+        for Graph.computes in (True, False):
+            make = probe.Operands("cpu", torch.float32)
+            assert list(probe.captured(probe.FAMILIES["linear"](make), make)) == [Graph.computes] * 3
 
 
 def test_gpu_script_tells_what_was_found(gpu):
