@@ -351,11 +351,15 @@ def cache_name() -> str:
 class Results:
     """What is known of each case, in results.json: in --out, and in build/gpu for the next call."""
 
-    def __init__(self, out: Path, machine: dict, dry_run: bool, cases: dict) -> None:
+    def __init__(self, out: Path, machine: dict, dry_run: bool, known: dict) -> None:
         self.folders = {out.resolve(), KEPT.resolve()}
-        self.machine, self.cases = machine, cases
+        self.machine, self.cases = machine, known["cases"]
         self.told: list[tuple[str, str]] = []
-        self.content = {"dry_run": dry_run, "machine": machine, "sources": digest(PACKAGE), "parts": [], "cases": cases}
+        self.kernel_seconds = known.get("kernel_seconds") if known.get("machine") == machine else None
+        self.content = {
+            "dry_run": dry_run, "machine": machine, "sources": digest(PACKAGE), "parts": [],
+            "kernel_seconds": self.kernel_seconds, "cases": self.cases,
+        }  # fmt: skip
         self.cache = cache_name()
         self.fills_again = False
 
@@ -498,6 +502,7 @@ class Run:
             self.results.summarise(part.name, counted, time.monotonic() - begin)
         if part.compiles:
             self.clock.learn(finished, kernels_compiled() - in_cache)
+            self.results.content["kernel_seconds"] = self.clock.kernel if self.clock.is_measured else None
 
     def begin(self, part: Part, case: Case) -> Running | str:
         """Start a case, or say why not."""
@@ -647,7 +652,9 @@ def main() -> int:
             known = earlier(str(KEPT / "results.json"))
     if known is None or arguments.again or known["dry_run"] != arguments.dry_run:
         known = {"cases": {}}
-    results = Results(out, here, arguments.dry_run, known["cases"])
+    results = Results(out, here, arguments.dry_run, known)
+    if results.kernel_seconds:
+        clock.kernel, clock.is_measured = results.kernel_seconds, True
     run = Run(out, results, clock, environment)
     results.write()
     run.tell(json.dumps(here))

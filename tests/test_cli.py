@@ -1078,6 +1078,10 @@ def test_gpu_script_begins_what_fits(gpu, monkeypatch, capsys):
     assert 200 < need < 1300 and left < 25  # 0.25 s a kernel, and what starting Python took
     assert re.search(r"0\.\d\d s to compile a kernel \(measured\)", told) and "4 kernels in the cache" in told
 
+    _, _, found = gpu.call(many)  # the next call knows it
+    assert found["kernel_seconds"] == pytest.approx((need - 0.1) / 1000, abs=1e-3)
+    assert re.search(r"many: not begun: needs about (\d+) s", capsys.readouterr().out).group(1) == str(need)
+
     clock, case = gpu.Clock(30.0), gpu.Case("x", [], kernels=10, runs=5.0, workers=2)
     assert clock.needs(case) == 8 + 5 + 10 * 1.4 / 2 and clock.needs(case, is_compiled=True) == 13
     clock.learn([], 10)
