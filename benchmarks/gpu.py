@@ -417,10 +417,12 @@ class Running:
         for option, name in case.pictures:
             command += [option, str(out / name)]
         with self.log.open("wb") as file:
-            # A group of its own: what is stopped takes its compilers and sanitizers along.
+            # A group of its own, to be stopped with its compilers and sanitizers. Of the same session, which a machine
+            # may end as a whole where this call itself is stopped.
+            group = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment | dict(case.environment), stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
+                stderr=subprocess.STDOUT, **group,
             )  # fmt: skip
 
     @property

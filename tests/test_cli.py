@@ -989,8 +989,9 @@ WRITES = "import pathlib, sys; pathlib.Path(sys.argv[-1]).write_text({!r})"
 
 def test_gpu_script_survives_failing_cases(gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "PATIENCE", 3.0)
-    child = f"[{sys.executable!r}, '-c', 'import time; time.sleep(60)', {str(tmp_path)!r}]"
-    slow = f"import subprocess; subprocess.run({child})"
+    pulse = tmp_path / "pulse"
+    child = f"import time\nwhile True: open({str(pulse)!r}, 'a').write('x'); time.sleep(0.02)"
+    slow = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     status, outcomes, found = gpu.call(
         gpu.Part(
             "a",
@@ -1015,7 +1016,9 @@ def test_gpu_script_survives_failing_cases(gpu, monkeypatch, tmp_path, capsys):
     assert found["cases"]["a: good"]["rows"] == {"figure": 7}
     assert found["cases"]["a: half written"]["rows"] is None
     assert found["cases"]["a: slow"]["told"].startswith("stopped: stopped after 3")
-    assert not subprocess.run(["pgrep", "-f", f"^.*sleep.60.*{tmp_path}"], capture_output=True).stdout
+    size = pulse.stat().st_size
+    time.sleep(0.2)
+    assert pulse.stat().st_size == size > 0  # what a stopped process has started is stopped as well
     told = capsys.readouterr().out
     failures = told[told.index("=== failures ===") :]
     assert "--- a: bad: FAILED: exit status 3\nwhy" in failures and "--- d: told: reported: exit status 9" in failures
