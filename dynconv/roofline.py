@@ -438,7 +438,7 @@ def gathered_tile(
 
 
 def _cpu_tile(dtype: torch.dtype) -> tuple[int, int]:
-    llvm = module(".cpu._llvm")
+    llvm = module(".cpu.llvm.build")
     return llvm.ROWS, llvm.VECTOR_BYTES // (8 if dtype == torch.float64 else 4)
 
 

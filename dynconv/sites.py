@@ -136,6 +136,16 @@ def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
     return mask.new_empty(mask.shape[0], 1, *input_size)
 
 
+def fill(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
+    """Write zeros, or what stands at skipped sites, all over a dense output, where no site is active."""
+    if in_place or out.dim() == 2:
+        return
+    if inactive is None:
+        out.zero_()
+    else:
+        out.copy_(inactive)
+
+
 def warn_if_nothing_is_skipped(mask: Tensor, gate: Tensor | None) -> None:
     """Warn of a floating mask of logits or probabilities, whose values all keep something; on a CPU, without a wait."""
     if gate is None or not mask.is_cpu or not unwatched(mask) or not mask.numel() or not mask.all():

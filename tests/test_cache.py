@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numba import carray, njit
 
 from dynconv.cpu import _cache, _threads
-from dynconv.cpu._llvm import pointer
+from dynconv.cpu._layout import Int64
 
 fcntl = pytest.importorskip("fcntl", reason="without it no kernel file is locked")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@njit
-def _seven(arguments, storage, compute):
-    a = carray(arguments, (3,))
-    carray(pointer(a[2], np.int64), (1,))[0] = 7
+def _seven(found: Int64):
+    found[0] = 7
 
 
 def use(monkeypatch, *folders):
@@ -43,7 +40,7 @@ def folder(tmp_path, monkeypatch, caplog):
 def run():
     """Call the kernel as a process does that has not called it before."""
     found = torch.zeros(1, dtype=torch.int64)
-    _threads.kernel(_seven)(torch.float32, 1, found.data_ptr())
+    _threads.kernel(_seven)(torch.float32, 1, found=found)
     assert found.item() == 7
 
 
@@ -143,6 +140,19 @@ def test_another_source_is_compiled_anew(kept, monkeypatch, caplog):
     assert list(kept.parent.glob("*.kernel")) == [kept]
 
 
+@pytest.mark.parametrize("place", ["module.py", "llvm/module.py"])
+def test_every_source_counts(place, tmp_path, monkeypatch):
+    """Those of `cpu/llvm` as well: kernels are compiled with what they call."""
+    monkeypatch.setattr(_cache, "_SOURCE", tmp_path)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    digests = []
+    for text in ("ROWS = 6", "ROWS = 8"):
+        (tmp_path / place).write_text(text)
+        digests.append(_cache._source_digest.__wrapped__())
+    assert digests[0] != digests[1]
+    assert (Path(_threads.__file__).parent / "llvm" / "build.py").is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_read(kept, tmp_path, monkeypatch, caplog):
     """What a container image was warmed up with is used where it is read-only; new files go to the next folder."""
     (tmp_path / "file").touch()
@@ -187,26 +197,21 @@ def test_who_holds_a_lock_for_ever_is_not_waited_for(kept, monkeypatch, caplog):
 
 def test_processes_share_the_work(tmp_path):
     """Each kernel is compiled by one process, and every process runs its own: each kernel writes another number."""
-    bodies = "".join(
-        f"@njit\ndef number_{n}(arguments, storage, compute):\n    a = carray(arguments, (3,))\n"
-        f"    carray(pointer(a[2], np.int64), (1,))[0] = {n}\n\n"
-        for n in range(4)
-    )
+    bodies = "".join(f"def number_{n}(found: Int64):\n    found[0] = {n}\n\n" for n in range(4))
     script = tmp_path / "many_kernels.py"
     script.write_text(
         f"""
 import logging, sys
-import numpy as np, torch
-from numba import carray, njit
+import torch
 from dynconv.cpu import _threads
-from dynconv.cpu._llvm import pointer
+from dynconv.cpu._layout import Int64
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 {bodies}
 print("ready", flush=True)
 input()
 found = torch.zeros(1, dtype=torch.int64)
 for n in sys.argv[1]:
-    _threads.kernel(globals()["number_" + n])(torch.float32, 1, found.data_ptr())
+    _threads.kernel(globals()["number_" + n])(torch.float32, 1, found=found)
     assert found.item() == int(n), (n, found)
 """
     )

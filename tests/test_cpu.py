@@ -1,27 +1,28 @@
 """The CPU backend's kernels: what holds for all of them."""
 
+import functools
 import itertools
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import can_raise
-from numba import carray, njit
 
 from dynconv import ActiveSites, execution, masked_conv2d, reference
 from dynconv.cpu import _threads
+from dynconv.cpu._layout import Compute, Flag, Int32, Result, Storage, UInt8
+from dynconv.cpu._threads import next_item, next_worker
+from dynconv.cpu.llvm.elements import is_given, load
 from dynconv.ops._common import Counted, settle
 
 
-@njit
-def _divide(arguments, storage, compute):
-    a = carray(arguments, (8,))
-    a[0] = a[2] // a[3]
+def _divide(divided, divisor, quotient: Result):
+    quotient[0] = divided // divisor
 
 
-@njit
-def _refuse(arguments, storage, compute):
-    a = carray(arguments, (8,))
-    if a[2] == 0:
+def _refuse(number):
+    if number == 0:
         raise ValueError("zero")
 
 
@@ -30,9 +31,9 @@ def compile_kernel(monkeypatch):
     """Run a kernel; what was compiled for it, which leaves no trace."""
     monkeypatch.setattr(_threads, "KERNELS", {})
 
-    def compiled(body, *arguments):
+    def compiled(body, **arguments):
         run = _threads.kernel(body)
-        run(torch.float32, 1, *arguments)
+        run(torch.float32, 1, **arguments)
         (of_types,) = _threads.KERNELS.values()
         return of_types[torch.float32]
 
@@ -40,18 +41,77 @@ def compile_kernel(monkeypatch):
 
 
 def test_a_division_in_a_kernel_cannot_raise(compile_kernel):
-    assert not can_raise(compile_kernel(_divide, 1, 0))
+    assert not can_raise(compile_kernel(_divide, divided=1, divisor=0, quotient=0))
 
 
 def test_what_raises_in_a_kernel_is_found(compile_kernel):
-    assert can_raise(compile_kernel(_refuse, 1))
+    assert can_raise(compile_kernel(_refuse, number=1))
 
 
 def test_what_a_kernel_raises_reaches_pytest(compile_kernel, monkeypatch):
     caught = []
     monkeypatch.setattr("sys.unraisablehook", lambda what: caught.append(what.exc_type))
-    compile_kernel(_refuse, 0)
+    compile_kernel(_refuse, number=0)
     assert caught == [ValueError]
+
+
+class _Pair(NamedTuple):
+    first: int
+    second: Int32
+
+
+def _everything(
+    shared, storage, compute, bytes_: UInt8, values: Storage, sums: Compute, pair: _Pair, none: Int32, flag: Flag,
+    number, written: Result,
+):  # fmt: skip
+    """All that a layout knows, and the counters: what is seen of each, in `sums`."""
+    item, worker = next_item(shared), next_worker(shared)
+    sums[0], sums[1] = item + 10 * next_item(shared), worker
+    sums[2], sums[3] = np.float64(bytes_[1]), load(values, 2, compute)
+    sums[4], sums[5] = pair.first, pair.second[0]
+    sums[6], sums[7], sums[8] = is_given(none), flag, number
+    written[0] = number + 1
+
+
+def test_a_kernel_sees_its_parameters_by_name(monkeypatch):
+    monkeypatch.setattr(_threads, "KERNELS", {})
+    run, sums, index = _threads.kernel(_everything), torch.full((9,), -1.0), torch.tensor([5], dtype=torch.int32)
+    values = torch.tensor([0, 0, 3.5], dtype=torch.bfloat16)
+    operands = {"bytes_": torch.tensor([0, 2], dtype=torch.uint8), "values": values, "sums": sums, "none": None}
+    numbers = run.pack(pair=(4, index.data_ptr()), flag=True, number=8, written=0, **operands)
+    run.start(torch.bfloat16, 1, numbers)
+    assert sums.tolist() == [10, 0, 2, 3.5, 4, 5, 0, 1, 8]
+    assert numbers[run.at.written] == 9 and numbers[run.at.number] == 8
+    assert (numbers[run.at.first], numbers[run.at.second]) == (4, index.data_ptr())
+    assert len(numbers) == 2 + 9  # the counters, and a place for each field of the pair
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"number": None}, "missing 1 required keyword-only argument: 'number'"),
+        ({"other": 1}, "unexpected keyword argument 'other'"),
+        ({"pair": (1, 2, 3)}, "_everything: expected 11 numbers, got 12"),
+    ],
+)
+@pytest.mark.parametrize("how", ["pack", "run"])
+def test_a_kernel_refuses_wrong_names(how, change, said, monkeypatch):
+    monkeypatch.setattr(_threads, "KERNELS", {})
+    run = _threads.kernel(_everything)
+    call = run.pack if how == "pack" else functools.partial(run, torch.float32, 1)
+    operands = dict.fromkeys(("bytes_", "values", "sums", "none"))
+    given = {**operands, "pair": (0, 0), "flag": False, "number": 0, "written": 0, **change}
+    with pytest.raises(TypeError, match=said):
+        call(**{name: value for name, value in given.items() if (name, value) != ("number", None)})
+
+
+def test_a_layout_has_every_name_once(monkeypatch):
+    monkeypatch.setattr(_threads, "KERNELS", {})
+
+    def twice(first, pair: _Pair): ...
+
+    with pytest.raises(TypeError, match=r"twice: expected every name once, got \['first', 'first', 'second'\]"):
+        _threads.kernel(twice)
 
 
 @pytest.mark.parametrize("groups", (1, 2, 4, 8, 16))

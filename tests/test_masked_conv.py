@@ -211,15 +211,15 @@ def test_narrower_vectors():
     """The AVX2 tiles on any x86 host: Numba is told to compile for one that has no AVX-512."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("Haswell is an x86 processor")
-    from dynconv.cpu import _llvm
+    from dynconv.cpu.llvm import build
 
-    if _llvm.VECTOR_BYTES <= 32:
+    if build.VECTOR_BYTES <= 32:
         pytest.skip("this processor has no wider vectors: all other tests run the AVX2 tiles")
     with tempfile.TemporaryDirectory() as cache:
         features = "+64bit,+cx16,+popcnt,+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
         processor = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
         environment = {**os.environ, **processor, "NUMBA_CACHE_DIR": cache, "DYNCONV_BACKEND": ""}
-        lanes = "from dynconv.cpu import _llvm; assert (_llvm.VECTOR_BYTES, _llvm.TILE_VECTORS) == (32, 2)"
+        lanes = "from dynconv.cpu.llvm import build; assert (build.VECTOR_BYTES, build.TILE_VECTORS) == (32, 2)"
         run_tests = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
         chosen = ["-q", "-p", "no:cacheprovider", __file__, "-k", "(pieces or values_and_gradients) and not triton"]
         subprocess.run(

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
-from ._llvm import (
-    ROWS,
-    TILE_VECTORS,
-    VECTOR_BYTES,
-    add_vector,
-    copy_vector,
-    fill_elements,
-    finished_tile,
-    load,
-    multiply_tile,
-    pointer,
-    positive,
-    store,
-    transpose_vectors,
-)
+from ._layout import Flag, Storage
+from .llvm.build import TILE_VECTORS, VECTOR_BYTES
+from .llvm.elements import add_vector, copy_vector, fill_elements, load, pointer, positive, store, transpose_vectors
+from .llvm.tiles import ROWS, clamped_tile, multiply_tile
 
 LARGE = 1 << 21  # bytes of an output whose zeros are not worth a place in the cache
 SERIAL = 1 << 15  # elements that a second thread has to save before it is worth waking
@@ -147,8 +138,9 @@ def gather_scattered(source, width, channels, table, entry, taps, rows, tap_coun
         if not is_run:
             place = at + first * tap_count * channels
             gather_rows(
-                source, width, table, True, entry + first * taps, taps, count, tap_count, 0, channels, 1, target,
-                place, lanes, compute,
+                source=source, width=width, table=table, has_table=True, entry=entry + first * taps, taps=taps,
+                rows=count, tap_count=tap_count, channel=0, channels=channels, groups=1, target=target, at=place,
+                lanes=lanes, compute=compute,
             )  # fmt: skip
 
 
@@ -185,7 +177,7 @@ def multiply_scattered(
 
 
 @njit
-def finish_rows(a, at, row, rows, depth, weights, panel_stride, panels, shift, low, high, out, out_at, width, lanes):
+def clamped_rows(a, at, row, rows, depth, weights, panel_stride, panels, shift, low, high, out, out_at, width, lanes):
     """out[r, (panel, lane)] = the products of one group + shift, no less than low and no more than high.
 
     Rows of `out` are `width` apart, whole vectors. Up to ROWS - 1 rows past the last one are read, and written.
@@ -195,7 +187,7 @@ def finish_rows(a, at, row, rows, depth, weights, panel_stride, panels, shift, l
         panel = panels * tile // tiles
         vectors = panels * (tile + 1) // tiles - panel
         for r in range(0, rows, ROWS):
-            finished_tile(
+            clamped_tile(
                 vectors,
                 a, at + r * row, row,
                 weights, panel * panel_stride, panel_stride,
@@ -236,13 +228,40 @@ def lower_bound(index, count, value):
     return low
 
 
+class Window(NamedTuple):
+    """What sites read, and of what: the sizes of the output and of the input, and a convolution's geometry."""
+
+    out_height: int
+    out_width: int
+    height: int
+    width: int
+    kernel_height: int
+    kernel_width: int
+    stride_y: int
+    stride_x: int
+    pad_y: int
+    pad_x: int
+    dilation_y: int
+    dilation_x: int
+
+
+class Skipped(NamedTuple):
+    """The kernels' arguments for the skipped sites of a dense output; see `skipped_sites`."""
+
+    fill: int  # 0: leave them alone, 1: zeros, 2: `inactive`
+    inactive: Storage
+    all_sites: int
+    is_large: Flag  # too large for the cache
+
+
 @njit
-def fill_skipped(fill, inactive, out, index, first, rows, active, sites, channels, is_large):
-    """Write the skipped sites next to rows first..first + rows of `index`: zeros where `fill` is 1, `inactive` where 2.
+def fill_skipped(skipped, out, index, first, rows, active, channels):
+    """Write the skipped sites next to rows first..first + rows of `index`, the first `active` of which count.
 
     A row answers for the sites between the one before it and itself, the last row for all that follow as well.
     """
-    if fill == 0:
+    inactive, is_large = skipped.inactive, skipped.is_large
+    if skipped.fill == 0:
         return
     at = np.int64(index[first - 1]) + 1 if first > 0 else 0
     for m in range(first, first + rows):
@@ -251,28 +270,18 @@ def fill_skipped(fill, inactive, out, index, first, rows, active, sites, channel
             fill_elements(inactive, out, at * channels, site * channels, is_large)
         at = site + 1
     if first + rows == active:
-        fill_elements(inactive, out, at * channels, sites * channels, is_large)
+        fill_elements(inactive, out, at * channels, skipped.all_sites * channels, is_large)
 
 
-def filling(out: Tensor, inactive: Tensor | None, in_place: bool) -> tuple[int, int, int, bool]:
-    """The kernels' arguments for the skipped sites of `out`: fill, inactive's address, sites, is_large."""
+def skipped_sites(out: Tensor, inactive: Tensor | None, in_place: bool) -> tuple[int, int, int, bool]:
+    """The numbers of `Skipped` for `out`: none are to be filled `in_place` and where it is packed."""
     fill = 0 if in_place or out.dim() == 2 else 1 if inactive is None else 2
     sites = out.numel() // max(1, out.shape[1])
     return fill, address(inactive), sites, out.numel() * out.element_size() > LARGE
 
 
-def fill_all(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
-    """The same where no site is active."""
-    if in_place or out.dim() == 2:
-        return
-    if inactive is None:
-        out.zero_()
-    else:
-        out.copy_(inactive)
-
-
 def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 for none."""
+    """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -282,5 +291,5 @@ def ceil(a: int, b: int) -> int:
 
 
 def vector_lanes(dtype: torch.dtype) -> int:
-    """Elements of a vector in the type that this storage type is computed in."""
+    """The elements of a vector in the type that this storage type is computed in."""
     return VECTOR_BYTES // (8 if dtype == torch.float64 else 4)

@@ -16,101 +16,118 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
 from .._geometry import is_depthwise
+from ..sites import fill
 from . import masked_conv
 from ._common import (
-    LARGE,
-    address,
+    Skipped,
     array,
     ceil,
-    fill_all,
-    fill_elements,
-    finish_rows,
+    clamped_rows,
     gather_rows,
     multiply_rows,
+    skipped_sites,
     vector_lanes,
 )
-from ._llvm import (
-    ACTIVATIONS,
-    ROWS,
-    STENCIL_ROWS,
-    fetch_add,
-    finish_row,
-    merge_bytes,
-    pointer,
-    positive,
-    stencil_rows,
-)
-from ._threads import compute_type, kernel, workers
+from ._layout import Compute, Flag, Int32, Result, Storage, UInt8, record
+from ._threads import compute_type, kernel, next_item, next_worker, workers
+from .llvm.activations import ACTIVATIONS, epilogue_row
+from .llvm.build import STENCIL_ROWS
+from .llvm.elements import address_of, fill_elements, is_given, merge_bytes, positive
+from .llvm.stencils import stencil_rows
+from .llvm.tiles import ROWS
 from .packing import packed_weight
 
 BAND_BYTES = 1 << 19  # of features between two layers: half of a 1 MiB L2
 _MOST_ROWS = 96
 _MOST_BANDS, MOST_STAGES = 1024, 16  # bands, and layers, that the kernels have room for
-_HEADER, _STAGE = 32, 24  # int64 arguments before the first stage, and of each
-_PLAN = 14  # int64 arguments of the plan
-_BANDS_SIZE = 3 + 3 * _MOST_BANDS + 13  # whole cache lines
 
 
-@njit
-def _plan_kernel(arguments, storage, compute):
-    """Copy the mask's bytes, of which any but zero is true, as zeros and ones to a[13].
+class _Layer(NamedTuple):
+    """A layer as the kernels see it."""
 
-    Then cut the lines into bands of about the same number of active sites: bands[b] = (first line, end, sites before).
+    weight_at: int  # the addresses of what `prepare` has made
+    bias_at: int
+    channels: int
+    filters: int
+    groups: int
+    kernel_height: int
+    kernel_width: int
+    stride_y: int
+    stride_x: int
+    pad_y: int
+    pad_x: int
+    dilation_y: int
+    dilation_x: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    is_pointwise: int
+    is_depthwise: int
+    activation: int
+    block_taps: int  # whose products are summed up at a time
+    # What the plan lays out: where in a thread's memory the lists of its sites and its rows begin, and how many
+    # places of the output the largest band has.
+    lists: int
+    rows: int
+    places: int
 
-    The first three entries are the number of bands, of active sites, and the most lines of a band. Then lay out what a
-    thread needs for such a band, behind what is there already: the features between two layers, of a[11] elements so
-    far, and the lists of sites, of a[12] int32 so far. Both, with all of it, come back in the same places.
+
+_SIZE, _PLACE = len(_Layer._fields), _Layer(*range(len(_Layer._fields)))  # of a layer's numbers, and each one's place
+_read_layer = record(_Layer)
+
+
+@kernel
+def _plan_kernel(
+    mask: UInt8, kept_at, lines, width, most_sites, threads, bands_at, counts_at, layers_at, layer_count, samples,
+    band_count: Result, active: Result, elements: Result, entries: Result,
+):  # fmt: skip
+    """Copy the mask's bytes, of which any but zero is true, as zeros and ones.
+
+    Then cut the lines into bands of about the same number of active sites, as many bands for each thread and none of
+    more than `most_sites` if the lines allow it: bands[b] = (first line, end, sites before). Then lay out what a thread
+    needs for the largest, behind what is there already: the features between two layers, of `elements` so far, and the
+    lists of sites, of `entries` int32 so far. Both, with all of it, come back in the same places.
     """
-    a = carray(arguments, (_PLAN,))
-    mask, lines, width, target, threads, chain = a[13], a[3], a[4], a[5], a[6], a[9]
-    given, kept = carray(pointer(a[2], np.uint8), (lines * width,)), carray(pointer(mask, np.uint8), (lines * width,))
+    kept, bands, counts = array(kept_at, np.uint8), array(bands_at, np.int64), array(counts_at, np.int32)
     for place in range(lines * width):
-        kept[place] = given[place] != 0
-    result = carray(pointer(a[7], np.int64), (3 + 3 * _MOST_BANDS,))
-    counts = carray(pointer(a[8], np.int32), (lines,))
+        kept[place] = mask[place] != 0
     total = 0
     for line in range(lines):
-        start = mask + line * width
-        words = carray(pointer(start, np.uint64), (width // 8,))
-        bytes_ = carray(pointer(start, np.uint8), (width,))
-        count = 0
+        start, count = kept_at + line * width, 0
+        words, bytes_ = array(start, np.uint64), array(start, np.uint8)
         for word in range(width // 8):  # each byte is 0 or 1: the product adds them up in its highest byte
             count += np.int64((words[word] * np.uint64(0x0101010101010101)) >> np.uint64(56))
         for x in range(width // 8 * 8, width):
             count += bytes_[x]
         counts[line] = count
         total += count
-    # As many bands for each thread, and none larger than what the cache should hold.
-    wanted = min(_MOST_BANDS - 1, max(1, (total + target * threads - 1) // (target * threads)) * threads)
+    wanted = min(_MOST_BANDS - 1, max(1, (total + most_sites * threads - 1) // (most_sites * threads)) * threads)
     target = max(1, (total + wanted - 1) // wanted)
-    bands, first, before, count, most_lines = 0, 0, 0, 0, 0
+    number, first, before, count, most_lines = 0, 0, 0, 0, 0
     for line in range(lines):
         count += counts[line]
-        if line == lines - 1 or (count + counts[line + 1] // 2 >= target and bands < _MOST_BANDS - 1):
-            result[3 + 3 * bands] = first
-            result[4 + 3 * bands] = line + 1
-            result[5 + 3 * bands] = before
+        if line == lines - 1 or (count + counts[line + 1] // 2 >= target and number < _MOST_BANDS - 1):
+            bands[3 * number], bands[3 * number + 1], bands[3 * number + 2] = first, line + 1, before
             most_lines = max(most_lines, line + 1 - first)
-            before, count, first, bands = before + count, 0, line + 1, bands + 1
-    result[0], result[1], result[2] = bands, total, most_lines
-    stages = carray(pointer(chain, np.int64), (_HEADER + MOST_STAGES * _STAGE,))
-    last, samples = stages[8] - 1, a[10]
+            before, count, first, number = before + count, 0, line + 1, number + 1
+    band_count[0], active[0], layers, last = number, total, array(layers_at, np.int64), layer_count - 1
     for s in range(last, -1, -1):
-        g = stages[_HEADER + s * _STAGE :]
-        kernel_height, stride_y, dilation_y, height, out_height = g[5], g[7], g[11], g[13], g[15]
-        places = min(most_lines, samples * out_height) * g[16]
-        g[19], g[20], g[22] = a[12], places, a[11]
-        a[12] += 2 * places + places // 4 + 16
+        layer, at = _read_layer(layers, s * _SIZE), s * _SIZE
+        places = min(most_lines, samples * layer.out_height) * layer.out_width
+        layers[at + _PLACE.lists], layers[at + _PLACE.places] = entries[0], places
+        layers[at + _PLACE.rows] = elements[0]
+        entries[0] += 2 * places + places // 4 + 16
         if s < last:
-            a[11] += (places + ROWS) * g[3]
+            elements[0] += (places + ROWS) * layer.filters
         # Samples that a band spans are read whole between its first and its last.
-        across = (most_lines + out_height - 1) // out_height * height
-        reach = (kernel_height - 1) * dilation_y + 1
-        most_lines = min(samples * height, (most_lines - 1) * stride_y + reach + across)
+        across = (most_lines + layer.out_height - 1) // layer.out_height * layer.height
+        reach = (layer.kernel_height - 1) * layer.dilation_y + 1
+        most_lines = min(samples * layer.height, (most_lines - 1) * layer.stride_y + reach + across)
 
 
 @njit
@@ -126,10 +143,16 @@ def _list_sites(active, places, sites, rows):
 
 
 @njit
-def _spread(out_map, out_first, out_lines, in_map, in_first, g):
-    """Mark in `in_map` the pixels that the active sites of `out_map` read; g: the reading layer's arguments."""
-    kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x = g[5], g[6], g[7], g[8], g[9], g[10]
-    dilation_y, dilation_x, height, width, out_height, out_width = g[11], g[12], g[13], g[14], g[15], g[16]
+def _spread(out_map, out_first, out_lines, in_map, in_first, layer):
+    """Mark in `in_map` the pixels that the active sites of `out_map` read, of the layer that reads them."""
+    kernel_height, kernel_width, stride_y, stride_x = (
+        layer.kernel_height,
+        layer.kernel_width,
+        layer.stride_y,
+        layer.stride_x,
+    )
+    pad_y, pad_x, dilation_y, dilation_x = layer.pad_y, layer.pad_x, layer.dilation_y, layer.dilation_x
+    height, width, out_height, out_width = layer.height, layer.width, layer.out_height, layer.out_width
     for line in range(out_lines):
         sample, y = (out_first + line) // out_height, (out_first + line) % out_height
         for ky in range(kernel_height):
@@ -149,10 +172,16 @@ def _spread(out_map, out_first, out_lines, in_map, in_first, g):
 
 
 @njit
-def _tabulate(sites, first, rows, set_first, rows_of_pixel, in_first, is_input, table, g):
+def _tabulate(sites, first, rows, set_first, rows_of_pixel, in_first, is_input, table, layer):
     """table[r, tap]: the row that the site sites[first + r] reads, or -1; a pixel of the input, if that is read."""
-    kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x = g[5], g[6], g[7], g[8], g[9], g[10]
-    dilation_y, dilation_x, height, width, out_height, out_width = g[11], g[12], g[13], g[14], g[15], g[16]
+    kernel_height, kernel_width, stride_y, stride_x = (
+        layer.kernel_height,
+        layer.kernel_width,
+        layer.stride_y,
+        layer.stride_x,
+    )
+    pad_y, pad_x, dilation_y, dilation_x = layer.pad_y, layer.pad_x, layer.dilation_y, layer.dilation_x
+    height, width, out_height, out_width = layer.height, layer.width, layer.out_height, layer.out_width
     entry = 0
     for r in range(rows):
         place = np.int64(sites[first + r])
@@ -171,88 +200,83 @@ def _tabulate(sites, first, rows, set_first, rows_of_pixel, in_first, is_input, 
 
 
 @njit
-def _first_input_line(line, g):
-    """The first line that an output line reads, of its own sample."""
-    stride_y, pad_y, height, out_height = g[7], g[9], g[13], g[15]
-    return line // out_height * height + min(height - 1, max(0, line % out_height * stride_y - pad_y))
-
-
-@njit
-def _last_input_line(line, g):
-    kernel_height, stride_y, pad_y, dilation_y, height, out_height = g[5], g[7], g[9], g[11], g[13], g[15]
-    reach = (kernel_height - 1) * dilation_y
-    return line // out_height * height + min(height - 1, max(0, line % out_height * stride_y - pad_y + reach))
-
-
-@njit
-def _chain_kernel(arguments, storage, compute):
-    a = carray(arguments, (_HEADER + MOST_STAGES * _STAGE,))
-    source, out, residual, inactive = (
-        array(a[2], storage),
-        array(a[3], storage),
-        array(a[4], storage),
-        array(a[9], storage),
+def _input_lines(first, last, layer):
+    """The first line that the output line `first` reads, of its own sample, and the last one that `last` does."""
+    above, below = first % layer.out_height * layer.stride_y - layer.pad_y, last % layer.out_height * layer.stride_y
+    below += (layer.kernel_height - 1) * layer.dilation_y - layer.pad_y
+    most = layer.height - 1
+    return (
+        first // layer.out_height * layer.height + min(most, max(0, above)),
+        last // layer.out_height * layer.height + min(most, max(0, below)),
     )
-    gate, has_gate, has_residual = array(a[6], compute), a[6] != 0, a[4] != 0
-    out_width, stages, lanes = a[7], a[8], a[10]
-    bands = carray(pointer(a[11], np.int64), (3 + 3 * _MOST_BANDS,))
-    fill, is_large, is_packed, index = a[12], a[13] != 0, a[14] != 0, array(a[15], np.int32)
-    scratch, scratch_size = array(a[16], compute), a[17]
-    numbers, numbers_size = a[18], a[19]
-    chunk_rows, gathered_size, zeros, element_size = a[20], a[21], a[22], a[23]
-    nothing, zero_row, infinity = array(0, compute), array(a[22], compute), compute(np.inf)
-    worker = fetch_add(a[1:], 1)
+
+
+@kernel
+def _chain_kernel(
+    shared, storage, compute, source: Storage, out: Storage, residual: Storage, gate: Compute, index: Int32, mask_at,
+    bands_at, band_count, layers_at, layer_count, out_width, lanes, skipped: Skipped, is_packed: Flag, scratch: Compute,
+    scratch_size, lists_at, lists_size, chunk_rows, gathered_size, zero_row: Compute, element_size, compute_size,
+    state_at, state_size,
+):  # fmt: skip
+    """Each band, from the sites of its last layer to the rows of its output, or (`is_packed`) packed rows and `index`.
+
+    A thread has `scratch_size` elements, `lists_size` int32 and `state_size` int64 of its own.
+    """
+    has_gate, has_residual = is_given(gate), is_given(residual)
+    bands, layers = array(bands_at, np.int64), array(layers_at, np.int64)
+    zeros, scratch_at, source_at = address_of(zero_row), address_of(scratch), address_of(source)
+    nothing, infinity = array(0, compute), compute(np.inf)
+    worker = next_worker(shared)
     gathered = worker * scratch_size
     products = gathered + gathered_size
-    numbers += worker * numbers_size
-    table = array(numbers, np.int32)
+    lists_at += 4 * worker * lists_size
+    table = array(lists_at, np.int32)
     # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
-    state = a[25] + 8 * worker * a[26]
+    state = state_at + 8 * worker * state_size
     counts, firsts, line_counts = array(state, np.int64), array(state + 128, np.int64), array(state + 256, np.int64)
     maps, lists, places = array(state + 384, np.int64), array(state + 512, np.int64), array(state + 640, np.int64)
     pixels = array(state + 768, np.int64)
     while True:
-        band = fetch_add(a, 1)
-        if band >= bands[0]:
+        band = next_item(shared)
+        if band >= band_count:
             return
         # The sites of each layer, from the last to the first. Of layer s: its map of bytes, its list of sites and, by
         # place, their rows; a layer that the next one reads pixel by pixel has the sites of that one.
-        last = stages - 1
-        firsts[last], line_counts[last] = bands[3 + 3 * band], bands[4 + 3 * band] - bands[3 + 3 * band]
-        maps[last] = a[5] + firsts[last] * out_width
-        for s in range(stages - 1, -1, -1):
-            g = a[_HEADER + s * _STAGE :]
-            lists[s] = numbers + 4 * g[19]
-            places[s] = lists[s] + 4 * g[20]
+        last = layer_count - 1
+        firsts[last], line_counts[last] = bands[3 * band], bands[3 * band + 1] - bands[3 * band]
+        maps[last] = mask_at + firsts[last] * out_width
+        for s in range(last, -1, -1):
+            layer = _read_layer(layers, s * _SIZE)
+            lists[s] = lists_at + 4 * layer.lists
+            places[s] = lists[s] + 4 * layer.places
             if s < last:
-                following = a[_HEADER + (s + 1) * _STAGE :]
-                if following[17] != 0:
+                following = _read_layer(layers, (s + 1) * _SIZE)
+                if following.is_pointwise != 0:
                     firsts[s], line_counts[s], maps[s] = firsts[s + 1], line_counts[s + 1], maps[s + 1]
                     lists[s], places[s], counts[s] = lists[s + 1], places[s + 1], counts[s + 1]
                     continue
-                firsts[s] = _first_input_line(firsts[s + 1], following)
-                end = _last_input_line(firsts[s + 1] + line_counts[s + 1] - 1, following) + 1
-                line_counts[s] = end - firsts[s]
-                maps[s] = places[s] + 4 * g[20]
-                marked = carray(pointer(maps[s], np.uint8), (1 << 40,))
-                for place in range((end - firsts[s]) * g[16]):
+                firsts[s], end = _input_lines(firsts[s + 1], firsts[s + 1] + line_counts[s + 1] - 1, following)
+                line_counts[s] = end + 1 - firsts[s]
+                maps[s] = places[s] + 4 * layer.places
+                marked, read_by = array(maps[s], np.uint8), array(maps[s + 1], np.uint8)
+                for place in range(line_counts[s] * layer.out_width):
                     marked[place] = 0
-                read_by = carray(pointer(maps[s + 1], np.uint8), (1 << 40,))
                 _spread(read_by, firsts[s + 1], line_counts[s + 1], marked, firsts[s], following)
             counts[s] = _list_sites(
-                carray(pointer(maps[s], np.uint8), (1 << 40,)), line_counts[s] * g[16], array(lists[s], np.int32),
+                array(maps[s], np.uint8), line_counts[s] * layer.out_width, array(lists[s], np.int32),
                 array(places[s], np.int32),
             )  # fmt: skip
-        for s in range(stages):
-            g = a[_HEADER + s * _STAGE :]
-            weights, bias, cin, cout, groups = array(g[0], compute), array(g[1], compute), g[2], g[3], g[4]
-            taps, activation, block_taps = g[5] * g[6], g[18], g[21]
+        for s in range(layer_count):
+            layer = _read_layer(layers, s * _SIZE)
+            weights, bias = array(layer.weight_at, compute), array(layer.bias_at, compute)
+            cin, cout, groups = layer.channels, layer.filters, layer.groups
+            taps, activation, block_taps = layer.kernel_height * layer.kernel_width, layer.activation, layer.block_taps
             channels, filters = cin // groups, cout // groups
             panels = (filters + lanes - 1) // lanes
-            is_input, is_pointwise, is_depthwise = s == 0, g[17] != 0, g[23] != 0
+            is_input, is_pointwise, is_depthwise = s == 0, layer.is_pointwise != 0, layer.is_depthwise != 0
             width = cin if is_depthwise else groups * panels * lanes
-            read = 0 if is_input else worker * scratch_size + a[_HEADER + (s - 1) * _STAGE + 22]
-            rows_out = worker * scratch_size + g[22]
+            read = 0 if is_input else worker * scratch_size + layers[(s - 1) * _SIZE + _PLACE.rows]
+            rows_out = worker * scratch_size + layer.rows
             # What only shifts and clamps is done with the sums still in registers.
             is_clamp = s < last and activation <= 2 and (is_depthwise or (groups == 1 and filters % lanes == 0))
             is_clamp = is_clamp and (is_depthwise or block_taps >= taps)
@@ -263,7 +287,7 @@ def _chain_kernel(arguments, storage, compute):
                 if is_input or not is_pointwise or is_depthwise:
                     in_first = 0 if is_input else firsts[s - 1]
                     rows_of_pixel = sites if is_input else array(places[s - 1], np.int32)
-                    _tabulate(sites, first, rows, firsts[s], rows_of_pixel, in_first, is_input, table, g)
+                    _tabulate(sites, first, rows, firsts[s], rows_of_pixel, in_first, is_input, table, layer)
                 if is_depthwise:
                     for r in range(0, rows, STENCIL_ROWS):
                         for i in range(STENCIL_ROWS):
@@ -273,9 +297,9 @@ def _chain_kernel(arguments, storage, compute):
                                 if row < 0:
                                     pixel = zeros
                                 elif is_input:
-                                    pixel = a[2] + row * cin * element_size
+                                    pixel = source_at + row * cin * element_size
                                 else:
-                                    pixel = a[16] + (read + row * cin) * a[24]
+                                    pixel = scratch_at + (read + row * cin) * compute_size
                                 pixels[tap * STENCIL_ROWS + i] = pixel
                         if is_clamp:
                             shift, least, most, target = bias, low, high, rows_out + (first + r) * cin
@@ -283,7 +307,7 @@ def _chain_kernel(arguments, storage, compute):
                             shift, least, most, target = zero_row, -infinity, infinity, products + r * width
                         for i in range(STENCIL_ROWS):
                             row = min(i, rows - 1 - r)
-                            pixels[taps * STENCIL_ROWS + i] = a[16] + (target + row * cin) * a[24]
+                            pixels[taps * STENCIL_ROWS + i] = scratch_at + (target + row * cin) * compute_size
                         if is_input:
                             stencil_rows(pixels, source, weights, taps, cin, shift, least, most, scratch)
                         else:
@@ -291,14 +315,17 @@ def _chain_kernel(arguments, storage, compute):
                 elif is_pointwise and not is_input:
                     depth = channels
                     if is_clamp:
-                        finish_rows(
-                            scratch, read + first * cin, cin, rows, depth, weights, depth * lanes, panels, bias, low,
-                            high, scratch, rows_out + first * cout, cout, lanes,
+                        clamped_rows(
+                            a=scratch, at=read + first * cin, row=cin, rows=rows, depth=depth, weights=weights,
+                            panel_stride=depth * lanes, panels=panels, shift=bias, low=low, high=high, out=scratch,
+                            out_at=rows_out + first * cout, width=cout, lanes=lanes,
                         )  # fmt: skip
                         continue
                     multiply_rows(
-                        scratch, read + first * cin, cin, channels, rows, depth, False, weights, 0, depth * lanes,
-                        panels * depth * lanes, panels, groups, scratch, products, width, lanes,
+                        a=scratch, at=read + first * cin, row=cin, group=channels, rows=rows, depth=depth,
+                        accumulate=False, weights=weights, weight_at=0, panel_stride=depth * lanes,
+                        group_stride=panels * depth * lanes, panels=panels, groups=groups, products=scratch,
+                        products_at=products, width=width, lanes=lanes,
                     )  # fmt: skip
                 else:
                     for first_tap in range(0, taps, positive(block_taps)):
@@ -306,24 +333,28 @@ def _chain_kernel(arguments, storage, compute):
                         depth, stride = tap_count * channels, taps * channels * lanes
                         if is_input:
                             gather_rows(
-                                source, cin, table, True, first_tap, taps, rows, tap_count, 0, channels, groups,
-                                scratch, gathered, lanes, compute,
+                                source=source, width=cin, table=table, has_table=True, entry=first_tap, taps=taps,
+                                rows=rows, tap_count=tap_count, channel=0, channels=channels, groups=groups,
+                                target=scratch, at=gathered, lanes=lanes, compute=compute,
                             )  # fmt: skip
                         else:
                             gather_rows(
-                                scratch, cin, table, True, first_tap, taps, rows, tap_count, read, channels, groups,
-                                scratch, gathered, lanes, compute,
+                                source=scratch, width=cin, table=table, has_table=True, entry=first_tap, taps=taps,
+                                rows=rows, tap_count=tap_count, channel=read, channels=channels, groups=groups,
+                                target=scratch, at=gathered, lanes=lanes, compute=compute,
                             )  # fmt: skip
                         if is_clamp:
-                            finish_rows(
-                                scratch, gathered, depth, rows, depth, weights, stride, panels, bias, low, high,
-                                scratch, rows_out + first * cout, cout, lanes,
+                            clamped_rows(
+                                a=scratch, at=gathered, row=depth, rows=rows, depth=depth, weights=weights,
+                                panel_stride=stride, panels=panels, shift=bias, low=low, high=high, out=scratch,
+                                out_at=rows_out + first * cout, width=cout, lanes=lanes,
                             )  # fmt: skip
                             continue
                         multiply_rows(
-                            scratch, gathered, depth, rows * depth, rows, depth, first_tap > 0,
-                            weights, first_tap * channels * lanes, stride, panels * stride, panels, groups,
-                            scratch, products, width, lanes,
+                            a=scratch, at=gathered, row=depth, group=rows * depth, rows=rows, depth=depth,
+                            accumulate=first_tap > 0, weights=weights, weight_at=first_tap * channels * lanes,
+                            panel_stride=stride, group_stride=panels * stride, panels=panels, groups=groups,
+                            products=scratch, products_at=products, width=width, lanes=lanes,
                         )  # fmt: skip
                 if is_clamp:
                     continue
@@ -336,36 +367,35 @@ def _chain_kernel(arguments, storage, compute):
                             scale = gate[site]
                         place = site * cout
                         if is_packed:
-                            position = bands[5 + 3 * band] + first + r
+                            position = bands[3 * band + 2] + first + r
                             index[position] = site
                             place = position * cout
                     for group in range(groups if not is_depthwise else 1):
                         channel, product = group * filters, products + r * width + group * panels * lanes
                         size = cout if is_depthwise else filters
                         if s < last:
-                            finish_row(
+                            epilogue_row(
                                 scratch, product, bias, channel, scale, nothing, 0, scratch,
                                 rows_out + place + channel, size, activation,
                             )  # fmt: skip
                         else:
                             at = site * cout + channel if has_residual else 0
-                            finish_row(
+                            epilogue_row(
                                 scratch, product, bias, channel, scale, residual, at, out, place + channel, size,
                                 activation,
                             )  # fmt: skip
-        if fill != 0:
-            cout = a[_HEADER + last * _STAGE + 3]
+        if skipped.fill != 0:
+            cout = layers[last * _SIZE + _PLACE.filters]
             at, sites = firsts[last] * out_width, array(lists[last], np.int32)
             for m in range(counts[last] + 1):
                 end = firsts[last] * out_width
                 end += np.int64(sites[m]) if m < counts[last] else line_counts[last] * out_width
                 if end > at:
-                    fill_elements(inactive, out, at * cout, end * cout, is_large)
+                    fill_elements(skipped.inactive, out, at * cout, end * cout, skipped.is_large)
                 at = end + 1
 
 
-_run_plan = kernel(_plan_kernel)
-_run_chain = kernel(_chain_kernel)
+_PLANNED = slice(_plan_kernel.at.band_count, _plan_kernel.at.entries + 1)
 
 
 class Stage(NamedTuple):
@@ -439,24 +469,26 @@ class Chain:
         chunk_rows = max(12, min(_MOST_ROWS, 2 * masked_conv.GATHERED // (deepest + max(widths))) // 12 * 12)
         most_taps = max(stage.kernel[0] * stage.kernel[1] for stage in stages)
         gathered = chunk_rows * deepest
-        self.elements, self.numbers = gathered + chunk_rows * max(widths), chunk_rows * most_taps
+        self.gathered_size, self.chunk_rows, self.lanes = gathered, chunk_rows, lanes
+        self.elements, self.entries = gathered + chunk_rows * max(widths), chunk_rows * most_taps
         self.zeros = torch.zeros(max(stage.channels for stage in stages), dtype=compute)
         # No cache line of two threads.
         self.state_size = ceil(6 * MOST_STAGES + (most_taps + 1) * STENCIL_ROWS, 16) * 16
-        header = array_of("q", bytes(8 * _HEADER))
-        header[7], header[8], header[10] = self.width, len(stages), lanes
-        header[20], header[21], header[22] = chunk_rows, gathered, self.zeros.data_ptr()
-        header[23], header[24], header[26] = dtype.itemsize, self.compute_size, self.state_size
+        self.layers = array_of("q")
         for number, stage in enumerate(stages):
-            is_pointwise = stage.kernel == stage.stride == (1, 1) and stage.padding == (0, 0)
-            numbers = (
-                stage.weight.data_ptr(), stage.bias.data_ptr(), stage.channels, stage.filters, stage.groups,
-                *stage.kernel, *stage.stride, *stage.padding, *stage.dilation, *sizes[number], *sizes[number + 1],
-                is_pointwise, ACTIVATIONS.index(stage.activation), 0, 0, depths[number][0], 0, _is_depthwise(stage),
+            (kernel_height, kernel_width), (stride_y, stride_x) = stage.kernel, stage.stride
+            (pad_y, pad_x), (dilation_y, dilation_x) = stage.padding, stage.dilation
+            (height, width), (out_height, out_width) = sizes[number], sizes[number + 1]
+            layer = _Layer(
+                weight_at=stage.weight.data_ptr(), bias_at=stage.bias.data_ptr(), channels=stage.channels,
+                filters=stage.filters, groups=stage.groups, kernel_height=kernel_height, kernel_width=kernel_width,
+                stride_y=stride_y, stride_x=stride_x, pad_y=pad_y, pad_x=pad_x, dilation_y=dilation_y,
+                dilation_x=dilation_x, height=height, width=width, out_height=out_height, out_width=out_width,
+                is_pointwise=stage.kernel == stage.stride == (1, 1) and stage.padding == (0, 0),
+                is_depthwise=_is_depthwise(stage), activation=ACTIVATIONS.index(stage.activation),
+                block_taps=depths[number][0], lists=0, rows=0, places=0,
             )  # fmt: skip
-            header.extend(numbers)
-        self.arguments = header
-        self.is_large = samples * self.channels * height * self.width * dtype.itemsize > LARGE
+            self.layers.extend(layer)
 
     def run(
         self,
@@ -473,38 +505,40 @@ class Chain:
         Everything dense is channels_last. The skipped sites get zeros, or what is `inactive` there; `in_place` leaves
         them alone, and `out` may be `input` and `residual` then.
         """
-        threads, arguments = torch.get_num_threads(), self.arguments[:]
-        chain, line_counts = arguments.buffer_info()[0], _BANDS_SIZE
+        threads, layers = torch.get_num_threads(), self.layers[:]
+        layers_at, line_counts = layers.buffer_info()[0], 3 * _MOST_BANDS
         state = line_counts + ceil(self.lines, 32) * 16
         copy = state + threads * self.state_size
         work = torch.empty(copy + ceil(self.lines * self.width, 8), dtype=torch.int64)
         bands = work.data_ptr()
         mask_at = bands + 8 * copy
-        plan = array_of("q", (
-            0, 0, mask.data_ptr(), self.lines, self.width, self.most_sites, threads, bands, bands + 8 * line_counts,
-            chain, self.samples, self.elements, self.numbers, mask_at,
-        ))  # fmt: skip
-        _run_plan.start(torch.float32, 1, plan)
-        band_count, active = work[:2].tolist()
+        plan = _plan_kernel.pack(
+            mask=mask, kept_at=mask_at, lines=self.lines, width=self.width, most_sites=self.most_sites,
+            threads=threads, bands_at=bands, counts_at=bands + 8 * line_counts, layers_at=layers_at,
+            layer_count=len(self.stages), samples=self.samples, band_count=0, active=0, elements=self.elements,
+            entries=self.entries,
+        )  # fmt: skip
+        _plan_kernel.start(torch.float32, 1, plan)
+        band_count, active, elements, entries = plan[_PLANNED]
         if active == 0:
-            fill_all(out, inactive, in_place)
+            fill(out, inactive, in_place)
             return
-        elements, numbers, threads = plan[11], plan[12], workers(band_count)
-        rows, index = out, None
+        threads, rows, index = workers(band_count), out, None
         if in_place:
             # Neighbouring bands still read what this one would overwrite.
             rows = torch.empty(active, self.channels, dtype=self.dtype)
             index = torch.empty(active, dtype=torch.int32)
-        scratch = torch.empty(threads * (self.compute_size * elements + 4 * numbers), dtype=torch.uint8)
-        at = scratch.data_ptr()
-        arguments[2], arguments[3] = input.data_ptr(), rows.data_ptr()
-        arguments[4], arguments[5] = address(residual), mask_at
-        arguments[6], arguments[9], arguments[11] = address(gate), address(inactive), bands
-        arguments[12], arguments[13] = 0 if in_place else 1 if inactive is None else 2, self.is_large
-        arguments[14], arguments[15], arguments[16], arguments[17] = in_place, address(index), at, elements
-        arguments[18], arguments[19] = at + threads * self.compute_size * elements, 4 * numbers
-        arguments[25] = bands + 8 * state
-        _run_chain.start(self.dtype, threads, arguments)
+        scratch = torch.empty(threads * (self.compute_size * elements + 4 * entries), dtype=torch.uint8)
+        _chain_kernel(
+            self.dtype, threads, source=input, out=rows, residual=residual, gate=gate, index=index, mask_at=mask_at,
+            bands_at=bands, band_count=band_count, layers_at=layers_at, layer_count=len(self.stages),
+            out_width=self.width, lanes=self.lanes, skipped=skipped_sites(out, inactive, in_place), is_packed=in_place,
+            scratch=scratch, scratch_size=elements,
+            lists_at=scratch.data_ptr() + threads * self.compute_size * elements, lists_size=entries,
+            chunk_rows=self.chunk_rows, gathered_size=self.gathered_size, zero_row=self.zeros,
+            element_size=self.dtype.itemsize, compute_size=self.compute_size, state_at=bands + 8 * state,
+            state_size=self.state_size,
+        )  # fmt: skip
         if in_place:
             out.permute(0, 2, 3, 1).reshape(-1, self.channels).index_copy_(0, index.long(), rows)
 

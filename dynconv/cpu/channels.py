@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numba import carray, njit
 
-from ._common import array
+from ._layout import Int32, UInt8
 from ._threads import kernel
 
 
-@njit
-def _compact_kernel(arguments, storage, compute):
-    a = carray(arguments, (8,))
-    mask, index, count = array(a[2], np.uint8), array(a[3], np.int32), array(a[4], np.int32)
-    samples, channels = a[5], a[6]
+@kernel
+def _compact_kernel(mask: UInt8, index: Int32, count: Int32, samples, channels):
     for sample in range(samples):
         at, kept = sample * channels, 0
         for channel in range(channels):
@@ -25,12 +20,10 @@ def _compact_kernel(arguments, storage, compute):
             index[at + place] = -1
 
 
-_run_compact = kernel(_compact_kernel)
-
-
 def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The index [N, C] and the count [N] of a contiguous bool mask [N, C]; see `dynconv.ActiveChannels`."""
     index = torch.empty(mask.shape, dtype=torch.int32)
     count = torch.empty(mask.shape[0], dtype=torch.int32)
-    _run_compact(torch.float32, 1, mask.data_ptr(), index.data_ptr(), count.data_ptr(), *mask.shape)
+    samples, channels = mask.shape
+    _compact_kernel(torch.float32, 1, mask=mask, index=index, count=count, samples=samples, channels=channels)
     return index, count

@@ -10,66 +10,60 @@ Sums over the sites are taken in blocks whose size the shapes alone decide: the 
 from __future__ import annotations
 
 import functools
-from array import array as array_of
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
 from .._backend import kept
-from ._common import SERIAL, address, array, ceil, clear, fill_all, fill_skipped, filling
-from ._llvm import ACTIVATIONS, fetch_add, fill_elements, finish_row, load, positive, slope_row, store
-from ._threads import compute_type, kernel, workers
+from ..sites import fill
+from ._common import SERIAL, Skipped, address, array, ceil, clear, fill_skipped, skipped_sites
+from ._layout import Compute, Flag, Int32, Storage, UInt8
+from ._threads import compute_type, kernel, next_item, next_worker, workers
+from .llvm.activations import ACTIVATIONS, epilogue_row, slope_row
+from .llvm.elements import address_of, fill_elements, is_given, load, positive, store
 
 _BLOCK = 128  # rows
-_ZEROS = 4096  # elements of a run of sites that are finished at a time
+_ZEROS = 4096  # elements of a run of sites that has its epilogue at a time
 
 
-@njit
-def _forward_kernel(arguments, storage, compute):
-    a = carray(arguments, (24,))
-    rows, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    mean, scale, shift, gate = array(a[5], compute), array(a[6], compute), array(a[7], compute), array(a[8], compute)
-    index = array(a[9], np.int32)
-    has_gate, has_residual = a[8] != 0, a[4] != 0
-    sites, channels, block, activation, scratch, is_packed = a[10], a[11], a[12], a[13], array(a[14], compute), a[15]
-    fill, inactive, all_sites, is_large = a[16], array(a[17], storage), a[18], a[19] != 0
-    values = fetch_add(a[1:], 1) * channels
+@kernel
+def _forward_kernel(
+    shared, compute, rows: Storage, out: Storage, residual: Storage, mean: Compute, scale: Compute, shift: Compute,
+    gate: Compute, index: Int32, sites, channels, block, activation, scratch: Compute, is_packed: Flag,
+    skipped: Skipped,
+):  # fmt: skip
+    has_gate, has_residual = is_given(gate), is_given(residual)
+    values = next_worker(shared) * channels
     while True:
-        begin = fetch_add(a, 1) * block
+        begin = next_item(shared) * block
         if begin >= sites:
             return
         rows_here = min(block, sites - begin)
-        fill_skipped(fill, inactive, out, index, begin, rows_here, sites, all_sites, channels, is_large)
+        fill_skipped(skipped, out, index, begin, rows_here, sites, channels)
         for m in range(begin, begin + rows_here):
             for c in range(channels):
                 store(scratch, values + c, (load(rows, m * channels + c, compute) - mean[c]) * scale[c])
             site = np.int64(index[m])
             factor = gate[site] if has_gate else compute(1)
             place = (m if is_packed else site) * channels
-            finish_row(
+            epilogue_row(
                 scratch, values, shift, 0, factor, residual, place if has_residual else 0, out, place,
                 channels, activation,
             )  # fmt: skip
 
 
-@njit
-def _settle_kernel(arguments, storage, compute):
-    a = carray(arguments, (20,))
-    result, target, inactive = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    values, mask, residual, gate = (
-        array(a[2], compute),
-        array(a[5], np.uint8),
-        array(a[6], storage),
-        array(a[7], compute),
-    )
-    zeros, sites, channels, chunk = array(a[8], compute), a[9], a[10], a[11]
-    activation, finishes, copies = a[12], a[13] != 0, a[14] != 0
-    has_residual, has_gate = a[6] != 0, a[7] != 0
+@kernel
+def _dense_kernel(
+    shared, storage, compute, result: Storage, out: Storage, inactive: Storage, mask: UInt8, residual: Storage,
+    gate: Compute, zeros: Compute, sites, channels, chunk, activation, has_epilogue: Flag, copies: Flag,
+):  # fmt: skip
+    """The epilogue behind a dense convolution; `has_epilogue` where the storage type is the one that is computed in."""
+    has_residual, has_gate = is_given(residual), is_given(gate)
+    values = array(address_of(result), compute)
     most = 1 if has_gate else max(1, _ZEROS // channels)
     while True:
-        begin = fetch_add(a, 1) * chunk
+        begin = next_item(shared) * chunk
         if begin >= sites:
             return
         end, site = min(sites, begin + chunk), begin
@@ -79,39 +73,36 @@ def _settle_kernel(arguments, storage, compute):
                 site += 1
             if not is_active:
                 if not copies:
-                    fill_elements(inactive, target, first * channels, site * channels, False)
-            elif finishes:
+                    fill_elements(inactive, out, first * channels, site * channels, False)
+            elif has_epilogue:
                 for some in range(first, site, positive(most)):
                     at, count = some * channels, (min(site, some + most) - some) * channels
                     factor = gate[some] if has_gate else compute(1)
-                    finish_row(
-                        values, at, zeros, 0, factor, residual, at if has_residual else 0, target, at, count, activation
+                    epilogue_row(
+                        values, at, zeros, 0, factor, residual, at if has_residual else 0, out, at, count, activation
                     )  # fmt: skip
             elif copies:
-                fill_elements(result, target, first * channels, site * channels, False)
+                fill_elements(result, out, first * channels, site * channels, False)
 
 
-@njit
-def _backward_kernel(arguments, storage, compute):
-    a = carray(arguments, (32,))
-    grad, rows, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    mean, scale, shift, gate = array(a[5], compute), array(a[6], compute), array(a[7], compute), array(a[8], compute)
-    index = array(a[9], np.int32)
-    grad_rows, grad_residual = array(a[10], storage), array(a[11], storage)
-    partial, gate_grad = array(a[12], compute), array(a[13], compute)
-    has_gate, has_residual = a[8] != 0, a[4] != 0
-    wants_rows, wants_residual, wants_vectors, wants_gate = a[10] != 0, a[11] != 0, a[12] != 0, a[13] != 0
-    sites, channels, block, activation, scratch, is_packed = a[14], a[15], a[16], a[17], array(a[18], compute), a[19]
-    fill, elsewhere, all_sites, is_large = a[20], array(a[21], storage), a[22], a[23] != 0
-    values = fetch_add(a[1:], 1) * channels
+@kernel
+def _backward_kernel(
+    shared, compute, grad: Storage, rows: Storage, residual: Storage, mean: Compute, scale: Compute, shift: Compute,
+    gate: Compute, index: Int32, grad_rows: Storage, grad_residual: Storage, partial: Compute, gate_grad: Compute,
+    sites, channels, block, activation, scratch: Compute, is_packed: Flag, elsewhere: Skipped,
+):  # fmt: skip
+    has_gate, has_residual = is_given(gate), is_given(residual)
+    wants_rows, wants_residual = is_given(grad_rows), is_given(grad_residual)
+    wants_vectors, wants_gate = is_given(partial), is_given(gate_grad)
+    values = next_worker(shared) * channels
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         begin = item * block
         if begin >= sites:
             return
         sums = item * 2 * channels
         rows_here = min(block, sites - begin)
-        fill_skipped(fill, elsewhere, grad_residual, index, begin, rows_here, sites, all_sites, channels, is_large)
+        fill_skipped(elsewhere, grad_residual, index, begin, rows_here, sites, channels)
         if wants_vectors:
             clear(partial, sums, 2 * channels, compute)
         for m in range(begin, min(sites, begin + block)):
@@ -148,33 +139,26 @@ def _backward_kernel(arguments, storage, compute):
                     partial[sums + channels + c] += slope
 
 
-@njit
-def _moments_kernel(arguments, storage, compute):
+@kernel
+def _moments_kernel(
+    shared, compute, rows: Storage, mean: Compute, partial: Compute, sites, channels, block, is_square: Flag
+):
     """Of each block of rows: the sum of x - mean, or of its square, into partial[block, channel]."""
-    a = carray(arguments, (16,))
-    rows, mean, partial = array(a[2], storage), array(a[3], compute), array(a[4], compute)
-    sites, channels, block, is_square = a[5], a[6], a[7], a[8]
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         begin = item * block
         if begin >= sites:
             return
         sums = item * channels
         clear(partial, sums, channels, compute)
         for m in range(begin, min(sites, begin + block)):
-            if is_square != 0:
+            if is_square:
                 for c in range(channels):
                     value = load(rows, m * channels + c, compute) - mean[c]
                     partial[sums + c] += value * value
             else:
                 for c in range(channels):
                     partial[sums + c] += load(rows, m * channels + c, compute) - mean[c]
-
-
-_run_settle = kernel(_settle_kernel)
-_run_forward = kernel(_forward_kernel)
-_run_backward = kernel(_backward_kernel)
-_run_moments = kernel(_moments_kernel)
 
 
 def _vectors(channels: int, dtype: torch.dtype, *vectors: Tensor | None) -> list[Tensor]:
@@ -205,15 +189,15 @@ def forward(
     """
     sites, channels, compute = int(count), rows.shape[1], compute_type(rows.dtype)
     if sites == 0:
-        fill_all(out, inactive, in_place)
+        fill(out, inactive, in_place)
         return
     mean, scale, shift = _vectors(channels, compute, mean, scale, shift)
     threads = workers(sites * channels // SERIAL)
     scratch = torch.empty(threads * channels, dtype=compute)
-    _run_forward(
-        rows.dtype, threads, rows.data_ptr(), out.data_ptr(), address(residual), mean.data_ptr(), scale.data_ptr(),
-        shift.data_ptr(), address(gate), index.data_ptr(), sites, channels, _BLOCK, ACTIVATIONS.index(activation),
-        scratch.data_ptr(), out.dim() == 2, *filling(out, inactive, in_place),
+    _forward_kernel(
+        rows.dtype, threads, rows=rows, out=out, residual=residual, mean=mean, scale=scale, shift=shift, gate=gate,
+        index=index, sites=sites, channels=channels, block=_BLOCK, activation=ACTIVATIONS.index(activation),
+        scratch=scratch, is_packed=out.dim() == 2, skipped=skipped_sites(out, inactive, in_place),
     )  # fmt: skip
 
 
@@ -241,18 +225,18 @@ def backward(
     mean, scale, shift = _vectors(channels, compute, mean, scale, shift)
     threads = workers(sites * channels // SERIAL)
     scratch = torch.empty(threads * channels, dtype=compute)
-    filled = (0, 0, 0, 0)
+    skipped = (0, 0, 0, 0)
     if grad_residual is not None:
-        filled = filling(grad_residual, elsewhere, False)
+        skipped = skipped_sites(grad_residual, elsewhere, False)
         if sites == 0:
-            fill_all(grad_residual, elsewhere, False)
+            fill(grad_residual, elsewhere, False)
     partial = torch.empty(ceil(sites, _BLOCK), 2, channels, dtype=compute) if wanted[0] else None
     gate_grad = torch.zeros(gate.numel(), dtype=compute) if wanted[1] else None
-    _run_backward(
-        rows.dtype, threads, grad.data_ptr(), rows.data_ptr(), address(residual), mean.data_ptr(), scale.data_ptr(),
-        shift.data_ptr(), address(gate), index.data_ptr(), address(grad_rows), address(grad_residual),
-        address(partial), address(gate_grad), sites, channels, _BLOCK, ACTIVATIONS.index(activation),
-        scratch.data_ptr(), grad.dim() == 2, *filled,
+    _backward_kernel(
+        rows.dtype, threads, grad=grad, rows=rows, residual=residual, mean=mean, scale=scale, shift=shift, gate=gate,
+        index=index, grad_rows=grad_rows, grad_residual=grad_residual, partial=partial, gate_grad=gate_grad,
+        sites=sites, channels=channels, block=_BLOCK, activation=ACTIVATIONS.index(activation), scratch=scratch,
+        is_packed=grad.dim() == 2, elsewhere=skipped,
     )  # fmt: skip
     if partial is None:
         return None, None, gate_grad
@@ -267,10 +251,10 @@ def moments(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         return mean, mean.clone()
     partial = torch.empty(ceil(sites, _BLOCK), channels, dtype=compute)
     threads = workers(sites * channels // SERIAL)
-    for is_square in (0, 1):
-        _run_moments(
-            rows.dtype, threads, rows.data_ptr(), mean.data_ptr(), partial.data_ptr(), sites, channels, _BLOCK,
-            is_square,
+    for is_square in (False, True):
+        _moments_kernel(
+            rows.dtype, threads, rows=rows, mean=mean, partial=partial, sites=sites, channels=channels, block=_BLOCK,
+            is_square=is_square,
         )  # fmt: skip
         result = partial.sum(0) / sites
         if not is_square:
@@ -285,8 +269,11 @@ def gather(input: Tensor, index: Tensor, count: Tensor, out: Tensor) -> None:
     torch.index_select(rows, 0, index[:active], out=out[:active])
 
 
-class Settling:
-    """The pass behind a dense convolution, over results of one size and type: what of a call its tensors do not change.
+_AT = _dense_kernel.at
+
+
+class DenseEpilogue:
+    """The epilogue behind a dense convolution, over results of one size and type: what no tensor of a call changes.
 
     Args:
         shape: [N, C, H, W] of the results.
@@ -302,14 +289,14 @@ class Settling:
     ) -> None:
         samples, channels, height, width = shape
         places, self.dtype = samples * height * width, dtype
-        finishes = adds or activation != "none"
-        self.zeros = _zeros(max(_ZEROS, channels), compute_type(dtype)) if finishes else None
+        has_epilogue = adds or activation != "none"
+        self.zeros = _zeros(max(_ZEROS, channels), compute_type(dtype)) if has_epilogue else None
         self.threads = workers(places * channels // SERIAL)
-        chunk = max(_BLOCK, ceil(places, 8 * self.threads))
-        self.arguments = array_of("q", (
-            0, 0, 0, 0, 0, 0, 0, 0, address(self.zeros), places, channels, chunk, ACTIVATIONS.index(activation),
-            finishes, copies,
-        ))  # fmt: skip
+        self.numbers = _dense_kernel.pack(
+            result=None, out=None, inactive=None, mask=None, residual=None, gate=None, zeros=self.zeros, sites=places,
+            channels=channels, chunk=max(_BLOCK, ceil(places, 8 * self.threads)),
+            activation=ACTIVATIONS.index(activation), has_epilogue=has_epilogue, copies=copies,
+        )  # fmt: skip
 
     def run(
         self,
@@ -324,10 +311,14 @@ class Settling:
 
         All are channels_last. The skipped sites get zeros or what is `inactive` there.
         """
-        arguments = self.arguments[:]
-        arguments[2], arguments[3], arguments[4] = result.data_ptr(), out.data_ptr(), address(inactive)
-        arguments[5], arguments[6], arguments[7] = mask.data_ptr(), address(residual), address(gate)
-        _run_settle.start(self.dtype, self.threads, arguments)
+        numbers = self.numbers[:]
+        numbers[_AT.result], numbers[_AT.out], numbers[_AT.inactive] = (
+            result.data_ptr(),
+            out.data_ptr(),
+            address(inactive),
+        )
+        numbers[_AT.mask], numbers[_AT.residual], numbers[_AT.gate] = mask.data_ptr(), address(residual), address(gate)
+        _dense_kernel.start(self.dtype, self.threads, numbers)
 
 
 @functools.lru_cache(64)

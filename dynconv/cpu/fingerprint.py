@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array as numbers
+from array import array as array_of
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +10,12 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from ._common import SERIAL, ceil
-from ._llvm import DIGEST_BYTES, digest_blocks, fetch_add, mixed, pointer
-from ._threads import kernel, workers
+from ._common import SERIAL, array, ceil
+from ._threads import kernel, next_item, workers
+from .llvm.digest import DIGEST_BYTES, digest_blocks, mixed
+from .llvm.elements import pointer
 
 _CHUNK = 1 << 15  # bytes for one thread at a time
-_HEADER = 6  # int64 arguments before the first tensor's address and bytes
 _BLOCK = DIGEST_BYTES
 
 
@@ -30,29 +30,27 @@ def _digest(start, size):
     return result
 
 
-@njit
-def _fingerprint_kernel(arguments, storage, compute):
-    """digests[chunk] = 64 bits of a chunk of a tensor's memory: the tensors one behind the other, each cut anew."""
-    header = carray(arguments, (_HEADER,))
-    tensors, chunks, digests = header[2], header[3], carray(pointer(header[4], np.uint64), (header[3],))
-    a = carray(arguments, (_HEADER + 2 * tensors,))
+@kernel
+def _fingerprint_kernel(shared, places_at, digests_at, chunks):
+    """digests[chunk] = 64 bits of a chunk of a tensor's memory: the tensors one behind the other, each cut anew.
+
+    `places_at` is the address of the address and the number of bytes of each.
+    """
+    places, digests = array(places_at, np.int64), array(digests_at, np.uint64)
     while True:
-        chunk = fetch_add(header, 1)
+        chunk = next_item(shared)
         if chunk >= chunks:
             return
-        at, first = _HEADER, chunk
-        while first * _CHUNK >= max(a[at + 1], 1):
-            first -= max(1, (a[at + 1] + _CHUNK - 1) // _CHUNK)
+        at, first = 0, chunk
+        while first * _CHUNK >= max(places[at + 1], 1):
+            first -= max(1, (places[at + 1] + _CHUNK - 1) // _CHUNK)
             at += 2
         start = first * _CHUNK
-        digests[chunk] = _digest(a[at] + start, min(_CHUNK, a[at + 1] - start))
-
-
-_run = kernel(_fingerprint_kernel)
+        digests[chunk] = _digest(places[at] + start, min(_CHUNK, places[at + 1] - start))
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> bytes:
-    """Another one when a value in the tensors' memory is another one, of tensors whose shapes and strides are the same.
+    """Tell whether a value in the memory of tensors of certain shapes and strides has changed: it then changes as well.
 
     A change of one aligned word of 8 bytes always shows: every step is a bijection. Of several changes in one chunk,
     that they cancel has a chance of about 2^-64.
@@ -66,7 +64,8 @@ def fingerprint(tensors: Sequence[Tensor]) -> bytes:
         places += (tensor.data_ptr(), bytes_)
         chunks += max(1, ceil(bytes_, _CHUNK))
         size += bytes_
-    digests = numbers("Q", bytes(8 * chunks))
+    places, digests = array_of("q", places), array_of("Q", bytes(8 * chunks))
+    places_at, digests_at = places.buffer_info()[0], digests.buffer_info()[0]
     threads = workers(size // (4 * SERIAL))
-    _run(torch.float32, threads, len(places) // 2, chunks, digests.buffer_info()[0], 0, *places)
+    _fingerprint_kernel(torch.float32, threads, places_at=places_at, digests_at=digests_at, chunks=chunks)
     return digests.tobytes()

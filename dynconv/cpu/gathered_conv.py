@@ -23,15 +23,13 @@ import itertools
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
 from . import sites
 from ._common import (
     SERIAL,
     add,
-    address,
-    array,
     ceil,
     clear,
     copy,
@@ -41,20 +39,12 @@ from ._common import (
     pack_panel,
     vector_lanes,
 )
-from ._llvm import (
-    ACTIVATIONS,
-    ROWS,
-    TILE_VECTORS,
-    fetch_add,
-    finish_row,
-    load,
-    multiply_transposed_tile,
-    positive,
-    prefetch,
-    store,
-    transpose_vectors,
-)
-from ._threads import compute_type, kernel, workers
+from ._layout import Compute, Flag, Int32, Storage
+from ._threads import compute_type, kernel, next_item, next_worker, workers
+from .llvm.activations import ACTIVATIONS, epilogue_row
+from .llvm.build import TILE_VECTORS
+from .llvm.elements import is_given, load, positive, prefetch, store, transpose_vectors
+from .llvm.tiles import ROWS, multiply_transposed_tile
 
 # In elements, as for masked convolution: a chunk's gathered rows and a tile's columns of the weight stay in the cache.
 GATHERED = 64 * 1024
@@ -100,22 +90,20 @@ def _copy_kept(source, at, index, index_at, runs, run_at, run_count, count, targ
         copy(source, at + np.int64(index[index_at + place]), length, target, to + place, lanes, compute)
 
 
-@njit
-def _pack_kernel(arguments, storage, compute):
+@kernel
+def _pack_kernel(
+    shared, compute, source: Storage, packed: Compute, index: Int32, counts: Int32, all_runs: Int32, listed: Int32,
+    starts: Int32, is_compact: Flag, samples, rows, channels, width, lanes, chunk_rows, most, is_packed: Flag,
+):  # fmt: skip
     """Each row's kept channels of `source`, one row behind the other in the sample's share of `packed`.
 
     A row keeps its place among the sample's rows, or (`is_compact`) has that of its entry in the list.
     """
-    a = carray(arguments, (24,))
-    source, packed, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
-    counts, all_runs = array(a[5], np.int32), array(a[6], np.int32)
-    listed, starts, has_list, is_compact = array(a[7], np.int32), array(a[8], np.int32), a[7] != 0, a[9] != 0
-    samples, rows, channels, width, lanes, chunk_rows, most = a[10], a[11], a[12], a[13], a[14], a[15], a[16]
-    is_packed = a[17] != 0
+    has_list = is_given(listed)
     chunks = (rows + chunk_rows - 1) // chunk_rows
-    runs = fetch_add(a[1:], 1) * 2 * channels
+    runs = next_worker(shared) * 2 * channels
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= samples * chunks:
             return
         sample = item // chunks
@@ -185,7 +173,7 @@ def _pack_weight(
 def _pack_transposed_weight(
     weight, taps, channels, base, in_index, in_at, ins, out_index, out_at, outs, target, packed, lanes, compute
 ):
-    """The same as target[packed:] [panel of input channels, tap, output channel, lane]."""
+    """A sample's share of a group's weight as target[packed:] [panel of input channels, tap, output channel, lane]."""
     for panel in range((ins + lanes - 1) // lanes):
         first, valid = in_at + panel * lanes, min(lanes, ins - panel * lanes)
         is_run = in_index[first + valid - 1] == in_index[first] + valid - 1
@@ -202,25 +190,20 @@ def _pack_transposed_weight(
                 clear(target, to + valid, lanes - valid, compute)
 
 
-@njit
-def _products_kernel(arguments, storage, compute):
+@kernel
+def _products_kernel(
+    shared, compute, source: Compute, out: Storage, weight: Storage, bias: Compute, gate: Compute, residual: Storage,
+    activation, table: Int32, listed: Int32, starts: Int32, from_index: Int32, from_counts: Int32, to_index: Int32,
+    to_counts: Int32, samples, taps, from_rows, to_rows, from_width, to_width, from_stride, to_stride,
+    to_is_packed: Flag, groups, lanes, is_transposed: Flag, parts, part_rows, scratch: Compute, scratch_size,
+    all_runs: Int32, compact_size, packed_size, products_size, gathered_size, runs_size, is_tight: Flag,
+    source_starts: Int32,
+):  # fmt: skip
     """The forward, and the input's gradient, whose source is the output's gradient (`is_transposed`)."""
-    a = carray(arguments, (48,))
-    source, out, weight = array(a[2], compute), array(a[3], storage), array(a[4], storage)
-    bias, gate, residual = array(a[5], compute), array(a[6], compute), array(a[7], storage)
-    has_gate, has_residual, activation = a[6] != 0, a[7] != 0, a[8]
-    table, listed, starts, has_list = array(a[9], np.int32), array(a[10], np.int32), array(a[11], np.int32), a[10] != 0
-    from_index, from_counts = array(a[12], np.int32), array(a[13], np.int32)
-    to_index, to_counts = array(a[14], np.int32), array(a[15], np.int32)
-    samples, taps, from_rows, to_rows, from_width, to_width = a[16], a[17], a[18], a[19], a[20], a[21]
-    from_stride, to_stride, to_is_packed = a[22], a[23], a[24] != 0
-    groups, lanes, is_transposed = a[25], a[26], a[27] != 0
-    parts, part_rows = a[28], a[29]
-    scratch, scratch_size, all_runs = array(a[30], compute), a[31], array(a[32], np.int32)
-    compact_size, packed_size, products_size, gathered_size, runs_size = a[33], a[34], a[35], a[36], a[37]
-    is_tight, source_starts, is_compact = a[38] != 0, array(a[39], np.int32), a[39] != 0
+    has_gate, has_residual, has_list = is_given(gate), is_given(residual), is_given(listed)
+    is_compact = is_given(source_starts)
     from_channels, to_channels = from_width // groups, to_width // groups
-    worker = fetch_add(a[1:], 1)
+    worker = next_worker(shared)
     runs = worker * 2 * (from_width + to_width)
     compact = worker * scratch_size
     packed = compact + compact_size
@@ -235,7 +218,7 @@ def _products_kernel(arguments, storage, compute):
     before = -1
     kept, first, filters, to_first, to_end, to_runs, to_number = 0, 0, 0, 0, 0, runs, 0
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= samples * groups * parts:
             return
         unit, part = item // parts, item % parts
@@ -261,14 +244,17 @@ def _products_kernel(arguments, storage, compute):
             to_number = _find_runs(to_index, to_at, to_first, to_end, all_runs, to_runs)
             if is_transposed:
                 _pack_transposed_weight(
-                    weight, taps, to_channels, group * to_channels, to_index, to_at + to_first, filters,
-                    from_index, from_at + first, kept, scratch, packed, lanes, compute,
+                    weight=weight, taps=taps, channels=to_channels, base=group * to_channels, in_index=to_index,
+                    in_at=to_at + to_first, ins=filters, out_index=from_index, out_at=from_at + first, outs=kept,
+                    target=scratch, packed=packed, lanes=lanes, compute=compute,
                 )  # fmt: skip
             else:
                 number = _find_runs(from_index, from_at + first, 0, kept, all_runs, runs)
                 _pack_weight(
-                    weight, taps, from_channels, group * from_channels, from_index, from_at + first, kept, all_runs,
-                    runs, number, to_index, to_at + to_first, filters, scratch, compact, packed, lanes, compute,
+                    weight=weight, taps=taps, channels=from_channels, base=group * from_channels, in_index=from_index,
+                    in_at=from_at + first, ins=kept, runs=all_runs, run_at=runs, run_count=number, out_index=to_index,
+                    out_at=to_at + to_first, outs=filters, target=scratch, compact=compact, packed=packed, lanes=lanes,
+                    compute=compute,
                 )  # fmt: skip
             for c in range(filters):
                 channel = np.int64(to_index[to_at + to_first + c])
@@ -292,13 +278,16 @@ def _products_kernel(arguments, storage, compute):
                 tap_count = min(block_taps, taps - first_tap)
                 entry = first_row * taps + first_tap
                 gather_scattered(
-                    source[source_at:], stride, kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run,
-                    lanes, compute,
+                    source=source[source_at:], width=stride, channels=kept, table=table, entry=entry, taps=taps,
+                    rows=rows, tap_count=tap_count, target=scratch, at=gathered, runs=is_run, lanes=lanes,
+                    compute=compute,
                 )  # fmt: skip
                 multiply_scattered(
-                    source[source_at:], stride, kept, table, entry, taps, rows, tap_count, scratch, gathered, is_run,
-                    first_tap > 0, scratch, packed + first_tap * kept * lanes, taps * kept * lanes, panels,
-                    scratch, products, width, lanes, compute,
+                    source=source[source_at:], width=stride, channels=kept, table=table, entry=entry, taps=taps,
+                    rows=rows, tap_count=tap_count, a=scratch, at=gathered, runs=is_run, accumulate=first_tap > 0,
+                    weights=scratch, weight_at=packed + first_tap * kept * lanes, panel_stride=taps * kept * lanes,
+                    panels=panels, products=scratch, products_at=products, product_width=width, lanes=lanes,
+                    compute=compute,
                 )  # fmt: skip
             for r in range(rows):
                 m = first_row + r
@@ -309,7 +298,7 @@ def _products_kernel(arguments, storage, compute):
                         scratch[value + c] *= scratch[gates + c]
                 if to_is_packed:
                     at = row * to_stride
-                    finish_row(
+                    epilogue_row(
                         scratch, value, scratch, shift, compute(1), residual, 0, out, at + to_first, filters,
                         activation,
                     )  # fmt: skip
@@ -328,7 +317,7 @@ def _products_kernel(arguments, storage, compute):
                     for c in range(filters):
                         to = whole + np.int64(to_index[to_at + to_first + c]) - group * to_channels
                         scratch[to] = scratch[value + c] + scratch[shift + c]
-                    finish_row(
+                    epilogue_row(
                         scratch, whole, scratch, zeros, compute(1), residual, at if has_residual else 0, out, at,
                         to_channels, activation,
                     )  # fmt: skip
@@ -338,7 +327,7 @@ def _products_kernel(arguments, storage, compute):
                     place, length = np.int64(all_runs[run]), np.int64(all_runs[run + 1])
                     start, place = np.int64(to_index[to_at + place]) - group * to_channels, place - to_first
                     clear(out, at + channel, start - channel, compute)
-                    finish_row(
+                    epilogue_row(
                         scratch, value + place, scratch, shift + place, compute(1), residual,
                         at + start if has_residual else 0, out, at + start, length, activation,
                     )  # fmt: skip
@@ -346,23 +335,20 @@ def _products_kernel(arguments, storage, compute):
                 clear(out, at + channel, to_channels - channel, compute)
 
 
-@njit
-def _weight_grad_kernel(arguments, storage, compute):
+@kernel
+def _weight_grad_kernel(
+    shared, compute, source: Compute, grad: Compute, total: Compute, table: Int32, in_index: Int32, in_counts: Int32,
+    out_index: Int32, out_counts: Int32, samples, taps, pixels, sites, cin, cout, groups, lanes, scratch: Compute,
+    scratch_size, pieces, in_most, out_most, all_runs: Int32, starts: Int32, is_tight: Flag,
+):  # fmt: skip
     """Each piece, a tap and some of a group's output channels, goes through the samples in order."""
-    a = carray(arguments, (32,))
-    source, grad, total = array(a[2], compute), array(a[3], compute), array(a[4], compute)
-    table, in_index, in_counts = array(a[5], np.int32), array(a[6], np.int32), array(a[7], np.int32)
-    out_index, out_counts = array(a[8], np.int32), array(a[9], np.int32)
-    samples, taps, pixels, sites, cin, cout, groups, lanes = a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17]
-    scratch, scratch_size, pieces = array(a[18], compute), a[19], a[20]
-    in_most, out_most, all_runs = a[21], a[22], array(a[23], np.int32)
-    starts, has_list, is_tight = array(a[24], np.int32), a[24] != 0, a[25] != 0
+    has_list = is_given(starts)
     channels, filters = cin // groups, cout // groups
-    worker = fetch_add(a[1:], 1)
+    worker = next_worker(shared)
     gathered, runs = worker * scratch_size, worker * 2 * TILE_VECTORS * lanes
     products = gathered + WEIGHT_ROWS * TILE_VECTORS * lanes
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= groups * taps * pieces:
             return
         group, tap, piece = item // (taps * pieces), item // pieces % taps, item % pieces
@@ -420,10 +406,6 @@ def _weight_grad_kernel(arguments, storage, compute):
                             add(scratch, at, length, compute(1), total, to, lanes, compute)
 
 
-_run_pack = kernel(_pack_kernel)
-_run_products = kernel(_products_kernel)
-_run_weight_grad = kernel(_weight_grad_kernel)
-
 Channels = tuple[Tensor, Tensor]  # index [N, C] and count [N] of an ActiveChannels
 Listed = tuple[Tensor, Tensor]  # index of the active rows of a batch; int32 [N + 1], where each sample's begin
 
@@ -460,10 +442,11 @@ def pack(
     packed = _buffer(samples * rows, most, compute_type(tensor.dtype))
     threads = workers(min(samples * rows * most // SERIAL, samples * ceil(rows, chunk_rows)))
     runs = torch.empty(threads * 2 * channels, dtype=torch.int32)
-    _run_pack(
-        tensor.dtype, threads, tensor.data_ptr(), packed.data_ptr(), index.data_ptr(), count.data_ptr(),
-        runs.data_ptr(), *_addresses(listed), is_compact, samples, rows, channels, tensor.shape[1],
-        vector_lanes(tensor.dtype), chunk_rows, most, is_packed,
+    listed, starts = listed or (None, None)
+    _pack_kernel(
+        tensor.dtype, threads, source=tensor, packed=packed, index=index, counts=count, all_runs=runs, listed=listed,
+        starts=starts, is_compact=is_compact, samples=samples, rows=rows, channels=channels, width=tensor.shape[1],
+        lanes=vector_lanes(tensor.dtype), chunk_rows=chunk_rows, most=most, is_packed=is_packed,
     )  # fmt: skip
     return packed
 
@@ -471,10 +454,6 @@ def pack(
 def rows_of(tensor: Tensor) -> Tensor:
     """A channels_last tensor [N, C, H, W] as [N * H * W, C] in the compute type."""
     return tensor.permute(0, 2, 3, 1).flatten(0, 2).to(compute_type(tensor.dtype)).contiguous()
-
-
-def _addresses(listed: Listed | None) -> tuple[int, int]:
-    return (0, 0) if listed is None else (listed[0].data_ptr(), listed[1].data_ptr())
 
 
 def products(
@@ -532,13 +511,16 @@ def products(
     bias = torch.zeros(to_width, dtype=compute) if bias is None else bias.to(compute).contiguous()
     gate = None if gate is None else gate.to(compute).contiguous()
     table = _table(is_transposed, geometry) if table is None else table
-    _run_products(
-        dtype, threads, source.data_ptr(), out.data_ptr(), weight.data_ptr(), bias.data_ptr(), address(gate),
-        address(residual), ACTIVATIONS.index(activation), table.data_ptr(), *_addresses(listed),
-        source_channels[0].data_ptr(), source_channels[1].data_ptr(), channels[0].data_ptr(), channels[1].data_ptr(),
-        samples, taps, from_rows, to_rows, from_width, to_width, source.shape[1], out.shape[1], is_packed, groups,
-        lanes, is_transposed, parts, part_rows, scratch.data_ptr(), size, runs.data_ptr(), compact, weights, product,
-        gathered, MOST_ROWS, is_tight, _addresses(source_listed)[1],
+    listed, starts = listed or (None, None)
+    _products_kernel(
+        dtype, threads, source=source, out=out, weight=weight, bias=bias, gate=gate, residual=residual,
+        activation=ACTIVATIONS.index(activation), table=table, listed=listed, starts=starts,
+        from_index=source_channels[0], from_counts=source_channels[1], to_index=channels[0], to_counts=channels[1],
+        samples=samples, taps=taps, from_rows=from_rows, to_rows=to_rows, from_width=from_width, to_width=to_width,
+        from_stride=source.shape[1], to_stride=out.shape[1], to_is_packed=is_packed, groups=groups, lanes=lanes,
+        is_transposed=is_transposed, parts=parts, part_rows=part_rows, scratch=scratch, scratch_size=size,
+        all_runs=runs, compact_size=compact, packed_size=weights, products_size=product, gathered_size=gathered,
+        runs_size=MOST_ROWS, is_tight=is_tight, source_starts=source_listed and source_listed[1],
     )  # fmt: skip
 
 
@@ -568,11 +550,11 @@ def weight_grad(
     scratch = torch.empty(threads * size, dtype=compute)
     runs = torch.empty(threads * 2 * TILE_VECTORS * lanes, dtype=torch.int32)
     table = _table(False, geometry) if table is None else table
-    _run_weight_grad(
-        compute, threads, source.data_ptr(), grad.data_ptr(), total.data_ptr(), table.data_ptr(),
-        ins[0].data_ptr(), ins[1].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), samples,
-        height * width, pixels, outputs, channels * groups, cout, groups, lanes, scratch.data_ptr(), size, pieces,
-        source.shape[1], grad.shape[1], runs.data_ptr(), _addresses(listed)[1], is_tight,
+    _weight_grad_kernel(
+        compute, threads, source=source, grad=grad, total=total, table=table, in_index=ins[0], in_counts=ins[1],
+        out_index=outs[0], out_counts=outs[1], samples=samples, taps=height * width, pixels=pixels, sites=outputs,
+        cin=channels * groups, cout=cout, groups=groups, lanes=lanes, scratch=scratch, scratch_size=size, pieces=pieces,
+        in_most=source.shape[1], out_most=grad.shape[1], all_runs=runs, starts=listed and listed[1], is_tight=is_tight,
     )  # fmt: skip
     if total.dtype == weight.dtype and total.stride() == weight.stride():
         return total

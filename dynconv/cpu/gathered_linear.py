@@ -19,12 +19,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
-from ._common import SERIAL, array, ceil, clear, copy, lower_bound, vector_lanes
-from ._llvm import SUMMED_VECTORS, add_row_products, dot_rows, fetch_add, load, positive, store
-from ._threads import compute_type, kernel, workers
+from ._common import SERIAL, ceil, clear, copy, lower_bound, vector_lanes
+from ._layout import Compute, Int32, Storage
+from ._threads import compute_type, kernel, next_item, next_worker, workers
+from .llvm.elements import load, positive, store
+from .llvm.rows import SUMMED_VECTORS, add_row_products, dot_rows
 
 # Output features, in the forward and in the gradients, and columns of a tile of the weight, which stays in the cache
 # while all samples use it.
@@ -32,26 +34,22 @@ FEATURES, GRAD_FEATURES, COLUMNS = 32, 64, 1024
 TILED = 16  # positions in all from which on a tile is worth a copy
 
 
-@njit
-def _edges_kernel(arguments, storage, compute):
+@kernel
+def _edges_kernel(index: Int32, counts: Int32, edges: Int32, samples, width, number, step):
     """edges[sample, i] = the first place in a sample's ascending `index` that is not below i * step."""
-    a = carray(arguments, (10,))
-    index, counts, edges = array(a[2], np.int32), array(a[3], np.int32), array(a[4], np.int32)
-    samples, width, number, step = a[5], a[6], a[7], a[8]
     for sample in range(samples):
         for i in range(number):
             edges[sample * number + i] = lower_bound(index[sample * width :], np.int64(counts[sample]), i * step)
 
 
-@njit
-def _spread_kernel(arguments, storage, compute):
+@kernel
+def _spread_kernel(
+    shared, compute, source: Storage, spread: Compute, index: Int32, counts: Int32, blocks: Int32, block_counts: Int32,
+    samples, positions, features, most_blocks, pitch, lanes,
+):  # fmt: skip
     """source [sample, position, feature] -> spread [sample, position, pitch]; blocks [sample, .] and their counts."""
-    a = carray(arguments, (20,))
-    source, spread, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
-    counts, blocks, block_counts = array(a[5], np.int32), array(a[6], np.int32), array(a[7], np.int32)
-    samples, positions, features, most_blocks, pitch, lanes = a[8], a[9], a[10], a[11], a[12], a[13]
     while True:
-        sample = fetch_add(a, 1)
+        sample = next_item(shared)
         if sample >= samples:
             return
         at, count, to, number = sample * features, np.int64(counts[sample]), sample * most_blocks, 0
@@ -78,20 +76,18 @@ def _copy_tile(weight, begin, end, column, stop, width, tile, at, pitch, lanes, 
         copy(weight, feature * width + column, stop - column, tile, at + (feature - begin) * pitch, lanes, compute)
 
 
-@njit
-def _forward_kernel(arguments, storage, compute):
+@kernel
+def _forward_kernel(
+    shared, compute, spread: Compute, blocks: Int32, block_edges: Int32, weight: Storage, bias: Compute, out: Storage,
+    index: Int32, edges: Int32, scratch: Compute, samples, positions, features, width, pitch, lanes, tile_pitch,
+    scratch_size,
+):  # fmt: skip
     """Chunks of output features; each goes through the columns, and in them through the samples."""
-    a = carray(arguments, (30,))
-    spread, blocks, block_edges = array(a[2], compute), array(a[3], np.int32), array(a[4], np.int32)
-    weight, bias, out = array(a[5], storage), array(a[6], compute), array(a[7], storage)
-    index, edges, scratch = array(a[8], np.int32), array(a[9], np.int32), array(a[10], compute)
-    samples, positions, features, width, pitch, lanes = a[11], a[12], a[13], a[14], a[15], a[16]
-    tile_pitch, scratch_size = a[17], a[18]
     chunks, strips, rows = (features + FEATURES - 1) // FEATURES, (width + COLUMNS - 1) // COLUMNS, samples * positions
-    tile = fetch_add(a[1:], 1) * scratch_size
+    tile = next_worker(shared) * scratch_size
     products = tile + FEATURES * tile_pitch
     while True:
-        chunk = fetch_add(a, 1)
+        chunk = next_item(shared)
         if chunk >= chunks:
             return
         begin, end = chunk * FEATURES, min(features, (chunk + 1) * FEATURES)
@@ -129,21 +125,17 @@ def _forward_kernel(arguments, storage, compute):
                     store(out, position * features + feature, value)
 
 
-@njit
-def _input_grad_kernel(arguments, storage, compute):
+@kernel
+def _input_grad_kernel(
+    shared, compute, grad: Storage, weight: Storage, out: Storage, sums: Compute, tiles: Compute, in_index: Int32,
+    in_edges: Int32, out_index: Int32, out_edges: Int32, blocks: Int32, block_edges: Int32, samples, positions, inner,
+    outer, width, pitch, lanes, columns, tile_pitch,
+):  # fmt: skip
     """Chunks of columns; each goes through the output features, and in them through the samples."""
-    a = carray(arguments, (30,))
-    grad, weight, out = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    sums, tiles = array(a[5], compute), array(a[6], compute)
-    in_index, in_edges = array(a[7], np.int32), array(a[8], np.int32)
-    out_index, out_edges = array(a[9], np.int32), array(a[10], np.int32)
-    blocks, block_edges = array(a[11], np.int32), array(a[12], np.int32)
-    samples, positions, inner, outer, width, pitch, lanes = a[13], a[14], a[15], a[16], a[17], a[18], a[19]
-    columns, tile_pitch = a[20], a[21]
     chunks, strips = (outer + GRAD_FEATURES - 1) // GRAD_FEATURES, (width + columns - 1) // columns
-    tile = fetch_add(a[1:], 1) * GRAD_FEATURES * tile_pitch
+    tile = next_worker(shared) * GRAD_FEATURES * tile_pitch
     while True:
-        strip = fetch_add(a, 1)
+        strip = next_item(shared)
         if strip >= strips:
             return
         column, stop = strip * columns, min(width, (strip + 1) * columns)
@@ -177,19 +169,17 @@ def _input_grad_kernel(arguments, storage, compute):
                     store(out, position * inner + feature, load(sums, position * pitch + feature, compute))
 
 
-@njit
-def _weight_grad_kernel(arguments, storage, compute):
+@kernel
+def _weight_grad_kernel(
+    shared, grad: Storage, spread: Compute, total: Compute, index: Int32, edges: Int32, blocks: Int32, lists: Int32,
+    list_counts: Int32, samples, positions, outer, width, pitch, lanes,
+):  # fmt: skip
     """Chunks of output features; each goes through the columns, and in them from feature to feature."""
-    a = carray(arguments, (30,))
-    grad, spread, total = array(a[2], storage), array(a[3], compute), array(a[4], compute)
-    index, edges, blocks = array(a[5], np.int32), array(a[6], np.int32), array(a[7], np.int32)
-    lists, list_counts = array(a[8], np.int32), array(a[9], np.int32)
-    samples, positions, outer, width, pitch, lanes = a[10], a[11], a[12], a[13], a[14], a[15]
     chunks, rows, strip = (outer + GRAD_FEATURES - 1) // GRAD_FEATURES, samples * positions, SUMMED_VECTORS * lanes
-    worker = fetch_add(a[1:], 1)
+    worker = next_worker(shared)
     listed, counted = worker * GRAD_FEATURES * rows, worker * GRAD_FEATURES
     while True:
-        chunk = fetch_add(a, 1)
+        chunk = next_item(shared)
         if chunk >= chunks:
             return
         begin, end = chunk * GRAD_FEATURES, min(outer, (chunk + 1) * GRAD_FEATURES)
@@ -214,25 +204,15 @@ def _weight_grad_kernel(arguments, storage, compute):
                 )  # fmt: skip
 
 
-@njit
-def _bias_grad_kernel(arguments, storage, compute):
+@kernel
+def _bias_grad_kernel(compute, grad: Storage, index: Int32, counts: Int32, sums: Compute, samples, positions, features):
     """sums[f] += g[m, f] over the positions m whose sample keeps f; one thread."""
-    a = carray(arguments, (10,))
-    grad, index, counts, sums = array(a[2], storage), array(a[3], np.int32), array(a[4], np.int32), array(a[5], compute)
-    samples, positions, features = a[6], a[7], a[8]
     for sample in range(samples):
         for position in range(sample * positions, (sample + 1) * positions):
             for i in range(sample * features, sample * features + np.int64(counts[sample])):
                 feature = np.int64(index[i])
                 sums[feature] += load(grad, position * features + feature, compute)
 
-
-_run_edges = kernel(_edges_kernel)
-_run_spread = kernel(_spread_kernel)
-_run_forward = kernel(_forward_kernel)
-_run_input_grad = kernel(_input_grad_kernel)
-_run_weight_grad = kernel(_weight_grad_kernel)
-_run_bias_grad = kernel(_bias_grad_kernel)
 
 Features = tuple[Tensor, Tensor]  # index [N, C] and count [N] of an ActiveChannels
 
@@ -253,9 +233,10 @@ def _edges(index: Tensor, counts: Tensor, width: int, step: int) -> Tensor:
     """[N, i]: where the i-th `step` of the width begins among each sample's ascending entries of `index`."""
     samples, number = index.shape[0], ceil(width, step) + 1
     edges = torch.empty(samples, number, dtype=torch.int32)
-    _run_edges(
-        torch.float32, 1, index.data_ptr(), counts.data_ptr(), edges.data_ptr(), samples, index.shape[1], number, step
-    )
+    _edges_kernel(
+        torch.float32, 1, index=index, counts=counts, edges=edges, samples=samples, width=index.shape[1],
+        number=number, step=step,
+    )  # fmt: skip
     return edges
 
 
@@ -270,10 +251,10 @@ class Spread:
         self.rows = torch.empty(samples, positions, self.pitch, dtype=compute)
         self.blocks = torch.empty(samples, self.width // lanes, dtype=torch.int32)
         self.block_counts, input = torch.empty(samples, dtype=torch.int32), input.contiguous()
-        _run_spread(
-            input.dtype, workers(min(samples, self.rows.numel() // SERIAL)), input.data_ptr(),
-            self.rows.data_ptr(), kept[0].data_ptr(), kept[1].data_ptr(), self.blocks.data_ptr(),
-            self.block_counts.data_ptr(), samples, positions, features, self.width // lanes, self.pitch, lanes,
+        _spread_kernel(
+            input.dtype, workers(min(samples, self.rows.numel() // SERIAL)), source=input, spread=self.rows,
+            index=kept[0], counts=kept[1], blocks=self.blocks, block_counts=self.block_counts, samples=samples,
+            positions=positions, features=features, most_blocks=self.width // lanes, pitch=self.pitch, lanes=lanes,
         )  # fmt: skip
 
     def edges(self, columns: int) -> Tensor:
@@ -290,11 +271,11 @@ def forward(spread: Spread, outs: Features, weight: Tensor, bias: Tensor | None,
     scratch = torch.empty(threads * size, dtype=compute)
     shift = torch.zeros(features, dtype=compute) if bias is None else bias.to(compute).contiguous()
     weight, edges, block_edges = _whole_vectors(weight), _edges(*outs, features, FEATURES), spread.edges(COLUMNS)
-    _run_forward(
-        out.dtype, threads, spread.rows.data_ptr(), spread.blocks.data_ptr(), block_edges.data_ptr(),
-        weight.data_ptr(), shift.data_ptr(), out.data_ptr(), outs[0].data_ptr(),
-        edges.data_ptr(), scratch.data_ptr(), samples, positions, features, spread.width,
-        spread.pitch, vector_lanes(out.dtype), tile_pitch, size,
+    _forward_kernel(
+        out.dtype, threads, spread=spread.rows, blocks=spread.blocks, block_edges=block_edges, weight=weight,
+        bias=shift, out=out, index=outs[0], edges=edges, scratch=scratch, samples=samples, positions=positions,
+        features=features, width=spread.width, pitch=spread.pitch, lanes=vector_lanes(out.dtype),
+        tile_pitch=tile_pitch, scratch_size=size,
     )  # fmt: skip
 
 
@@ -310,10 +291,11 @@ def input_grad(grad: Tensor, spread: Spread, ins: Features, outs: Features, weig
     tiles = torch.empty(threads * GRAD_FEATURES * tile_pitch, dtype=sums.dtype)
     in_edges, out_edges = _edges(*ins, spread.width, columns), _edges(*outs, outer, GRAD_FEATURES)
     block_edges = spread.edges(columns)
-    _run_input_grad(
-        out.dtype, threads, grad.data_ptr(), weight.data_ptr(), out.data_ptr(), sums.data_ptr(), tiles.data_ptr(),
-        ins[0].data_ptr(), in_edges.data_ptr(), outs[0].data_ptr(), out_edges.data_ptr(), spread.blocks.data_ptr(),
-        block_edges.data_ptr(), *out.shape[:2], inner, outer, spread.width, spread.pitch, lanes, columns, tile_pitch,
+    _input_grad_kernel(
+        out.dtype, threads, grad=grad, weight=weight, out=out, sums=sums, tiles=tiles, in_index=ins[0],
+        in_edges=in_edges, out_index=outs[0], out_edges=out_edges, blocks=spread.blocks, block_edges=block_edges,
+        samples=out.shape[0], positions=out.shape[1], inner=inner, outer=outer, width=spread.width,
+        pitch=spread.pitch, lanes=lanes, columns=columns, tile_pitch=tile_pitch,
     )  # fmt: skip
 
 
@@ -326,10 +308,10 @@ def weight_grad(grad: Tensor, spread: Spread, outs: Features, weight: Tensor) ->
     edges, threads = _edges(*outs, outer, GRAD_FEATURES), workers(ceil(outer, GRAD_FEATURES))
     lists = torch.empty(threads * GRAD_FEATURES * rows, dtype=torch.int32)
     list_counts = torch.empty(threads * GRAD_FEATURES, dtype=torch.int32)
-    _run_weight_grad(
-        grad.dtype, threads, grad.data_ptr(), spread.rows.data_ptr(), total.data_ptr(), outs[0].data_ptr(),
-        edges.data_ptr(), blocks.data_ptr(), lists.data_ptr(), list_counts.data_ptr(),
-        samples, positions, outer, spread.width, spread.pitch, lanes,
+    _weight_grad_kernel(
+        grad.dtype, threads, grad=grad, spread=spread.rows, total=total, index=outs[0], edges=edges, blocks=blocks,
+        lists=lists, list_counts=list_counts, samples=samples, positions=positions, outer=outer, width=spread.width,
+        pitch=spread.pitch, lanes=lanes,
     )  # fmt: skip
     total = total[:, : weight.shape[1]]
     if total.dtype == weight.dtype and total.stride() == weight.stride():
@@ -339,6 +321,10 @@ def weight_grad(grad: Tensor, spread: Spread, outs: Features, weight: Tensor) ->
 
 def bias_grad(grad: Tensor, outs: Features) -> Tensor:
     """The bias's gradient, from the output's, contiguous."""
-    sums = torch.zeros(grad.shape[2], dtype=compute_type(grad.dtype))
-    _run_bias_grad(grad.dtype, 1, grad.data_ptr(), outs[0].data_ptr(), outs[1].data_ptr(), sums.data_ptr(), *grad.shape)
+    samples, positions, features = grad.shape
+    sums = torch.zeros(features, dtype=compute_type(grad.dtype))
+    _bias_grad_kernel(
+        grad.dtype, 1, grad=grad, index=outs[0], counts=outs[1], sums=sums, samples=samples, positions=positions,
+        features=features,
+    )  # fmt: skip
     return sums.to(grad.dtype)

@@ -16,48 +16,40 @@ mask alone: the same bits on any number of threads. Depthwise filters are a sten
 
 from __future__ import annotations
 
-from array import array as array_of
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
 from .._geometry import is_stencil
+from ..sites import fill
 from . import stencil
 from ._common import (
     SERIAL,
+    Skipped,
     add,
     address,
     array,
     ceil,
     clear,
     copy,
-    fill_all,
     fill_skipped,
-    filling,
     gather_rows,
     gather_scattered,
     lower_bound,
     multiply_rows,
     multiply_scattered,
     pack_panel,
+    skipped_sites,
     vector_lanes,
 )
-from ._llvm import (
-    ACTIVATIONS,
-    ROWS,
-    TILE_VECTORS,
-    fetch_add,
-    finish_row,
-    load,
-    multiply_tile,
-    multiply_transposed_tile,
-    positive,
-    store,
-)
-from ._threads import compute_type, kernel, workers
+from ._layout import Compute, Flag, Int32, Storage
+from ._threads import compute_type, kernel, next_item, next_worker, workers
+from .llvm.activations import ACTIVATIONS, epilogue_row
+from .llvm.build import TILE_VECTORS
+from .llvm.elements import address_of, is_given, load, positive, store
+from .llvm.tiles import ROWS, multiply_tile, multiply_transposed_tile
 from .packing import Packing, packed_weight
 
 # In elements; together they keep a chunk's gathered rows and one tile's columns of the weights in a 1 MiB L2.
@@ -66,31 +58,29 @@ DEPTH = 1152
 _SUMMED_CHUNKS = 8  # of 128 rows, whose products one sum of the weight's gradient adds up
 
 
-_FORWARD = 33  # int64 arguments of the forward kernel
+@kernel
+def _forward_kernel(
+    shared, compute, source: Storage, out: Storage, residual: Storage, packed: Compute, bias: Compute, gate: Compute,
+    table: Int32, index: Int32, weight: Storage, sites, taps, cin, cout, groups, lanes, chunk_rows, chunks,
+    split_groups, split_panels, splits, block_taps, is_direct: Flag, out_is_packed: Flag, activation,
+    scratch: Compute, scratch_size, skipped: Skipped, reads_runs: Flag,
+):  # fmt: skip
+    """Chunks of sites, and in them splits of the output's channels.
 
-
-@njit
-def _forward_kernel(arguments, storage, compute):
-    a = carray(arguments, (_FORWARD,))
-    source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    packed, bias, gate = array(a[5], compute), array(a[6], compute), array(a[7], compute)
-    table, index, weight = array(a[8], np.int32), array(a[9], np.int32), array(a[10], storage)
-    has_packed, has_gate, has_table, has_residual = a[5] != 0, a[7] != 0, a[8] != 0, a[4] != 0
-    sites, taps, cin, cout, groups, lanes = a[11], a[12], a[13], a[14], a[15], a[16]
-    chunk_rows, chunks, split_groups, split_panels, splits, block_taps = a[17], a[18], a[19], a[20], a[21], a[22]
-    is_direct, out_is_packed, activation = a[23] != 0, a[24] != 0, a[25]
-    scratch, scratch_size = array(a[26], compute), a[27]
-    fill, inactive, all_sites, is_large = a[28], array(a[29], storage), a[30], a[31] != 0
-    rows_in_place = array(a[2], compute)
+    Without `packed`, the weight as `Packing` leaves it, a chunk packs its columns itself. With `is_direct` the
+    products read the rows of the source where they lie, with `reads_runs` those that follow each other.
+    """
+    has_packed, has_gate, has_table = is_given(packed), is_given(gate), is_given(table)
+    has_residual, rows_in_place = is_given(residual), array(address_of(source), compute)
     channels, filters = cin // groups, cout // groups
     panels = (filters + lanes - 1) // lanes
     panel_splits = (panels + split_panels - 1) // split_panels
-    gathered = fetch_add(a[1:], 1) * scratch_size
+    gathered = next_worker(shared) * scratch_size
     products = gathered + (0 if is_direct else chunk_rows * block_taps * split_groups * channels)
     columns = products + chunk_rows * split_groups * split_panels * lanes
-    reads_runs, runs = a[32] != 0, columns
+    runs = columns
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= chunks * splits:
             return
         first, split = item // splits * chunk_rows, item % splits
@@ -105,35 +95,40 @@ def _forward_kernel(arguments, storage, compute):
             entry = first * taps + first_tap if has_table else first
             if reads_runs:
                 gather_scattered(
-                    source, cin, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs, lanes, compute
+                    source=source, width=cin, channels=cin, table=table, entry=entry, taps=taps, rows=rows,
+                    tap_count=tap_count, target=scratch, at=gathered, runs=runs, lanes=lanes, compute=compute,
                 )  # fmt: skip
             elif not is_direct:
                 gather_rows(
-                    source, cin, table, has_table, entry, taps, rows, tap_count, first_group * channels, channels,
-                    item_groups, scratch, gathered, lanes, compute,
+                    source=source, width=cin, table=table, has_table=has_table, entry=entry, taps=taps, rows=rows,
+                    tap_count=tap_count, channel=first_group * channels, channels=channels, groups=item_groups,
+                    target=scratch, at=gathered, lanes=lanes, compute=compute,
                 )  # fmt: skip
             start = first_tap * channels
             if is_direct:
                 at = (first_group * panels + first_panel) * channels * lanes
                 multiply_rows(
-                    rows_in_place, first * cin + first_group * channels, cin, channels, rows, depth, False,
-                    packed, at, channels * lanes, panels * channels * lanes, item_panels, item_groups,
-                    scratch, products, width, lanes,
+                    a=rows_in_place, at=first * cin + first_group * channels, row=cin, group=channels, rows=rows,
+                    depth=depth, accumulate=False, weights=packed, weight_at=at, panel_stride=channels * lanes,
+                    group_stride=panels * channels * lanes, panels=item_panels, groups=item_groups, products=scratch,
+                    products_at=products, width=width, lanes=lanes,
                 )  # fmt: skip
             elif reads_runs:
                 panel_stride = taps * channels * lanes
                 multiply_scattered(
-                    rows_in_place, cin, cin, table, entry, taps, rows, tap_count, scratch, gathered, runs,
-                    first_tap > 0, packed, first_panel * panel_stride + start * lanes, panel_stride, item_panels,
-                    scratch, products, width, lanes, compute,
+                    source=rows_in_place, width=cin, channels=cin, table=table, entry=entry, taps=taps, rows=rows,
+                    tap_count=tap_count, a=scratch, at=gathered, runs=runs, accumulate=first_tap > 0, weights=packed,
+                    weight_at=first_panel * panel_stride + start * lanes, panel_stride=panel_stride, panels=item_panels,
+                    products=scratch, products_at=products, product_width=width, lanes=lanes, compute=compute,
                 )  # fmt: skip
             elif has_packed:
                 panel_stride = taps * channels * lanes
                 at = (first_group * panels + first_panel) * panel_stride + start * lanes
                 multiply_rows(
-                    scratch, gathered, depth, rows * depth, rows, depth, first_tap > 0,
-                    packed, at, panel_stride, panels * panel_stride, item_panels, item_groups,
-                    scratch, products, width, lanes,
+                    a=scratch, at=gathered, row=depth, group=rows * depth, rows=rows, depth=depth,
+                    accumulate=first_tap > 0, weights=packed, weight_at=at, panel_stride=panel_stride,
+                    group_stride=panels * panel_stride, panels=item_panels, groups=item_groups, products=scratch,
+                    products_at=products, width=width, lanes=lanes,
                 )  # fmt: skip
             else:
                 for panel in range(0, item_panels, TILE_VECTORS):
@@ -145,47 +140,45 @@ def _forward_kernel(arguments, storage, compute):
                             start + depth, scratch, columns + v * depth * lanes, lanes, compute,
                         )  # fmt: skip
                     multiply_rows(
-                        scratch, gathered, depth, 0, rows, depth, first_tap > 0,
-                        scratch, columns, depth * lanes, 0, vectors, 1,
-                        scratch, products + panel * lanes, width, lanes,
+                        a=scratch, at=gathered, row=depth, group=0, rows=rows, depth=depth, accumulate=first_tap > 0,
+                        weights=scratch, weight_at=columns, panel_stride=depth * lanes, group_stride=0, panels=vectors,
+                        groups=1, products=scratch, products_at=products + panel * lanes, width=width, lanes=lanes,
                     )  # fmt: skip
         if split == 0:
-            fill_skipped(fill, inactive, out, index, first, rows, sites, all_sites, cout, is_large)
+            fill_skipped(skipped, out, index, first, rows, sites, cout)
         for r in range(rows):
             site = np.int64(index[first + r])
             scale = gate[site] if has_gate else compute(1)
             row = (first + r if out_is_packed else site) * cout
             for g in range(item_groups):
                 channel = (first_group + g) * filters + first_panel * lanes
-                finish_row(
+                epilogue_row(
                     scratch, products + r * width + g * group_width, bias, channel, scale,
                     residual, row + channel if has_residual else 0, out, row + channel,
                     min(group_width, filters - first_panel * lanes), activation,
                 )  # fmt: skip
 
 
-@njit
-def _gather_rows_kernel(arguments, storage, compute):
-    a = carray(arguments, (16,))
-    source, target, index = array(a[2], storage), array(a[3], compute), array(a[4], np.int32)
-    sites, channels, chunk_rows, lanes = a[5], a[6], a[7], a[8]
+@kernel
+def _gather_rows_kernel(
+    shared, compute, source: Storage, target: Compute, index: Int32, sites, channels, chunk_rows, lanes
+):
     while True:
-        first = fetch_add(a, 1) * chunk_rows
+        first = next_item(shared) * chunk_rows
         if first >= sites:
             return
         for row in range(first, min(sites, first + chunk_rows)):
             copy(source, np.int64(index[row]) * channels, channels, target, row * channels, lanes, compute)
 
 
-@njit
-def _bias_grad_kernel(arguments, storage, compute):
+@kernel
+def _bias_grad_kernel(
+    shared, compute, grad: Compute, gate: Compute, grad_bias: Compute, index: Int32, sites, channels, lanes
+):
     """One panel of channels at a time, its sum in the order of the sites."""
-    a = carray(arguments, (16,))
-    grad, gate, grad_bias = array(a[2], compute), array(a[3], compute), array(a[4], compute)
-    index, has_gate = array(a[5], np.int32), a[3] != 0
-    sites, channels, lanes = a[6], a[7], a[8]
+    has_gate = is_given(gate)
     while True:
-        channel = fetch_add(a, 1) * lanes
+        channel = next_item(shared) * lanes
         if channel >= channels:
             return
         valid = min(lanes, channels - channel)
@@ -195,22 +188,20 @@ def _bias_grad_kernel(arguments, storage, compute):
             add(grad, row * channels + channel, valid, scale, grad_bias, channel, lanes, compute)
 
 
-@njit
-def _input_grad_kernel(arguments, storage, compute):
-    a = carray(arguments, (32,))
-    grad, weights, grad_input = array(a[2], compute), array(a[3], compute), array(a[4], compute)
-    gate, source, gate_grad = array(a[5], compute), array(a[6], storage), array(a[7], compute)
-    table, index = array(a[8], np.int32), array(a[9], np.int32)
-    has_grad_input, has_gate, has_gate_grad, has_table = a[4] != 0, a[5] != 0, a[7] != 0, a[8] != 0
-    sites, taps, cin, cout, groups, lanes = a[10], a[11], a[12], a[13], a[14], a[15]
-    band_sites, bands, colour, chunk_rows = a[16], a[17], a[18], a[19]
-    scratch, scratch_size = array(a[20], compute), a[21]
+@kernel
+def _input_grad_kernel(
+    shared, compute, grad: Compute, weights: Compute, grad_input: Compute, gate: Compute, source: Storage,
+    gate_grad: Compute, table: Int32, index: Int32, sites, taps, cin, cout, groups, lanes, band_sites, bands, colour,
+    chunk_rows, scratch: Compute, scratch_size,
+):  # fmt: skip
+    has_grad_input, has_gate = is_given(grad_input), is_given(gate)
+    has_gate_grad, has_table = is_given(gate_grad), is_given(table)
     channels, filters = cin // groups, cout // groups
     panels = (channels + lanes - 1) // lanes
     tiles = (panels + TILE_VECTORS - 1) // TILE_VECTORS
-    products = fetch_add(a[1:], 1) * scratch_size
+    products = next_worker(shared) * scratch_size
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         band, strip = item // (groups * tiles) * 2 + colour, item % (groups * tiles)
         if band >= bands:
             return
@@ -248,26 +239,22 @@ def _input_grad_kernel(arguments, storage, compute):
                         add(scratch, product, valid, scale, grad_input, at, lanes, compute)
 
 
-@njit
-def _weight_grad_kernel(arguments, storage, compute):
-    a = carray(arguments, (32,))
-    source, grad_weight = array(a[2], storage), array(a[3], storage)
-    grad, gate = array(a[4], compute), array(a[5], compute)
-    table, index = array(a[6], np.int32), array(a[7], np.int32)
-    has_gate, has_table = a[5] != 0, a[6] != 0
-    sites, taps, kernel_width, cin, cout, groups, lanes = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
-    out_stride, in_stride, row_stride, tap_stride = a[15], a[16], a[17], a[18]
-    chunk_rows, tile_vectors, split_filters = a[19], a[20], a[21]
-    scratch, scratch_size = array(a[22], compute), a[23]
+@kernel
+def _weight_grad_kernel(
+    shared, compute, source: Storage, grad_weight: Storage, grad: Compute, gate: Compute, table: Int32, index: Int32,
+    sites, taps, kernel_width, cin, cout, groups, lanes, out_stride, in_stride, row_stride, tap_stride, chunk_rows,
+    tile_vectors, split_filters, scratch: Compute, scratch_size,
+):  # fmt: skip
+    has_gate, has_table = is_given(gate), is_given(table)
     channels, filters = cin // groups, cout // groups
     panels = (channels + lanes - 1) // lanes
     tiles = (panels + tile_vectors - 1) // tile_vectors
     splits = (filters + split_filters - 1) // split_filters
-    gathered = fetch_add(a[1:], 1) * scratch_size
+    gathered = next_worker(shared) * scratch_size
     products = gathered + chunk_rows * tile_vectors * lanes
     totals = products + split_filters * tile_vectors * lanes
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= groups * taps * tiles * splits:
             return
         split, tile = item % splits, item // splits % tiles
@@ -311,11 +298,7 @@ def _weight_grad_kernel(arguments, storage, compute):
                 store(grad_weight, target + out * out_stride + c * in_stride, value)
 
 
-_run_forward = kernel(_forward_kernel)
-_run_gather_rows = kernel(_gather_rows_kernel)
-_run_bias_grad = kernel(_bias_grad_kernel)
-_run_input_grad = kernel(_input_grad_kernel)
-_run_weight_grad = kernel(_weight_grad_kernel)
+_AT = _forward_kernel.at
 
 
 class Forward:
@@ -339,9 +322,13 @@ class Forward:
         self.most_rows = max(ROWS, min(96, GATHERED // (self.split_groups * self.depth)) // ROWS * ROWS)
         self.threads, self.packing = torch.get_num_threads(), Packing(weight, groups)
         self.no_bias = torch.zeros(cout, dtype=self.compute)
-        self.numbers = array_of("q", bytes(8 * _FORWARD))
-        self.numbers[12:17] = array_of("q", (taps, channels * groups, cout, groups, lanes))
-        self.numbers[22], self.numbers[25] = block_taps, ACTIVATIONS.index(activation)
+        self.numbers = _forward_kernel.pack(
+            source=None, out=None, residual=None, packed=None, bias=self.no_bias, gate=None, table=None, index=None,
+            weight=None, sites=0, taps=taps, cin=channels * groups, cout=cout, groups=groups, lanes=lanes,
+            chunk_rows=0, chunks=0, split_groups=0, split_panels=0, splits=0, block_taps=block_taps, is_direct=False,
+            out_is_packed=False, activation=ACTIVATIONS.index(activation), scratch=None, scratch_size=0,
+            skipped=(0, 0, 0, False), reads_runs=False,
+        )  # fmt: skip
 
     def in_order(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The parameters in the memory order and type that `run` takes them in; themselves if they are."""
@@ -362,7 +349,7 @@ class Forward:
         inactive: Tensor | None,
         in_place: bool,
     ) -> None:
-        """As `forward`, for one site or more; weight and bias are `in_order`."""
+        """Do what `forward` does, for one site or more; weight and bias are `in_order`."""
         groups, threads, panels, lanes = self.groups, self.threads, self.panels, self.lanes
         numbers, depth, split_groups, split_panels = self.numbers[:], self.depth, self.split_groups, panels
         strips, chunks, packed_size = ceil(panels, TILE_VECTORS), 1, 0
@@ -390,23 +377,27 @@ class Forward:
         at = scratch.data_ptr()
         if packed_size:
             self.packing.run(weight, at)
-            numbers[5], numbers[32] = at, table is not None and groups == 1 and is_same_type
-        numbers[2], numbers[3], numbers[9], numbers[10] = (
-            input.data_ptr(), out.data_ptr(), index.data_ptr(), weight.data_ptr()
-        )  # fmt: skip
-        numbers[4], numbers[7], numbers[8] = address(residual), address(gate), address(table)
-        numbers[6] = (self.no_bias if bias is None else bias).data_ptr()
-        numbers[11], numbers[17], numbers[18], numbers[19] = active, chunk_rows, chunks, split_groups
-        numbers[20], numbers[21], numbers[23], numbers[24] = split_panels, splits, is_direct, out.dim() == 2
-        numbers[26], numbers[27] = at + packed_size * self.compute.itemsize, size
-        numbers[28], numbers[29], numbers[30], numbers[31] = filling(out, inactive, in_place)
-        _run_forward.start(self.dtype, threads, numbers)
+            numbers[_AT.packed] = at
+            numbers[_AT.reads_runs] = table is not None and groups == 1 and is_same_type
+        if bias is not None:
+            numbers[_AT.bias] = bias.data_ptr()
+        numbers[_AT.source], numbers[_AT.weight], numbers[_AT.out] = input.data_ptr(), weight.data_ptr(), out.data_ptr()
+        numbers[_AT.residual], numbers[_AT.gate] = address(residual), address(gate)
+        numbers[_AT.table], numbers[_AT.index], numbers[_AT.sites] = address(table), index.data_ptr(), active
+        numbers[_AT.chunk_rows], numbers[_AT.chunks], numbers[_AT.splits] = chunk_rows, chunks, splits
+        numbers[_AT.split_groups], numbers[_AT.split_panels] = split_groups, split_panels
+        numbers[_AT.is_direct], numbers[_AT.out_is_packed] = is_direct, out.dim() == 2
+        numbers[_AT.scratch], numbers[_AT.scratch_size] = at + packed_size * self.compute.itemsize, size
+        numbers[_AT.fill], numbers[_AT.inactive], numbers[_AT.all_sites], numbers[_AT.is_large] = skipped_sites(
+            out, inactive, in_place
+        )
+        _forward_kernel.start(self.dtype, threads, numbers)
 
 
 def forward_of(
     weight: Tensor, groups: int, activation: str, dtype: torch.dtype, geometry: Sequence[int]
 ) -> Forward | stencil.Stencil:
-    """What runs a dense input's forward pass, by a table or, where `is_stencil`, by the geometry of `stencil.Reads`."""
+    """Return what runs a dense input's forward pass, by a table or, where `is_stencil`, by the geometry of `Reads`."""
     if is_stencil(weight.shape, groups):
         return stencil.Stencil(weight, groups, ACTIVATIONS.index(activation), dtype, geometry)
     return Forward(weight, groups, activation, dtype)
@@ -437,12 +428,12 @@ def forward(
     """
     active = int(count)
     if active == 0:
-        fill_all(out, inactive, in_place)
+        fill(out, inactive, in_place)
         return
     if is_stencil(weight.shape, groups):
         stencil.forward(
-            input, weight, bias, groups, reads, index, active, gate, residual, out, inactive, in_place,
-            ACTIVATIONS.index(activation),
+            input, weight, bias, groups, reads, index, active, gate=gate, residual=residual, out=out,
+            inactive=inactive, in_place=in_place, activation=ACTIVATIONS.index(activation),
         )  # fmt: skip
         return
     made = Forward(weight, groups, activation, input.dtype)
@@ -489,8 +480,9 @@ def backward(
             stencil.input_grad(scaled, weight, groups, readers, pixels[0], int(pixels[1]), grad_input)
     elif (input_wanted or gate_wanted) and active:
         products = _input_grad(
-            rows, weight, gate, input, table, index, active, site_count, overlap_sites, grad_input, gate_wanted, groups
-        )
+            rows, weight, gate, input, table, index, active, groups=groups, site_count=site_count,
+            overlap_sites=overlap_sites, grad_input=grad_input, gate_grad_wanted=gate_wanted,
+        )  # fmt: skip
         if gate_wanted and bias is not None:
             products += (rows[:active] * bias.to(compute)).sum(1)
     if weight_wanted and is_stencil(weight.shape, groups):
@@ -513,9 +505,9 @@ def backward(
 def bias_grad(rows: Tensor, index: Tensor, count: int, gate: Tensor | None = None) -> Tensor:
     """The sum of the first `count` rows [., C], times their sites' gates; in the compute type, as the rows."""
     result = torch.empty(rows.shape[1], dtype=rows.dtype)
-    _run_bias_grad(
-        rows.dtype, workers(rows.numel() // SERIAL), rows.data_ptr(), address(gate), result.data_ptr(),
-        index.data_ptr(), count, rows.shape[1], vector_lanes(rows.dtype),
+    _bias_grad_kernel(
+        rows.dtype, workers(rows.numel() // SERIAL), grad=rows, gate=gate, grad_bias=result, index=index, sites=count,
+        channels=rows.shape[1], lanes=vector_lanes(rows.dtype),
     )  # fmt: skip
     return result
 
@@ -534,9 +526,10 @@ def _grad_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:
     if is_packed:
         rows[:count] = grad[:count]
         return rows
-    chunk, threads = 64, workers(count * channels // SERIAL)
-    sizes = (count, channels, chunk, vector_lanes(grad.dtype))
-    _run_gather_rows(grad.dtype, threads, grad.data_ptr(), rows.data_ptr(), index.data_ptr(), *sizes)
+    _gather_rows_kernel(
+        grad.dtype, workers(count * channels // SERIAL), source=grad, target=rows, index=index, sites=count,
+        channels=channels, chunk_rows=64, lanes=vector_lanes(grad.dtype),
+    )  # fmt: skip
     return rows
 
 
@@ -548,11 +541,12 @@ def _input_grad(
     table: Tensor | None,
     index: Tensor,
     count: int,
+    *,
+    groups: int,
     site_count: int,
     overlap_sites: int,
     grad_input: Tensor | None,
     gate_grad_wanted: bool,
-    groups: int,
 ) -> Tensor | None:
     """Scatter-add the active sites' gradients into `grad_input` (zero-filled, compute type), if given.
 
@@ -573,11 +567,11 @@ def _input_grad(
     size = chunk_rows * TILE_VECTORS * lanes
     scratch = torch.empty(threads * size, dtype=compute)
     for colour in range(min(2, bands)):
-        _run_input_grad(
-            dtype, threads, rows.data_ptr(), packed.data_ptr(), address(grad_input), address(gate),
-            input.data_ptr(), address(gate_grad), address(table), index.data_ptr(),
-            count, taps, channels * groups, cout, groups, lanes, band_sites, bands, colour, chunk_rows,
-            scratch.data_ptr(), size,
+        _input_grad_kernel(
+            dtype, threads, grad=rows, weights=packed, grad_input=grad_input, gate=gate, source=input,
+            gate_grad=gate_grad, table=table, index=index, sites=count, taps=taps, cin=channels * groups, cout=cout,
+            groups=groups, lanes=lanes, band_sites=band_sites, bands=bands, colour=colour, chunk_rows=chunk_rows,
+            scratch=scratch, scratch_size=size,
         )  # fmt: skip
     return None if gate_grad is None else gate_grad.sum(0)
 
@@ -613,8 +607,11 @@ def weight_grad(
     threads = workers(tiles * splits)
     size = (chunk_rows + 2 * split_filters) * tile_vectors * lanes
     scratch = torch.empty(threads * size, dtype=compute)
-    _run_weight_grad(
-        dtype, threads, input.data_ptr(), grad_weight.data_ptr(), rows.data_ptr(), address(gate),
-        address(table), index.data_ptr(), count, taps, kernel_width, channels * groups, cout, groups, lanes,
-        *grad_weight.stride(), chunk_rows, tile_vectors, split_filters, scratch.data_ptr(), size,
+    out_stride, in_stride, row_stride, tap_stride = grad_weight.stride()
+    _weight_grad_kernel(
+        dtype, threads, source=input, grad_weight=grad_weight, grad=rows, gate=gate, table=table, index=index,
+        sites=count, taps=taps, kernel_width=kernel_width, cin=channels * groups, cout=cout, groups=groups, lanes=lanes,
+        out_stride=out_stride, in_stride=in_stride, row_stride=row_stride, tap_stride=tap_stride,
+        chunk_rows=chunk_rows, tile_vectors=tile_vectors, split_filters=split_filters, scratch=scratch,
+        scratch_size=size,
     )  # fmt: skip

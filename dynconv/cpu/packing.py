@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from array import array as array_of
-
 import torch
-from numba import carray, njit
 from torch import Tensor
 
-from ._common import SERIAL, array, ceil, clear, copy, pack_panel, vector_lanes
-from ._llvm import copy_vector, fetch_add
-from ._threads import compute_type, kernel, workers
+from ._common import SERIAL, ceil, clear, copy, pack_panel, vector_lanes
+from ._layout import Compute, Storage
+from ._threads import compute_type, kernel, next_item, workers
+from .llvm.elements import copy_vector
 
 
-@njit
-def _pack_by_output_kernel(arguments, storage, compute):
+@kernel
+def _by_output_kernel(shared, compute, weight: Storage, packed: Compute, groups, filters, depth, lanes, chunk, chunks):
     """weight [group, Cout of a group, depth] -> [group, panel of output channels, depth, lane]."""
-    a = carray(arguments, (16,))
-    weight, packed = array(a[2], storage), array(a[3], compute)
-    groups, filters, depth, lanes, chunk, chunks = a[4], a[5], a[6], a[7], a[8], a[9]
     panels = (filters + lanes - 1) // lanes
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= groups * panels * chunks:
             return
         panel, first = item // chunks, item % chunks * chunk
@@ -31,15 +26,12 @@ def _pack_by_output_kernel(arguments, storage, compute):
         pack_panel(weight, source, valid, depth, first, min(depth, first + chunk), packed, at, lanes, compute)
 
 
-@njit
-def _pack_by_input_kernel(arguments, storage, compute):
+@kernel
+def _by_input_kernel(shared, compute, weight: Storage, packed: Compute, groups, filters, taps, channels, lanes):
     """weight [group, Cout of a group, tap, Cin of a group] -> [group, panel of input channels, tap, Cout, lane]."""
-    a = carray(arguments, (16,))
-    weight, packed = array(a[2], storage), array(a[3], compute)
-    groups, filters, taps, channels, lanes = a[4], a[5], a[6], a[7], a[8]
     panels = (channels + lanes - 1) // lanes
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= groups * panels * taps:
             return
         panel, tap = item // taps, item % taps
@@ -53,10 +45,6 @@ def _pack_by_input_kernel(arguments, storage, compute):
             else:
                 copy(weight, source, valid, packed, target, lanes, compute)
                 clear(packed, target + valid, lanes - valid, compute)
-
-
-_run_pack_by_output = kernel(_pack_by_output_kernel)
-_run_pack_by_input = kernel(_pack_by_input_kernel)
 
 
 class Packing:
@@ -74,18 +62,20 @@ class Packing:
         panels = groups * ceil(filters if by_output else channels, lanes)
         self.dtype, self.size = weight.dtype, panels * lanes * taps * (channels if by_output else filters)
         self.threads = workers(self.size // SERIAL)
+        kernel_ = _by_output_kernel if by_output else _by_input_kernel
+        sizes = {"groups": groups, "filters": filters, "lanes": lanes}
         if by_output:
             chunk = 16 * lanes
-            shape = (groups, filters, taps * channels, lanes, chunk, ceil(taps * channels, chunk))
+            sizes |= {"depth": taps * channels, "chunk": chunk, "chunks": ceil(taps * channels, chunk)}
         else:
-            shape = (groups, filters, taps, channels, lanes)
-        self.start = (_run_pack_by_output if by_output else _run_pack_by_input).start
-        self.numbers = array_of("q", (0, 0, 0, 0, *shape))
+            sizes |= {"taps": taps, "channels": channels}
+        self.start, self.at = kernel_.start, kernel_.at
+        self.numbers = kernel_.pack(weight=None, packed=None, **sizes)
 
     def run(self, weight: Tensor, at: int) -> None:
         """Write the channels_last weight's `size` elements to an address, in the compute type."""
         numbers = self.numbers[:]
-        numbers[2], numbers[3] = weight.data_ptr(), at
+        numbers[self.at.weight], numbers[self.at.packed] = weight.data_ptr(), at
         self.start(self.dtype, self.threads, numbers)
 
 

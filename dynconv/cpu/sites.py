@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import functools
-from array import array
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, njit
 
-from ._common import address
-from ._llvm import fetch_add, merge_bytes, pointer
-from ._threads import kernel, workers
-
-
-@njit(inline="always")
-def _entries(address):
-    return carray(pointer(address, np.int32), (1 << 40,))  # no length: all offsets are computed
+from ._common import Window, array
+from ._layout import Int32, Result, UInt8
+from ._threads import kernel, next_item, workers
+from .llvm.elements import address_of, is_given, merge_bytes
 
 
-@njit
-def _compact(arguments, storage, compute):
-    """The active sites of a mask, listed in a[3]; a[4] is how many."""
-    a = carray(arguments, (8,))
-    sites = a[5]
-    mask = carray(pointer(a[2], np.uint8), (sites,))
-    words = carray(pointer(a[2], np.uint64), (sites // 8,))
-    index = carray(pointer(a[3], np.int32), (sites,))
-    count = 0
+@kernel
+def _compact_kernel(mask: UInt8, index: Int32, sites, active: Result):
+    """List the active sites of a mask in `index`, and count them."""
+    words, count = array(address_of(mask), np.uint64), 0
     for word in range(sites // 8):
         if words[word] == 0:  # a mask is mostly runs
             continue
@@ -39,46 +28,35 @@ def _compact(arguments, storage, compute):
         if mask[site] != 0:
             index[count] = site
             count += 1
-    a[4] = count
+    active[0] = count
 
 
-@njit
-def _count(arguments, storage, compute):
-    a = carray(arguments, (5,))
-    mask = carray(pointer(a[2], np.uint8), (a[3],))
+@kernel
+def _count_kernel(mask: UInt8, sites, active: Result):
     count = 0
-    for site in range(a[3]):
+    for site in range(sites):
         count += mask[site] != 0
-    a[4] = count
+    active[0] = count
 
 
-@njit
-def _inverse(arguments, storage, compute):
-    a = carray(arguments, (8,))
-    count, chunk = a[4], a[5]
-    index = _entries(a[2])
-    inverse = _entries(a[3])
+@kernel
+def _inverse_kernel(shared, index: Int32, inverse: Int32, count, chunk):
     while True:
-        first = fetch_add(a, 1) * chunk
+        first = next_item(shared) * chunk
         if first >= count:
             return
         for m in range(first, min(count, first + chunk)):
             inverse[np.int64(index[m])] = m
 
 
-@njit
-def _neighbours(arguments, storage, compute):
-    a = carray(arguments, (24,))
-    index, table, lookup, offsets = _entries(a[2]), _entries(a[3]), _entries(a[18]), _entries(a[19])
-    is_packed = a[18] != 0
-    count, chunk = a[4], a[5]
-    out_height, out_width, height, width = a[6], a[7], a[8], a[9]
-    kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
-    pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
-    taps = kernel_height * kernel_width
+@kernel
+def _neighbours_kernel(shared, index: Int32, table: Int32, count, chunk, window: Window, lookup: Int32, offsets: Int32):
+    (out_height, out_width, height, width, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y,
+     dilation_x) = window  # fmt: skip
+    is_packed, taps = is_given(lookup), kernel_height * kernel_width
     last_y, last_x = height - (kernel_height - 1) * dilation_y, width - (kernel_width - 1) * dilation_x
     while True:
-        first = fetch_add(a, 1) * chunk
+        first = next_item(shared) * chunk
         if first >= count:
             return
         for m in range(first, min(count, first + chunk)):
@@ -104,17 +82,13 @@ def _neighbours(arguments, storage, compute):
                     table[entry + tap] = corner + offsets[tap]
 
 
-@njit
-def _readers(arguments, storage, compute):
-    a = carray(arguments, (24,))
-    pixels, inverse, table = _entries(a[2]), _entries(a[18]), _entries(a[3])
-    count, chunk = a[4], a[5]
-    out_height, out_width, height, width = a[6], a[7], a[8], a[9]
-    kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
-    pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
+@kernel
+def _readers_kernel(shared, pixels: Int32, table: Int32, count, chunk, window: Window, inverse: Int32):
+    (out_height, out_width, height, width, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y,
+     dilation_x) = window  # fmt: skip
     taps = kernel_height * kernel_width
     while True:
-        first = fetch_add(a, 1) * chunk
+        first = next_item(shared) * chunk
         if first >= count:
             return
         for m in range(first, min(count, first + chunk)):
@@ -129,16 +103,12 @@ def _readers(arguments, storage, compute):
                 table[m * taps + tap] = inverse[(sample * out_height + out_y) * out_width + out_x] if reads else -1
 
 
-@njit
-def _touched(arguments, storage, compute):
-    a = carray(arguments, (24,))
-    mask, touched = carray(pointer(a[2], np.uint8), (1 << 40,)), carray(pointer(a[3], np.uint8), (1 << 40,))
-    lines, chunk = a[4], a[5]
-    out_height, out_width, height, width = a[6], a[7], a[8], a[9]
-    kernel_height, kernel_width, stride_y, stride_x = a[10], a[11], a[12], a[13]
-    pad_y, pad_x, dilation_y, dilation_x = a[14], a[15], a[16], a[17]
+@kernel
+def _touched_kernel(shared, mask: UInt8, touched: UInt8, lines, chunk, window: Window):
+    (out_height, out_width, height, width, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y,
+     dilation_x) = window  # fmt: skip
     while True:
-        first = fetch_add(a, 1) * chunk
+        first = next_item(shared) * chunk
         if first >= lines:
             return
         for line in range(first, min(lines, first + chunk)):
@@ -161,12 +131,6 @@ def _touched(arguments, storage, compute):
                             touched[target + offset + x * stride_x] |= mask[source + x]
 
 
-_run_compact = kernel(_compact)
-_run_count = kernel(_count)
-_run_inverse = kernel(_inverse)
-_run_neighbours = kernel(_neighbours)
-_run_readers = kernel(_readers)
-_run_touched = kernel(_touched)
 _CHUNK, _LINES = 512, 16
 _SERIAL = 1 << 13  # entries that a second thread has to save before it is worth waking
 
@@ -182,23 +146,23 @@ def list_active(mask: torch.Tensor, index: torch.Tensor) -> int:
 
     `index` int32 has room for all elements.
     """
-    numbers = array("q", (0, 0, mask.data_ptr(), index.data_ptr(), 0, mask.numel()))
-    _run_compact.start(torch.float32, 1, numbers)
-    return numbers[4]
+    numbers = _compact_kernel.pack(mask=mask, index=index, sites=mask.numel(), active=0)
+    _compact_kernel.start(torch.float32, 1, numbers)
+    return numbers[_compact_kernel.at.active]
 
 
 def count_active(mask: torch.Tensor) -> int:
     """How many elements of a contiguous bool mask are active."""
-    numbers = array("q", (0, 0, mask.data_ptr(), mask.numel(), 0))
-    _run_count.start(torch.float32, 1, numbers)
-    return numbers[4]
+    numbers = _count_kernel.pack(mask=mask, sites=mask.numel(), active=0)
+    _count_kernel.start(torch.float32, 1, numbers)
+    return numbers[_count_kernel.at.active]
 
 
 def inverse(index: torch.Tensor, count: torch.Tensor, sites: int) -> torch.Tensor:
     """Each of so many sites' position in the index, or -1."""
     inverse = torch.full((sites,), -1, dtype=torch.int32)
     n = int(count)
-    _run_inverse(torch.float32, workers(n // _SERIAL), index.data_ptr(), inverse.data_ptr(), n, _CHUNK)
+    _inverse_kernel(torch.float32, workers(n // _SERIAL), index=index, inverse=inverse, count=n, chunk=_CHUNK)
     return inverse
 
 
@@ -208,7 +172,7 @@ def neighbours(
     """[capacity, taps]: the pixel, or what `lookup` has for it; see `dynconv.sites.ActiveSites.neighbours`."""
     _, _, _, width, *kernel_size, _, _, _, _, dilation_y, dilation_x = geometry
     offsets = _tap_offsets(*kernel_size, dilation_y * width, dilation_x)
-    return _table(_run_neighbours, index, count, geometry, lookup, offsets)
+    return _table(_neighbours_kernel, index.numel(), count, geometry, index=index, lookup=lookup, offsets=offsets)
 
 
 @functools.lru_cache(256)
@@ -222,15 +186,14 @@ def readers(
     pixels: torch.Tensor, count: torch.Tensor, geometry: tuple[int, ...], inverse: torch.Tensor
 ) -> torch.Tensor:
     """[capacity, taps]: the position of the active site that reads each listed input pixel through each tap, or -1."""
-    return _table(_run_readers, pixels, count, geometry, inverse)
+    return _table(_readers_kernel, pixels.numel(), count, geometry, pixels=pixels, inverse=inverse)
 
 
-def _table(run, index, count, geometry, lookup, offsets=None) -> torch.Tensor:
-    taps = geometry[4] * geometry[5]
-    table = torch.empty(index.numel(), taps, dtype=torch.int32)
-    n = int(count)
-    arguments = (index.data_ptr(), table.data_ptr(), n, _CHUNK, *geometry, address(lookup), address(offsets))
-    run(torch.float32, workers(n * taps // _SERIAL), *arguments)
+def _table(kernel_, capacity, count, window, **operands) -> torch.Tensor:
+    taps, n = window[4] * window[5], int(count)
+    table = torch.empty(capacity, taps, dtype=torch.int32)
+    threads = workers(n * taps // _SERIAL)
+    kernel_(torch.float32, threads, table=table, count=n, chunk=_CHUNK, window=window, **operands)
     return table
 
 
@@ -245,7 +208,7 @@ def touched(
     """bool [N, 1, H, W]: the input pixels that any active site of the contiguous `mask` [N, 1, Ho, Wo] reads."""
     touched = mask.new_zeros(mask.shape[0], 1, *input_size)
     lines = mask.shape[0] * input_size[0]
-    geometry = (*mask.shape[2:], *input_size, *kernel_size, *stride, *padding, *dilation)
+    window = (*mask.shape[2:], *input_size, *kernel_size, *stride, *padding, *dilation)
     threads = workers(touched.numel() * kernel_size[0] * kernel_size[1] // (64 * _SERIAL))
-    _run_touched(torch.float32, threads, mask.data_ptr(), touched.data_ptr(), lines, _LINES, *geometry)
+    _touched_kernel(torch.float32, threads, mask=mask, touched=touched, lines=lines, chunk=_LINES, window=window)
     return touched

@@ -13,30 +13,33 @@ threads write the same row, and nothing is added up twice.
 
 from __future__ import annotations
 
-from array import array as array_of
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
 from .._geometry import is_depthwise
-from ._common import SERIAL, add, address, array, ceil, clear, fill_skipped, filling, vector_lanes
-from ._llvm import (
-    STENCIL_ROWS,
-    STENCIL_TAPS,
-    fetch_add,
-    finish_row,
-    group_rows,
-    group_weight,
-    load,
-    positive,
-    stencil_rows,
-    stencil_weight,
-    store,
+from ._common import (
+    SERIAL,
+    Skipped,
+    Window,
+    add,
+    address,
+    array,
+    ceil,
+    clear,
+    fill_skipped,
+    skipped_sites,
+    vector_lanes,
 )
-from ._threads import compute_type, kernel, workers
+from ._layout import Compute, Flag, Int32, Storage
+from ._threads import compute_type, kernel, next_item, next_worker, workers
+from .llvm.activations import epilogue_row
+from .llvm.build import STENCIL_ROWS
+from .llvm.elements import address_of, is_given, load, positive, store
+from .llvm.stencils import STENCIL_TAPS, group_rows, group_weight, stencil_rows, stencil_weight
 from .packing import Packing
 
 _ROWS_PER_CHUNK = 64  # of what needs one row for another
@@ -45,26 +48,27 @@ _SITES_PER_BLOCK = 256  # of the weight's gradient: their rows stay in the cache
 
 
 @njit(inline="always")
-def _read_by_table(a, table, first, last, pixels, zeros, row_size):
-    """pixels[tap, i] = the address that row min(first + i, last) of the table reads, for STENCIL_ROWS rows i."""
-    taps = a[13]
+def _read_by_table(source_at, row_size, table, taps, first, last, pixels, zeros):
+    """pixels[tap, i] = the address that row min(first + i, last) of the table reads, for STENCIL_ROWS rows i.
+
+    That of the row of zeros where it reads none. Rows of the source are `row_size` bytes apart.
+    """
     for i in range(STENCIL_ROWS):
         entry = min(first + i, last) * taps
         for tap in range(taps):
             pixel = np.int64(table[entry + tap])
-            pixels[tap * STENCIL_ROWS + i] = a[2] + pixel * row_size if pixel >= 0 else zeros
+            pixels[tap * STENCIL_ROWS + i] = source_at + pixel * row_size if pixel >= 0 else zeros
 
 
 @njit(inline="always")
-def _read_by_geometry(a, index, first, last, offsets, pixels, state, zeros, row_size):
-    """The same for the sites index[first + i], from the geometry alone.
+def _read_by_geometry(source_at, row_size, lookup, window, index, first, last, offsets, pixels, state, zeros):
+    """pixels[tap, i] = what the site index[min(first + i, last)] reads through a tap, from the geometry alone.
 
     offsets[tap] lies between a site's first tap and the tap, in bytes; `state` is the line that the last site was in.
     """
-    lookup, is_packed = array(a[25], np.int32), a[25] != 0
-    out_height, out_width, height, width = a[26], a[27], a[28], a[29]
-    kernel_height, kernel_width, stride_y, stride_x = a[30], a[31], a[32], a[33]
-    pad_y, pad_x, dilation_y, dilation_x = a[34], a[35], a[36], a[37]
+    (out_height, out_width, height, width, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y,
+     dilation_x) = window  # fmt: skip
+    is_packed = is_given(lookup)
     last_y, last_x = height - (kernel_height - 1) * dilation_y, width - (kernel_width - 1) * dilation_x
     line_begin, line_end, y, start = state[0], state[1], state[2], state[3]
     for i in range(STENCIL_ROWS):
@@ -75,7 +79,7 @@ def _read_by_geometry(a, index, first, last, offsets, pixels, state, zeros, row_
             line_begin, y = line * out_width, (line - sample * out_height) * stride_y - pad_y
             line_end, start = line_begin + out_width, (sample * height + y) * width
         x = (site - line_begin) * stride_x - pad_x
-        corner = a[2] + (start + x) * row_size
+        corner = source_at + (start + x) * row_size
         if not is_packed and 0 <= y < last_y and 0 <= x < last_x:  # no tap in the padding, as nearly everywhere
             for tap in range(kernel_height * kernel_width):
                 pixels[tap * STENCIL_ROWS + i] = corner + offsets[tap]
@@ -89,28 +93,29 @@ def _read_by_geometry(a, index, first, last, offsets, pixels, state, zeros, row_
                     address = corner + offsets[tap]
                     if is_packed:
                         row = np.int64(lookup[start + ky * dilation_y * width + tap_x])
-                        address = a[2] + row * row_size if row >= 0 else zeros
+                        address = source_at + row * row_size if row >= 0 else zeros
                 pixels[tap * STENCIL_ROWS + i] = address
                 tap += 1
     state[0], state[1], state[2], state[3] = line_begin, line_end, y, start
 
 
-_STENCIL = 44  # int64 arguments of the stencil
+@kernel
+def _stencil_kernel(
+    shared, storage, compute, source: Storage, out: Storage, residual: Storage, weight_at, bias: Compute,
+    gate: Compute, table: Int32, index: Int32, grad: Compute, gate_grad: Compute, sites, taps, channels, filters,
+    groups, lanes, element_size, compute_size, chunk_rows, activation, memory_at, memory_size, head_size,
+    out_is_packed: Flag, is_depthwise: Flag, skipped: Skipped, lookup: Int32, window: Window,
+):  # fmt: skip
+    """The stencil at rows of `out`, or its products with `grad`, where `gate_grad` is given.
 
-
-@njit
-def _stencil_kernel(arguments, storage, compute):
-    a = carray(arguments, (_STENCIL,))
-    source, out, residual = array(a[2], storage), array(a[3], storage), array(a[4], storage)
-    given, packed, gate = array(a[5], storage), array(a[5], compute), array(a[7], compute)
-    table, index = array(a[8], np.int32), array(a[9], np.int32)
-    grad, gate_grad = array(a[10], compute), array(a[11], compute)
-    has_table, has_gate, wants_gate_grad, has_residual, is_packed = a[8] != 0, a[7] != 0, a[11] != 0, a[4] != 0, a[20]
-    sites, taps, channels, filters, groups, lanes = a[12], a[13], a[14], a[40], a[41], a[42]
-    row_size, out_size, sums_row = channels * a[15], filters * a[15], filters + lanes
-    inner, outer, is_depthwise = channels // groups, filters // groups, a[43] != 0
-    chunk_rows, activation = a[16], a[17]
-    fill, inactive, all_sites, is_large = a[21], array(a[22], storage), a[23], a[24] != 0
+    The weight lies at an address: of depthwise filters in the storage type, of others as `Packing` leaves it. Threads
+    have `memory_size` bytes each, of which the first `head_size` are for a line's state and the taps' offsets.
+    """
+    given, packed, source_at = array(weight_at, storage), array(weight_at, compute), address_of(source)
+    has_table, has_gate, has_residual = is_given(table), is_given(gate), is_given(residual)
+    wants_gate_grad = is_given(gate_grad)
+    row_size, out_size, sums_row = channels * element_size, filters * element_size, filters + lanes
+    inner, outer = channels // groups, filters // groups
     infinity = compute(np.inf)
     # What only shifts and clamps is done with the sums still in registers, and written where it belongs.
     is_clamp = activation <= 2 and not (has_gate or has_residual or wants_gate_grad)
@@ -119,52 +124,59 @@ def _stencil_kernel(arguments, storage, compute):
     low = compute(0) if is_clamp and activation > 0 else -infinity
     high = compute(6) if is_clamp and activation == 2 else infinity
     # In the caller's memory: Numba would count references to arrays of its own, atomically, at every use.
-    memory = a[18] + fetch_add(a[1:], 1) * a[19]
-    state, offsets, pixels = array(memory, np.int64), array(memory + 32, np.int64), array(memory + a[39], np.int64)
-    sums_at = memory + a[39] + 8 * (taps + 1) * STENCIL_ROWS
-    bias_at = sums_at + STENCIL_ROWS * sums_row * a[38]
-    zeros = bias_at + sums_row * a[38]
-    weight_at = zeros + max(channels, filters) * a[38]
-    scratch, bias, nothing, weight = (
-        array(sums_at, compute), array(bias_at, compute), array(zeros, compute), array(weight_at, compute)
-    )  # fmt: skip
+    memory_at += next_worker(shared) * memory_size
+    state, offsets, pixels_at = array(memory_at, np.int64), array(memory_at + 32, np.int64), memory_at + head_size
+    pixels, sums_at = array(pixels_at, np.int64), pixels_at + 8 * (taps + 1) * STENCIL_ROWS
+    shift_at = sums_at + STENCIL_ROWS * sums_row * compute_size
+    zeros = shift_at + sums_row * compute_size
+    weight = array(zeros + max(channels, filters) * compute_size, compute)
+    scratch, shift, nothing = array(sums_at, compute), array(shift_at, compute), array(zeros, compute)
     clear(nothing, 0, max(channels, filters), compute)
-    clear(bias, 0, sums_row, compute)
-    for channel in range(filters if a[6] != 0 else 0):
-        store(bias, channel, load(array(a[6], compute), channel, compute))
+    clear(shift, 0, sums_row, compute)
+    for channel in range(filters if is_given(bias) else 0):
+        store(shift, channel, load(bias, channel, compute))
     for channel in range(channels if is_depthwise else 0):  # taps before channels
         for tap in range(taps):
             store(weight, tap * channels + channel, load(given, channel * taps + tap, compute))
     for tap in range(taps if not has_table else 0):
-        offsets[tap] = (tap // a[31] * a[36] * a[29] + tap % a[31] * a[37]) * row_size
+        y, x = tap // window.kernel_width * window.dilation_y, tap % window.kernel_width * window.dilation_x
+        offsets[tap] = (y * window.width + x) * row_size
     state[1] = 0
     while True:
-        begin = fetch_add(a, 1) * chunk_rows
+        begin = next_item(shared) * chunk_rows
         if begin >= sites:
             return
         end = min(sites, begin + chunk_rows)
-        fill_skipped(fill, inactive, out, index, begin, end - begin, sites, all_sites, filters, is_large)
+        fill_skipped(skipped, out, index, begin, end - begin, sites, filters)
         for first in range(begin, end, STENCIL_ROWS):
             if has_table:
-                _read_by_table(a, table, first, end - 1, pixels, zeros, row_size)
+                _read_by_table(source_at, row_size, table, taps, first, end - 1, pixels, zeros)
             else:
-                _read_by_geometry(a, index, first, end - 1, offsets, pixels, state, zeros, row_size)
+                _read_by_geometry(
+                    source_at, row_size, lookup, window, index, first, end - 1, offsets, pixels, state, zeros
+                )  # fmt: skip
             for i in range(STENCIL_ROWS):
-                target = sums_at + i * sums_row * a[38]
+                target = sums_at + i * sums_row * compute_size
                 if is_direct:
                     m = min(first + i, end - 1)
-                    target = a[3] + (m if is_packed else np.int64(index[m])) * out_size
+                    target = address_of(out) + (m if out_is_packed else np.int64(index[m])) * out_size
                 pixels[taps * STENCIL_ROWS + i] = target
             if is_direct and is_depthwise:
-                stencil_rows(pixels, source, weight, taps, channels, bias, low, high, out)
+                stencil_rows(pixels, source, weight, taps, channels, shift, low, high, out)
                 continue
             if is_direct:
-                group_rows(pixels, source, groups, inner, outer, packed, taps, bias, low, high, out, lanes)
+                group_rows(
+                    pixels=pixels, source=source, groups=groups, inner=inner, outer=outer, weight=packed, taps=taps,
+                    shift=shift, low=low, high=high, out=out, lanes=lanes,
+                )  # fmt: skip
                 continue
             if is_depthwise:
-                stencil_rows(pixels, source, weight, taps, channels, bias, low, high, scratch)
+                stencil_rows(pixels, source, weight, taps, channels, shift, low, high, scratch)
             else:
-                group_rows(pixels, source, groups, inner, outer, packed, taps, bias, low, high, scratch, lanes)
+                group_rows(
+                    pixels=pixels, source=source, groups=groups, inner=inner, outer=outer, weight=packed, taps=taps,
+                    shift=shift, low=low, high=high, out=scratch, lanes=lanes,
+                )  # fmt: skip
             for i in range(min(STENCIL_ROWS, end - first)):
                 m, at = first + i, i * sums_row
                 if wants_gate_grad:
@@ -175,24 +187,22 @@ def _stencil_kernel(arguments, storage, compute):
                     continue
                 site = np.int64(index[m])
                 scale = gate[site] if has_gate else compute(1)
-                place = (m if is_packed else site) * filters
-                finish_row(
+                place = (m if out_is_packed else site) * filters
+                epilogue_row(
                     scratch, at, nothing, 0, scale, residual, place if has_residual else 0, out, place,
                     filters, activation,
                 )  # fmt: skip
 
 
-@njit
-def _weight_grad_kernel(arguments, storage, compute):
-    a = carray(arguments, (32,))
-    source, zeros = array(a[2], storage), array(a[3], storage)
-    grad, grad_weight, table = array(a[4], compute), array(a[5], compute), array(a[6], np.int32)
-    sites, taps, channels, block_channels, block_sites = a[7], a[8], a[9], a[10], a[11]
-    scratch, scratch_size = array(a[12], compute), a[13]
+@kernel
+def _weight_grad_kernel(
+    shared, compute, source: Storage, zeros: Storage, grad: Compute, grad_weight: Compute, table: Int32, sites, taps,
+    channels, block_channels, block_sites, scratch: Compute, scratch_size,
+):  # fmt: skip
     blocks = (channels + block_channels - 1) // block_channels
-    sums = fetch_add(a[1:], 1) * scratch_size
+    sums = next_worker(shared) * scratch_size
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= blocks:
             return
         channel = item * block_channels
@@ -204,8 +214,9 @@ def _weight_grad_kernel(arguments, storage, compute):
             while tap < taps:
                 tap_count = STENCIL_TAPS if tap + STENCIL_TAPS <= taps else 1
                 stencil_weight(
-                    tap_count, table, first * taps + tap, taps, source, channel, channels, zeros,
-                    grad, first * channels + channel, rows, width, scratch, sums + tap * width,
+                    tap_count=tap_count, table=table, entry=first * taps + tap, taps=taps, source=source,
+                    channel=channel, stride=channels, zeros=zeros, grad=grad, grad_at=first * channels + channel,
+                    rows=rows, channels=width, out=scratch, at=sums + tap * width,
                 )  # fmt: skip
                 tap += tap_count
         for c in range(width):
@@ -213,45 +224,41 @@ def _weight_grad_kernel(arguments, storage, compute):
                 store(grad_weight, (channel + c) * taps + tap, load(scratch, sums + tap * width + c, compute))
 
 
-@njit
-def _group_weight_grad_kernel(arguments, storage, compute):
+@kernel
+def _group_weight_grad_kernel(
+    shared, compute, source: Storage, zeros: Storage, grad: Compute, grad_weight: Compute, table: Int32, sites, taps,
+    inner, outer, groups, block_sites, lanes, scratch: Compute, scratch_size,
+):  # fmt: skip
     """One vector of a group's filters at a time, block by block of sites."""
-    a = carray(arguments, (32,))
-    source, zeros = array(a[2], storage), array(a[3], storage)
-    grad, grad_weight = array(a[4], compute), array(a[5], compute)
-    sites, taps, inner, outer, groups, block_sites, lanes = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    panels = (outer + lanes - 1) // lanes
-    totals_at = a[14] + fetch_add(a[1:], 1) * a[15]
-    totals = array(totals_at, compute)
+    panels, sums = (outer + lanes - 1) // lanes, next_worker(shared) * scratch_size
     while True:
-        item = fetch_add(a, 1)
+        item = next_item(shared)
         if item >= groups * panels:
             return
         group, panel = item // panels, item % panels
         first_filter = group * outer + panel * lanes
-        clear(totals, 0, taps * inner * lanes, compute)
+        clear(scratch, sums, taps * inner * lanes, compute)
         for first in range(0, sites, positive(block_sites)):
             rows, grad_at = min(block_sites, sites - first), first * groups * outer + first_filter
             for tap in range(taps):
                 group_weight(
-                    array(a[6] + 4 * (first * taps + tap), np.int32), taps,
-                    source, group * inner, inner, groups * inner, zeros,
-                    grad, grad_at, groups * outer, rows, totals, tap * inner * lanes, lanes,
+                    table=table[first * taps + tap :], taps=taps, source=source, channel=group * inner, channels=inner,
+                    stride=groups * inner, zeros=zeros, grad=grad, grad_at=grad_at, grad_stride=groups * outer,
+                    rows=rows, out=scratch, at=sums + tap * inner * lanes, lanes=lanes,
                 )  # fmt: skip
         for f in range(min(lanes, outer - panel * lanes)):
             for c in range(inner):
                 for tap in range(taps):
-                    value = load(totals, (tap * inner + c) * lanes + f, compute)
+                    value = load(scratch, sums + (tap * inner + c) * lanes + f, compute)
                     store(grad_weight, ((first_filter + f) * inner + c) * taps + tap, value)
 
 
-@njit
-def _scale_rows_kernel(arguments, storage, compute):
-    a = carray(arguments, (16,))
-    rows, gate, out, index = array(a[2], compute), array(a[3], compute), array(a[4], compute), array(a[5], np.int32)
-    sites, channels, chunk_rows, lanes = a[6], a[7], a[8], a[9]
+@kernel
+def _scale_rows_kernel(
+    shared, compute, rows: Compute, gate: Compute, out: Compute, index: Int32, sites, channels, chunk_rows, lanes
+):
     while True:
-        begin = fetch_add(a, 1) * chunk_rows
+        begin = next_item(shared) * chunk_rows
         if begin >= sites:
             return
         for m in range(begin, min(sites, begin + chunk_rows)):
@@ -259,11 +266,7 @@ def _scale_rows_kernel(arguments, storage, compute):
             add(rows, m * channels, channels, gate[np.int64(index[m])], out, m * channels, lanes, compute)
 
 
-_run_stencil = kernel(_stencil_kernel)
-_run_weight_grad = kernel(_weight_grad_kernel)
-_run_group_weight_grad = kernel(_group_weight_grad_kernel)
-_run_scale_rows = kernel(_scale_rows_kernel)
-
+_AT = _stencil_kernel.at
 
 # What sites read, other than by a table: each pixel's packed row, where the source is packed, and Ho, Wo, H, W, kernel,
 # stride, padding and dilation, two numbers each.
@@ -293,11 +296,13 @@ class Stencil:
         head = 8 * (4 + taps)
         values = (STENCIL_ROWS + 1) * (filters + lanes) + max(channels, filters) + taps * channels * self.is_depthwise
         self.memory_size = ceil(head + 8 * (taps + 1) * STENCIL_ROWS + compute_size * values, 128) * 128
-        numbers = array_of("q", bytes(8 * _STENCIL))
-        numbers[13], numbers[14], numbers[15], numbers[17] = taps, channels, dtype.itemsize, activation
-        numbers[19], numbers[26:38] = self.memory_size, array_of("q", geometry)
-        numbers[38:44] = array_of("q", (compute_size, head, filters, groups, lanes, self.is_depthwise))
-        self.numbers = numbers
+        self.numbers = _stencil_kernel.pack(
+            source=None, out=None, residual=None, weight_at=0, bias=None, gate=None, table=None, index=None, grad=None,
+            gate_grad=None, sites=0, taps=taps, channels=channels, filters=filters, groups=groups, lanes=lanes,
+            element_size=dtype.itemsize, compute_size=compute_size, chunk_rows=0, activation=activation, memory_at=0,
+            memory_size=self.memory_size, head_size=head, out_is_packed=False, is_depthwise=self.is_depthwise,
+            skipped=(0, 0, 0, False), lookup=None, window=geometry,
+        )  # fmt: skip
 
     def in_order(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The parameters in the memory order and type that `run` takes them in; themselves if they are."""
@@ -324,26 +329,30 @@ class Stencil:
         grad: Tensor | None = None,
         gate_grad: Tensor | None = None,
     ) -> None:
-        """As `_stencil`; weight and bias are `in_order`."""
+        """Do what `_stencil` does; weight and bias are `in_order`."""
         numbers = self.numbers[:]
         threads = max(1, min(self.threads, active * self.products // SERIAL))
         # Long chunks: at each cut, lines that another thread has in its cache are read again.
-        numbers[16] = ceil(active, _CHUNKS_PER_THREAD * threads * STENCIL_ROWS) * STENCIL_ROWS
-        packed_size = 0 if self.packing is None else self.packing.size * numbers[38]
+        numbers[_AT.chunk_rows] = ceil(active, _CHUNKS_PER_THREAD * threads * STENCIL_ROWS) * STENCIL_ROWS
+        packed_size = 0 if self.packing is None else self.packing.size * compute_type(self.dtype).itemsize
         memory = torch.empty(packed_size + threads * self.memory_size, dtype=torch.uint8)
-        at = numbers[5] = memory.data_ptr()
+        at = memory.data_ptr()
         if self.packing is None:
-            numbers[5] = weight.data_ptr()
+            numbers[_AT.weight_at] = weight.data_ptr()
         else:
+            numbers[_AT.weight_at] = at
             self.packing.run(weight, at)
-        numbers[2], numbers[3], numbers[4] = source.data_ptr(), address(out), address(residual)
-        numbers[6], numbers[7], numbers[8] = address(bias), address(gate), address(table)
-        numbers[9], numbers[10], numbers[11], numbers[12] = address(index), address(grad), address(gate_grad), active
-        numbers[18], numbers[25] = at + packed_size, address(lookup)
+        numbers[_AT.source], numbers[_AT.bias], numbers[_AT.gate] = source.data_ptr(), address(bias), address(gate)
+        numbers[_AT.table], numbers[_AT.lookup], numbers[_AT.index] = address(table), address(lookup), address(index)
+        numbers[_AT.grad], numbers[_AT.gate_grad], numbers[_AT.sites] = address(grad), address(gate_grad), active
+        numbers[_AT.memory_at] = at + packed_size
         if out is not None:
-            numbers[20] = out.dim() == 2
-            numbers[21], numbers[22], numbers[23], numbers[24] = filling(out, inactive, in_place)
-        _run_stencil.start(self.dtype, threads, numbers)
+            numbers[_AT.out], numbers[_AT.residual] = out.data_ptr(), address(residual)
+            numbers[_AT.out_is_packed] = out.dim() == 2
+            numbers[_AT.fill], numbers[_AT.inactive], numbers[_AT.all_sites], numbers[_AT.is_large] = skipped_sites(
+                out, inactive, in_place
+            )
+        _stencil_kernel.start(self.dtype, threads, numbers)
 
 
 def _stencil(
@@ -355,6 +364,7 @@ def _stencil(
     reads: Reads | Tensor,
     index: Tensor | None,
     count: int,
+    *,
     residual: Tensor | None = None,
     out: Tensor | None = None,
     inactive: Tensor | None = None,
@@ -363,7 +373,7 @@ def _stencil(
     grad: Tensor | None = None,
     gate_grad: Tensor | None = None,
 ) -> None:
-    """The stencil over `count` sites, finished into `out` or multiplied with `grad` into `gate_grad`.
+    """The stencil over `count` sites, written to `out` or multiplied with `grad` into `gate_grad`.
 
     `reads`: a table of what each of them reads, or the geometry that tells it from `index`. `out` is written at the
     rows `index`, or from the first on if it is packed [rows, C]; `grad` is packed and `gate_grad` [count]. `weight`
@@ -385,6 +395,7 @@ def forward(
     reads: Reads,
     index: Tensor,
     count: int,
+    *,
     gate: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
@@ -392,17 +403,20 @@ def forward(
     in_place: bool,
     activation: int,
 ) -> None:
-    """out = activation(gate * (sum + bias) + residual) at the rows `index` of `out`; 0 to count - 1 if it is packed."""
-    _stencil(input, weight, bias, groups, gate, reads, index, count, residual, out, inactive, in_place, activation)
+    """Write activation(gate * (sum + bias) + residual) to the rows `index` of `out`; 0 to count - 1 if it is packed."""
+    _stencil(
+        input, weight, bias, groups, gate, reads, index, count, residual=residual, out=out, inactive=inactive,
+        in_place=in_place, activation=activation,
+    )  # fmt: skip
 
 
 def scale_rows(rows: Tensor, gate: Tensor, index: Tensor, count: int) -> Tensor:
     """gate[index[m]] * rows[m] for the first `count` rows."""
     scaled = torch.empty_like(rows)
     threads = workers(rows.numel() // SERIAL)
-    _run_scale_rows(
-        rows.dtype, threads, rows.data_ptr(), gate.data_ptr(), scaled.data_ptr(), index.data_ptr(),
-        count, rows.shape[1], _ROWS_PER_CHUNK, vector_lanes(rows.dtype),
+    _scale_rows_kernel(
+        rows.dtype, threads, rows=rows, gate=gate, out=scaled, index=index, sites=count, channels=rows.shape[1],
+        chunk_rows=_ROWS_PER_CHUNK, lanes=vector_lanes(rows.dtype),
     )  # fmt: skip
     return scaled
 
@@ -445,21 +459,18 @@ def weight_grad(rows: Tensor, input: Tensor, table: Tensor | None, count: int, w
     taps, lanes = weight.shape[2] * weight.shape[3], vector_lanes(input.dtype)
     grad_weight = torch.zeros(weight.shape, dtype=rows.dtype)
     zeros = torch.zeros(inner * groups, dtype=input.dtype)
-    addresses = (input.data_ptr(), zeros.data_ptr(), rows.data_ptr(), grad_weight.data_ptr(), table.data_ptr())
+    operands = {"source": input, "zeros": zeros, "grad": rows, "grad_weight": grad_weight, "table": table}
     if is_depthwise(weight.shape, groups):
         block_channels = min(8 * lanes, ceil(ceil(filters, 2 * torch.get_num_threads()), lanes) * lanes)
         threads, size = workers(ceil(filters, block_channels)), taps * block_channels
-        scratch = torch.empty(threads * size, dtype=rows.dtype)
-        _run_weight_grad(
-            input.dtype, threads, *addresses, count, taps, filters, block_channels, _SITES_PER_BLOCK,
-            scratch.data_ptr(), size,
-        )  # fmt: skip
+        kernel_, sizes = _weight_grad_kernel, {"channels": filters, "block_channels": block_channels}
     else:
         outer = filters // groups
         threads, size = workers(groups * ceil(outer, lanes)), taps * inner * lanes
-        scratch = torch.empty(threads * size, dtype=rows.dtype)
-        _run_group_weight_grad(
-            input.dtype, threads, *addresses, count, taps, inner, outer, groups, _SITES_PER_BLOCK, lanes,
-            scratch.data_ptr(), size * scratch.element_size(),
-        )  # fmt: skip
+        kernel_, sizes = _group_weight_grad_kernel, {"inner": inner, "outer": outer, "groups": groups, "lanes": lanes}
+    scratch = torch.empty(threads * size, dtype=rows.dtype)
+    kernel_(
+        input.dtype, threads, **operands, sites=count, taps=taps, **sizes, block_sites=_SITES_PER_BLOCK,
+        scratch=scratch, scratch_size=size,
+    )  # fmt: skip
     return torch.empty_like(weight).copy_(grad_weight)

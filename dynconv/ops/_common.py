@@ -71,16 +71,6 @@ def in_rows(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
 
 
-def fill(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
-    """Zeros, or what stands at the skipped sites, all over a dense output; the CPU kernels do it as they go."""
-    if in_place or out.dim() == 2:
-        return
-    if inactive is None:
-        out.zero_()
-    else:
-        out.copy_(inactive)
-
-
 _IN_PLACE = {
     "none": lambda x: x,
     "relu": torch.relu_,
@@ -135,7 +125,7 @@ def settle(
         gate = residual = activation = None
     result, residual = in_rows(result), in_rows(expanded("residual", residual, result.shape, result))
     adds = gate is not None or residual is not None
-    pass_ = module(".cpu.epilogue").Settling(
+    pass_ = module(".cpu.epilogue").DenseEpilogue(
         tuple(result.shape), result.dtype, activation or "none", adds=adds, copies=out is not None
     )
     pass_.run(result, sites.mask, gate, residual, inactive, result if out is None else out)
@@ -160,7 +150,7 @@ class Settled:
         self.settling = None  # half types settle in steps
         if dtype.itemsize > 2:
             kind = activation or "none"
-            self.settling = module(".cpu.epilogue").Settling(shape, dtype, kind, adds=adds, copies=False)
+            self.settling = module(".cpu.epilogue").DenseEpilogue(shape, dtype, kind, adds=adds, copies=False)
 
     def __call__(
         self, result: Tensor, mask: Tensor, active: int, residual: Tensor | None, inactive: Tensor | None

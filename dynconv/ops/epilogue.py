@@ -13,7 +13,7 @@ from .. import reference
 from .._arguments import kind_of
 from .._backend import backend_for, module
 from ..packed import PackedFeatures
-from ..sites import ActiveSites
+from ..sites import ActiveSites, fill
 from ._common import (
     autocast,
     channels_last,
@@ -26,7 +26,6 @@ from ._common import (
     check_result,
     check_rows,
     expanded_inactive,
-    fill,
     gate_of,
     in_rows,
     is_same_memory,

@@ -19,7 +19,7 @@ from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding, is_stencil, plain
 from .._likeness import Likeness, can_be_like
 from ..packed import PackedFeatures
-from ..sites import ActiveSites
+from ..sites import ActiveSites, fill
 from ._common import (
     Compacted,
     Settled,
@@ -35,7 +35,6 @@ from ._common import (
     check_rows,
     check_types,
     expanded_inactive,
-    fill,
     gate_of,
     in_rows,
     is_autocast,
