@@ -79,7 +79,7 @@ def writable_folder() -> Path | None:
 
 
 class _KernelFile(NullCache):
-    """What Numba asks for a compiled function before it compiles one, and hands it to afterwards."""
+    """The cache that Numba asks for a compiled function before it compiles one, and hands it to afterwards."""
 
     def __init__(self, name: str, target_context) -> None:
         self.name = name

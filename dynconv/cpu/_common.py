@@ -229,7 +229,7 @@ def lower_bound(index, count, value):
 
 
 class Window(NamedTuple):
-    """What sites read, and of what: the sizes of the output and of the input, and a convolution's geometry."""
+    """A convolution's place: the sizes of the output and of the input, and the geometry."""
 
     out_height: int
     out_width: int

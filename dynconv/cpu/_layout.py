@@ -118,7 +118,7 @@ class Layout:
         )
 
     def entry(self, names: dict[str, object]) -> Callable:
-        """What Numba compiles: a function of the array's address that calls `body`, one of its globals `names`."""
+        """Return Numba's source: a function of the array's address that calls `body`, one of its globals `names`."""
         seen, place, groups = [], COUNTERS, {}
         for name, kind in self._parameters.items():
             seen.append(f"{name}={GIVEN.get(name) or _seen(kind, place)}")
@@ -146,14 +146,14 @@ def _places(name: str, kind: type | None) -> tuple[str, ...]:
 
 
 def _number(name: str, kind: type | None) -> str:
-    """What is packed of a keyword."""
+    """The source text of what is packed of a keyword."""
     if _is_group(kind):
         return f"*{name}"
     return f"0 if {name} is None else {name}.data_ptr()" if kind and issubclass(kind, Elements) else name
 
 
 def _seen(kind: type | None, place: int) -> str:
-    """What the body gets from a place on."""
+    """The source text of what the body gets from a place on."""
     if _is_group(kind):
         hints = get_type_hints(kind)
         fields = (_seen(hints[name], place + number) for number, name in enumerate(kind._fields))

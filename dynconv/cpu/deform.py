@@ -331,7 +331,7 @@ class Product:
         self.grad = grad if self.grad is None else self.grad.add_(grad)
 
     def weight_grad(self) -> Tensor:
-        """What has been added up, like the weight."""
+        """Return what has been added up, like the weight."""
         filters, channels, *kernel = self.weight.shape
         return self.grad.view(filters, *kernel, channels).permute(0, 3, 1, 2).to(self.weight.dtype).contiguous()
 

@@ -143,7 +143,7 @@ def _backward_kernel(
 def _moments_kernel(
     shared, compute, rows: Storage, mean: Compute, partial: Compute, sites, channels, block, is_square: Flag
 ):
-    """Of each block of rows: the sum of x - mean, or of its square, into partial[block, channel]."""
+    """Write each block of rows' sum of x - mean, or of its square, to partial[block, channel]."""
     while True:
         item = next_item(shared)
         begin = item * block

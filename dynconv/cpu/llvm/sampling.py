@@ -360,7 +360,7 @@ def corner_dots(typingctx, groups, taps, room, pixels, source, row, group_step, 
                 start = builder.add(row, builder.mul(group_step, group))
 
                 def block(builder, t, count):
-                    """Of `count` taps: a vector of partial sums for each of their corners."""
+                    """Write, of `count` taps, the dots: a vector of partial sums for each of their corners."""
                     taps_of = [builder.add(t, i64(j)) for j in range(count)]
                     rows = [
                         at_address(builder, builder.add(start, builder.mul(tap_step, tap)), element) for tap in taps_of
