@@ -258,7 +258,9 @@ class SlimmableGate(_Selector):
         noisy = logits + _gumbel(logits, generator) if self.training else logits
         chosen = F.one_hot(noisy.argmax(1), len(self.widths))
         gate = _straight_through(chosen, (noisy / self.temperature).softmax(1)) @ self.prefixes.to(noisy.dtype)
-        expected = logits.softmax(1) @ logits.new_tensor(self.widths) / self.channels
+        # The widths, from what is on the device already: a copy from the host would wait for it.
+        widths = (self.prefixes.sum(1) * self.granularity).to(logits.dtype)
+        expected = logits.softmax(1) @ widths / self.channels
         return self._select(gate, logits, expected, capacity=self.widths[-1])
 
     def extra_repr(self) -> str:
@@ -303,7 +305,9 @@ def budget_loss(rates: Sequence[Tensor], target: float, weights: Sequence[float]
         raise ValueError(f"weights: expected {len(rates)}, one for each rate, got {len(weights)}")
     if min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(f"weights: expected costs that are not negative, and not all zero, got {list(weights)}")
-    return (means @ means.new_tensor([weight / sum(weights) for weight in weights]) - target) ** 2
+    # Filled, not copied from the host, which would wait for a GPU.
+    shares = torch.stack([means.new_full((), weight / sum(weights)) for weight in weights])
+    return (means @ shares - target) ** 2
 
 
 def bounds_loss(rates: Sequence[Tensor], target: float, progress: float) -> Tensor:
@@ -350,7 +354,8 @@ def _layer_means(name: str, layers: Sequence[Tensor], of=lambda layer: layer) ->
     """[layers]. A single tensor would pass for as many layers as it has samples, so it is refused."""
     known = [layer for layer in layers if isinstance(layer, Tensor)]
     if known and not isinstance(layers, Tensor):  # a number is a layer without a gate
-        layers = [known[0].new_tensor(float(layer)) if isinstance(layer, (int, float)) else layer for layer in layers]
+        number = lambda layer: known[0].new_full((), float(layer))
+        layers = [number(layer) if isinstance(layer, (int, float)) else layer for layer in layers]
     if isinstance(layers, Tensor) or not all(isinstance(layer, Tensor) for layer in layers):
         kind = "a tensor" if isinstance(layers, Tensor) else [type(layer).__name__ for layer in layers]
         raise TypeError(f"{name}: expected a sequence of tensors, one for each layer, got {kind}")

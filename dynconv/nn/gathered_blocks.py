@@ -230,7 +230,9 @@ class _BlockCall:
         """The same, where the masks are."""
         shares = [1, *[c.count / c.shape[1] if chosen else 1 for c, chosen in self._chosen()], 1]
         kept = sum(each * ins * outs for each, ins, outs in zip(self._products, shares[:-1], shares[1:], strict=True))
-        kept = torch.as_tensor(kept, dtype=torch.float64, device=self.device).mean()
+        # A number, where no channels are chosen, is filled in: a copy from the host would wait for the device.
+        is_number = not isinstance(kept, Tensor)
+        kept = torch.full((), kept, dtype=torch.float64, device=self.device) if is_number else kept.double().mean()
         return (kept if self.sites is None else kept * self.sites.mask.double().mean()).long().view(1)
 
     def key(self) -> tuple:

@@ -384,7 +384,7 @@ def expanded_inactive(inactive: Tensor | float | None, shape: tuple[int, ...], l
     if inactive is not None and not isinstance(inactive, Tensor):
         if not isinstance(inactive, Real) or isinstance(inactive, bool):
             raise TypeError(f"inactive: expected a tensor or a number, got {kind_of(inactive)}")
-        inactive = like.new_tensor(float(inactive))
+        inactive = like.new_full((), float(inactive))  # `new_tensor` copies from the host, which waits for a GPU
     return expanded("inactive", inactive, shape, like)
 
 
