@@ -160,6 +160,25 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured: what is computed now has values when the graph is replayed, and new ones then.
+
+    So nothing may be kept of it for calls outside of the capture, nor of what is computed there for a graph's sites.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+class kept_property(functools.cached_property):
+    """A `functools.cached_property` that does not keep what is made while a CUDA graph is captured."""
+
+    def __get__(self, instance, owner=None):
+        if instance is not None and is_capturing():  # not asked for what is kept, which is an attribute then
+            return self.func(instance)
+        return super().__get__(instance, owner)
+
+
 def kept(function: Callable, *arguments, **keywords):
     """Call a function whose tensors are kept: they are normal ones in `torch.inference_mode()`, too.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ._arguments import check_mask, check_size
-from ._backend import backend_for, is_reference, keeps_tensors, kept, module, saveable, unwatched
+from ._backend import backend_for, is_capturing, is_reference, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import integer
 from .sites import warn_if_nothing_is_skipped
 
@@ -147,6 +147,7 @@ class ActiveChannels:
             self.gate = saveable(spread)
         warn_if_nothing_is_skipped(self.mask, self.gate)
         self.granularity, self._capacity, self._inverse = granularity, None, []
+        self._is_captured = is_capturing()
         if capacity is not None and capacity < size[1]:
             self._bound(capacity)
 
@@ -157,7 +158,7 @@ class ActiveChannels:
         if mask is self.mask:
             return self
         channels = copy.copy(self)
-        channels.mask, channels._inverse = mask, []
+        channels.mask, channels._inverse, channels._is_captured = mask, [], is_capturing()
         channels.gate, channels.index, channels.count = (
             None if tensor is None else tensor.to(mask.device, non_blocking=non_blocking)
             for tensor in (self.gate, self.index, self.count)
@@ -204,6 +205,7 @@ class ActiveChannels:
     def _all(cls, size: tuple[int, int], device: torch.device) -> ActiveChannels:
         channels = cls.__new__(cls)
         channels.gate, channels.granularity, channels._capacity, channels._inverse = None, 32, size[1], []
+        channels._is_captured = is_capturing()
         channels.mask = torch.ones(size, dtype=torch.bool, device=device)
         channels.count = torch.full(size[:1], size[1], dtype=torch.int32, device=device)
         channels.index = torch.arange(size[1], dtype=torch.int32, device=device).expand(size).contiguous()
@@ -236,9 +238,12 @@ class ActiveChannels:
     @property
     def inverse(self) -> Tensor:
         """int32 [N, C]: each channel's place among its sample's kept ones, or -1 where it is not kept."""
-        if not self._inverse:
-            self._inverse.append(kept(_places, self.mask))
-        return self._inverse[0]
+        if self._inverse:
+            return self._inverse[0]
+        inverse = kept(_places, self.mask)
+        if self._is_captured == is_capturing():  # as ActiveSites keeps what it derives
+            self._inverse.append(inverse)
+        return inverse
 
     @property
     def ungated(self) -> ActiveChannels:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import check_mask, check_pixels, check_size
-from ._backend import backend_for, is_reference, keeps_tensors, kept, module, saveable, unwatched
+from ._backend import backend_for, is_capturing, is_reference, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -175,12 +175,6 @@ def _run(name: str, *operands_and_backend):
 _KEPT = 16
 
 
-def _keep(kept: list[tuple], *entry) -> None:
-    """Append, and drop the oldest where there are too many."""
-    kept.append(entry)
-    del kept[:-_KEPT]
-
-
 def _find(kept: list[tuple], input_size: tuple[int, int], geometry: Geometry):
     for size, of, value in kept:
         if of == geometry and size == tuple(input_size):
@@ -299,6 +293,7 @@ class ActiveSites:
         self._backend = backend_for(mask.device)
         if self._backend == "reference":
             self._backend = "cpu" if mask.device.type == "cpu" else "triton"
+        self._is_captured = self._backend != "cpu" and is_capturing()
         self._length: int | None = None
         self._compacted: list[Tensor] = []
         self._active: list[Tensor] = []
@@ -310,6 +305,21 @@ class ActiveSites:
         self._packed_tables: list[tuple] = []
         self._reader_tables: list[tuple] = []
         self._touched: list[tuple] = []
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether what is derived now may be kept.
+
+        In the capture of a CUDA graph, of sites made in it; outside, of others. What a capture derives is computed at
+        the graph's next replay; and what is derived later of a graph's sites would be that of one replay.
+        """
+        return self._backend == "cpu" or self._is_captured == is_capturing()
+
+    def _keep(self, tables: list[tuple], *entry) -> None:
+        """Append, and drop the oldest where there are too many."""
+        if self._keeps:
+            tables.append(entry)
+            del tables[:-_KEPT]
 
     def _compact(self) -> list[Tensor]:
         if not self._compacted:
@@ -384,9 +394,12 @@ class ActiveSites:
     @property
     def inverse(self) -> Tensor:
         """int32 [N * Ho * Wo]: each site's position in `index`, or -1 where it is not active."""
-        if not self._inverse:
-            self._inverse.append(kept(_run, "inverse_map", self.index, self.count, self._backend))
-        return self._inverse[0]
+        if self._inverse:
+            return self._inverse[0]
+        inverse = kept(_run, "inverse_map", self.index, self.count, self._backend)
+        if self._keeps:
+            self._inverse.append(inverse)
+        return inverse
 
     def neighbours(
         self,
@@ -414,7 +427,7 @@ class ActiveSites:
                 _run, "neighbours", self.index, self.count, self.shape[1:], input_size,
                 geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, None, self._backend,
             )  # fmt: skip
-            _keep(self._tables, tuple(input_size), geometry, table)
+            self._keep(self._tables, tuple(input_size), geometry, table)
         return table
 
     def _packed_neighbours(self, source: ActiveSites, geometry: Geometry) -> Tensor:
@@ -428,7 +441,7 @@ class ActiveSites:
             _run, "neighbours", self.index, self.count, self.shape[1:], source.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, source.inverse, self._backend,
         )  # fmt: skip
-        _keep(self._packed_tables, source.index, geometry, table)
+        self._keep(self._packed_tables, source.index, geometry, table)
         return table
 
     def _readers(self, pixels: ActiveSites, geometry: Geometry) -> Tensor:
@@ -440,7 +453,7 @@ class ActiveSites:
             torch.ops.dynconv.readers, pixels.index, pixels.count, self.shape[1:], pixels.shape[1:],
             geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, self.inverse,
         )  # fmt: skip
-        _keep(self._reader_tables, pixels.index, geometry, table)
+        self._keep(self._reader_tables, pixels.index, geometry, table)
         return table
 
     def touched(
@@ -467,7 +480,7 @@ class ActiveSites:
                 geometry.dilation, self._backend,
             )  # fmt: skip
             touched = ActiveSites._of(mask)
-            _keep(self._touched, tuple(input_size), geometry, touched)
+            self._keep(self._touched, tuple(input_size), geometry, touched)
         return touched
 
     def _check(self, input_size: tuple[int, int], geometry: Geometry) -> None:
@@ -483,9 +496,12 @@ class ActiveSites:
 
     def __len__(self) -> int:
         """The number of active sites. Waits for the device."""
-        if self._length is None:
-            self._length = int(self._compacted[1] if self._compacted else torch.count_nonzero(self.mask))
-        return self._length
+        if self._length is not None:
+            return self._length
+        length = int(self._compacted[1] if self._compacted else torch.count_nonzero(self.mask))
+        if self._keeps:
+            self._length = length
+        return length
 
     def __bool__(self) -> bool:
         """Refuse to be true or false: with a length it would be false, like None, where no site is active."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import calibration
-from .._backend import backend_for, in_onnx_export, module, unwatched
+from .._backend import backend_for, in_onnx_export, kept_property, module, unwatched
 from .._likeness import Likeness, can_be_like
 from ..ops._common import Counted, Settled, activate_, expanded, gate_of, in_rows, settle
 from ..ops.epilogue import epilogue
@@ -220,19 +219,19 @@ class _Folded:
         self.conv, self.norm, self.used, self.activation = conv, norm, used, activation
         self.geometry, self.groups = geometry_of(conv), conv.groups
 
-    @functools.cached_property
+    @kept_property
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias for F.conv2d."""
         with torch.no_grad():
             return fold(self.conv, self.norm)
 
-    @functools.cached_property
+    @kept_property
     def conv2d(self) -> tuple:
         """What F.conv2d takes behind its input, where both sides are padded alike."""
         where = self.geometry
         return *self.dense, where.stride, where.padding, where.dilation, self.groups
 
-    @functools.cached_property
+    @kept_property
     def sparse(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the backend's sparse kernels read them."""
         with torch.no_grad():
@@ -241,7 +240,7 @@ class _Folded:
             weight, bias = self.dense
             return _as_read(weight, self.groups), bias
 
-    @functools.cached_property
+    @kept_property
     def layer(self) -> Layer:
         """For the CPU's one kernel."""
         return Layer(self.conv.weight, self.sparse, self.geometry, self.groups, self.activation)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from .._arguments import kind_of
-from .._backend import backend, is_transformed, module
+from .._backend import backend, is_capturing, is_transformed, module
 from .._geometry import Geometry
 from ..ops._common import is_autocast
 from ..reference import ACTIVATIONS
@@ -154,7 +154,8 @@ class ResidualBlock(nn.Module):
             layers = [
                 self._prepare(stage, conv, norm, used) for stage, (conv, norm) in zip(self.stages, modules, strict=True)
             ]
-        if torch._C._len_torch_dispatch_stack():  # what is made within a mode, of fake tensors, is no good outside
+        # What is made within a mode, of fake tensors, is no good outside; nor is what only a graph's replay computes.
+        if torch._C._len_torch_dispatch_stack() or is_capturing():
             return layers
         # What is compared by its address is held, so that no other tensor can come to lie there.
         held = [t.detach() for t in operands if t is not None] if self._is_prepared else None
