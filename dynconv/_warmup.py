@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._backend import backend
-from .calibration import execution
+from .calibration import execution, mode
 from .nn import GatheredBottleneck, MaskedBottleneck, MaskedInvertedResidual
 from .ops.deform import deform_aggregate2d, deform_conv2d
 from .ops.dynamic_filter import dynamic_filter2d
@@ -37,8 +37,11 @@ def warmup(
     is told to the logger `dynconv`.
 
     Args:
-        run: `lambda: model(image)`, a training step, or anything else: called twice, with the sparse and with the dense
-            way forced, so that nothing is left to compile when, for example, a CUDA graph is captured.
+        run: `lambda: model(image)`, a training step, or anything else: called with the sparse way forced, with the
+            dense way, and then in the mode in force, which `torch.compile` compiles for by itself. Nothing is left to
+            compile then for operands of these shapes, strides and types, whatever the masks keep, as in the capture of
+            a CUDA graph. On a GPU a view that begins at another multiple of 16 bytes is no other, but one that begins
+            in between is.
         dtypes: without `run`: some of float32, float64, float16 and bfloat16.
         ops: without `run`: some of `masked_conv2d`, `gathered_conv2d`, `gathered_linear`, `dynamic_filter2d`,
             `deform_conv2d`, `deform_aggregate2d` and `blocks` (those of `dynconv.nn`); None is all of them.
@@ -49,7 +52,10 @@ def warmup(
     if run is not None:
         if ops is not None:
             raise ValueError(f"ops: expected None beside run, which says what to compile, got {ops!r}")
-        pieces = {f"run, {way}": lambda way=way: _forced(way, run) for way in ("sparse", "dense")}
+        ways = dict.fromkeys(("sparse", "dense", mode()))
+        # The mode in force comes last, so that what is remembered of the last call is what the next ones need.
+        ways[mode()] = ways.pop(mode())
+        pieces = {f"run, {way}": lambda way=way: _forced(way, run) for way in ways}
     else:
         for name, given, known in (("ops", ops or OPS, OPS), ("dtypes", dtypes, DTYPES)):
             if isinstance(given, str) or not set(given) <= set(known):

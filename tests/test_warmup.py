@@ -47,7 +47,29 @@ def test_warmup_runs_a_model_both_ways():
         paths.extend(decision.path for decision in explanation.decisions)
 
     dynconv.warmup(model)
-    assert paths == ["sparse", "dense"]
+    assert paths == ["sparse", "dense", "sparse"]  # the last in the automatic mode, where nothing has been measured
+    paths.clear()
+    with dynconv.execution("sparse"):
+        dynconv.warmup(model)
+    assert paths == ["dense", "sparse"]
+
+
+def test_warmup_leaves_no_compiled_graph_to_make():
+    """A graph is compiled for the mode in force: a call in another one would compile again."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    input, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    mask = torch.rand(1, 1, 6, 6) < 0.5
+    model = torch.compile(lambda mask: dynconv.masked_conv2d(input, weight, mask=mask, padding=1), backend=compiler)
+    dynconv.warmup(lambda: model(mask))
+    made = len(graphs)
+    assert made == 3
+    model(~mask)
+    assert len(graphs) == made
 
 
 @pytest.mark.parametrize(
