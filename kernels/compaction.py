@@ -79,7 +79,9 @@ def _inverse_kernel(index, count, inverse, BLOCK: tl.constexpr):
         "pad_left",
         "dilation_h",
         "dilation_w",
-    ]
+    ],
+    # A byte at a time is read of it, so its address makes no other code.
+    do_not_specialize_on_alignment=["mask"],
 )
 def _touched_kernel(
     mask,
@@ -121,7 +123,10 @@ def _touched_kernel(
     tl.store(out + pixel, (touched != 0).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_n", "stride_c", "channels", "granularity"])
+# Gates of several layers are often views of one tensor. An element at a time is read, whatever the address.
+@triton.jit(
+    do_not_specialize=["stride_n", "stride_c", "channels", "granularity"], do_not_specialize_on_alignment=["given"]
+)
 def _compact_channels_kernel(given, stride_n, stride_c, mask, index, count, channels, granularity, BLOCK: tl.constexpr):
     """Of each sample: mask[c] = given[c // granularity] is not zero; index, the channels where it is, then -1; count.
 

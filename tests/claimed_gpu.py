@@ -199,6 +199,17 @@ def _odd_view():
     return forward
 
 
+def _odd_channels():
+    """The same of a mask of channels, which is read an element at a time: no kernel of its own."""
+    calls = itertools.count()
+
+    def forward(x, w, in_mask):
+        begin = int(next(calls) > 2)
+        return dynconv.gathered_conv2d(x, w, padding=1, in_mask=in_mask[begin:][:32].view(2, 16))
+
+    return forward
+
+
 # Faults on purpose, and what is to be said of each: this script must be able to find them.
 FAULTY = {
     "item": lambda x, mask: x * int(mask.sum()),
@@ -221,6 +232,8 @@ def _faulty_cases() -> dict[str, graph_cases.Case]:
 def main() -> None:
     wanted = sys.argv[1] if sys.argv[1:] else ""
     cases = {name: build("meta") for name, build in graph_cases.CASES.items() if wanted in name}
+    shapes = dict(x=graph_cases.X, w=graph_cases.W, in_mask=(33,))
+    cases["channels at an odd address"] = graph_cases._case(_odd_channels(), "meta", **shapes)
     faulty = _faulty_cases()
     with claimed() as compiled:
         found = {name: faults(case, compiled) for name, case in cases.items()}

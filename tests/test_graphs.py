@@ -7,6 +7,7 @@ runs on tensors without values (claimed_gpu.py).
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def claimed():
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "channels at an odd address"])
 def test_nothing_waits_or_is_compiled_after_the_warm_up(claimed, name):
     """No launch depends on a mask's values, nothing comes from the host, and every kernel is one of the warm-up's."""
     assert claimed["cases"][name] == []
@@ -59,6 +60,18 @@ def test_what_waits_or_compiles_is_found(claimed):
 
 def test_kernels_are_compiled_for_what_shapes_give(claimed):
     assert {name.partition(" ")[2] for name in claimed["specialised"]} <= OF_SHAPES
+
+
+def test_the_example_of_the_readme_runs():
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "CUDAGraph" in block)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    with backend("reference"), torch.no_grad():
+        expected = names["model"](names["x"], names["mask"])
+    # Three layers one after another, of sums of 64 to 576 terms that are rounded by 2^-24 of the largest at each.
+    bound = (256 + 576 + 64) * 2**-24 * float(expected.abs().max())
+    torch.testing.assert_close(names["y"], expected, rtol=0, atol=bound)
 
 
 def captured(run):
