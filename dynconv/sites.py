@@ -220,8 +220,8 @@ class ActiveSites:
             ascending order, the others are unspecified.
         count: int32 [1], on the mask's device. Nothing here waits for it, except `len()` and `density`.
 
-    On the CPU both are made when they are first asked for. A CUDA graph that is to follow a mask makes the sites while it
-    is captured: those made before stay what they are.
+    On the CPU both are made when they are first asked for. A CUDA graph that is to follow a mask makes its sites in the
+    capture: those made before stay what they are.
 
     Raises:
         TypeError: the mask is neither bool nor floating.

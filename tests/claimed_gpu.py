@@ -231,7 +231,8 @@ def _faulty_cases() -> dict[str, graph_cases.Case]:
 
 def main() -> None:
     wanted = sys.argv[1] if sys.argv[1:] else ""
-    cases = {name: build("meta") for name, build in graph_cases.CASES.items() if wanted in name}
+    builds = graph_cases.CASES | graph_cases.LAYERS
+    cases = {name: build("meta") for name, build in builds.items() if wanted in name}
     shapes = dict(x=graph_cases.X, w=graph_cases.W, in_mask=(33,))
     cases["channels at an odd address"] = graph_cases._case(_odd_channels(), "meta", **shapes)
     faulty = _faulty_cases()

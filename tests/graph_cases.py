@@ -1,6 +1,6 @@
 """Calls as a CUDA graph captures them: on tensors that stay and are overwritten, which is all that may change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from dynconv import (
     gathered_conv2d,
     gathered_linear,
     masked_conv2d,
+    nn,
 )
 from dynconv.gating import ChannelGate, SlimmableGate, TopKGate, bounds_loss, budget_loss
 from dynconv.nn import GatheredBottleneck, MaskedBottleneck, MaskedInvertedResidual
@@ -31,13 +32,15 @@ class Case:
     Attributes:
         tensors: by name: floating ones, and bool masks; those that want a gradient are leaves.
         forward: their result.
+        parameters: what wants a gradient beside them, and keeps its values.
     """
 
     tensors: dict[str, Tensor]
     forward: Callable[..., Tensor]
+    parameters: tuple[Tensor, ...] = ()
 
     def __post_init__(self):
-        self.leaves = [tensor for tensor in self.tensors.values() if tensor.requires_grad]
+        self.leaves = [tensor for tensor in self.tensors.values() if tensor.requires_grad] + [*self.parameters]
 
     @property
     def has_masks(self) -> bool:
@@ -142,7 +145,19 @@ def _block(make: Callable[[], torch.nn.Module], prepared: bool = False, training
         gathered = isinstance(block, GatheredBottleneck)
         shape = (2, 8) if gathered else MASK
         # A block in training also moves its statistics, by each call: what it returns does not depend on them.
-        return _case(lambda x, mask: block(x, mask), device, ("x",) if training else (), x=(2, 32, 4, 4), mask=shape)
+        case = _case(block, device, ("x",) if training else (), x=(2, 32, 4, 4), mask=shape)
+        return Case(case.tensors, lambda x, mask: block(x, mask), tuple(block.parameters()) if training else ())
+
+    return build
+
+
+def _layer(make: Callable[[], torch.nn.Module], forward=lambda layer, **tensors: layer(**tensors), **shapes):
+    """A layer of `dynconv.nn` in training."""
+
+    def build(device) -> Case:
+        layer = make().to(device).to(memory_format=torch.channels_last)
+        case = _case(layer, device, tuple(name for name in shapes if not name.endswith("mask")), **shapes)
+        return Case(case.tensors, lambda **tensors: forward(layer, **tensors), tuple(layer.parameters()))
 
     return build
 
@@ -194,6 +209,44 @@ CASES: dict[str, Callable[[object], Case]] = {
 }
 
 
-def cases(device) -> Iterator[tuple[str, Case]]:
-    for name, build in CASES.items():
-        yield name, build(device)
+def _packed(layer, input, mask):
+    sites = ActiveSites(mask)
+    return layer(dynconv.pack(input, sites), activation="silu").unpack(activation="relu", residual=input, inactive=0.5)
+
+
+def _packed_channels(layer, input, mask, channels_mask):
+    kept = ActiveChannels(channels_mask, (2, 16), granularity=4)
+    return layer(dynconv.pack(input, kept), mask).unpack()
+
+
+def _boxes(layer, input, boxes_mask):
+    """Of rectangles: the mask only says where those that count are."""
+    boxes = boxes_mask * torch.arange(1, 6, device=input.device)
+    return layer(input, ActiveSites.from_boxes(boxes, (2, 4, 4)))
+
+
+# Layers, for what only asks what waits and what is compiled: their values are compared elsewhere.
+LAYERS: dict[str, Callable[[object], Case]] = {
+    "MaskedConv2d, granularity": _layer(
+        lambda: nn.MaskedConv2d(16, 16, 3, padding=1),
+        lambda layer, input, mask: layer(input, ActiveSites(mask, (2, 4, 4), granularity=2)),
+        input=X, mask=(2, 1, 2, 2),
+    ),
+    "MaskedConv2d, boxes": _layer(lambda: nn.MaskedConv2d(16, 16, 3, padding=1), _boxes, input=X, boxes_mask=(3, 5)),
+    "MaskedBatchNorm2d": _layer(lambda: nn.MaskedBatchNorm2d(16), _packed, input=X, mask=MASK),
+    "GatheredBatchNorm2d": _layer(
+        lambda: nn.GatheredBatchNorm2d(16), _packed_channels, input=X, mask=MASK, channels_mask=(2, 4)
+    ),
+    "MaskedBasicBlock, dense statistics": _layer(
+        lambda: nn.MaskedBasicBlock(16, 16, statistics="dense"), input=X, mask=MASK
+    ),
+    "DynamicFilter2d": _layer(lambda: nn.DynamicFilter2d(16, 3, padding=1), input=X, mask=MASK),
+    "Involution2d": _layer(lambda: nn.Involution2d(16, 3, group_channels=8), input=X, mask=MASK),
+    "CARAFE": _layer(lambda: nn.CARAFE(16), input=X, mask=(2, 1, 8, 8)),
+    "DDF": _layer(lambda: nn.DDF(16), input=X, mask=MASK),
+    "DDFUp": _layer(lambda: nn.DDFUp(16), input=X),
+    "PacPool2d": _layer(lambda: nn.PacPool2d(3, padding=1), input=X, guidance=(2, 4, 4, 4)),
+    "DeformConv2d": _layer(lambda: nn.DeformConv2d(16, 16, 3, padding=1), input=X, offset=(2, 18, 4, 4)),
+    "DCNv2": _layer(lambda: nn.DCNv2(16, 16, 3, padding=1), input=X),
+    "DCNv4": _layer(lambda: nn.DCNv4(64), input=(2, 64, 4, 4)),
+}  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ON_GPU
-from graph_cases import CASES, DENSITIES, Case
+from graph_cases import CASES, DENSITIES, LAYERS, Case
 
 import dynconv
 from dynconv import ActiveChannels, ActiveSites, backend, calibration, masked_conv2d
@@ -41,7 +41,7 @@ def claimed():
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("name", [*CASES, "channels at an odd address"])
+@pytest.mark.parametrize("name", [*CASES, *LAYERS, "channels at an odd address"])
 def test_nothing_waits_or_is_compiled_after_the_warm_up(claimed, name):
     """No launch depends on a mask's values, nothing comes from the host, and every kernel is one of the warm-up's."""
     assert claimed["cases"][name] == []
