@@ -54,6 +54,8 @@ class Setting(threading.local):
 
 # The GPU that kernels are compiled for, while none of them run; see _launches.
 _target = Setting(None)
+# Whether calls are run as they are where a profiler or another mode of PyTorch looks on; see `warmup`.
+observed = Setting(False)
 _forced = Setting(_checked(os.environ["DYNCONV_BACKEND"]) if os.environ.get("DYNCONV_BACKEND") else None)
 
 
@@ -134,6 +136,7 @@ def is_intercepted() -> bool:
         _len_torch_function_stack() > 0
         or _len_torch_dispatch_stack() > 0
         or profiler._is_profiler_enabled
+        or observed.value
         or forward_ad._current_level >= 0
     )
 

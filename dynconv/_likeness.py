@@ -11,7 +11,7 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import forward_ad, profiler
 
 from . import calibration
-from ._backend import current, forced_backend
+from ._backend import current, forced_backend, observed
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -60,4 +60,4 @@ def can_be_like(*tensors: object) -> bool:
 
 
 def _settings() -> tuple:
-    return calibration.is_watched(), calibration.mode(), forced_backend()
+    return calibration.is_watched(), calibration.mode(), forced_backend(), observed.value

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynconv
 from dynconv import _backend, calibration
+from dynconv._backend import observed
 from dynconv._launches import recorded
 
 CUDA = torch.device("cuda", 0)
@@ -180,6 +181,8 @@ def faults(case, compiled) -> list[str]:
                 case.run()
         case.run()
         with captured():
+            case.run()
+        with observed.using(True):
             case.run()
         return sorted(f"{name} {key}" for name, key in compiled - warm)
     except Exception as error:
