@@ -11,7 +11,6 @@ Must run without TRITON_INTERPRET: under the interpreter nothing is compiled.
 """
 
 import contextlib
-import itertools
 import json
 import random
 import sys
@@ -30,6 +29,7 @@ from dynconv._launches import recorded
 CUDA = torch.device("cuda", 0)
 # What makes a tensor of the host's numbers: on a GPU a copy that the host waits for, and no capture allows.
 FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor, torch.from_numpy}
+state = types.SimpleNamespace(is_warm=False)  # whether a case has been warmed up
 specialised: set[str] = set()  # "kernel parameter": the numbers whose value a kernel is compiled for
 _places: dict[int, int] = {}  # by storage: a place of its own for each
 
@@ -172,7 +172,9 @@ def faults(case, compiled) -> list[str]:
     """What a case compiles after its warm-up, by kernel, or the error where it cannot run without values."""
     try:
         compiled.clear()
+        state.is_warm = False
         dynconv.warmup(case.run)
+        state.is_warm = True
         warm = set(compiled)
         if not warm:
             return ["nothing was launched"]
@@ -191,26 +193,16 @@ def faults(case, compiled) -> list[str]:
         return [f"{type(error).__name__}: {error}"]
 
 
-def _odd_view():
-    """The calls behind the warm-up read features at an address that is no multiple of 16."""
-    calls = itertools.count()
-
-    def forward(x, w, mask):
-        begin = int(next(calls) > 2)
-        return dynconv.masked_conv2d(x[begin:][:512].view(2, 4, 4, 16).permute(0, 3, 1, 2), w, padding=1, mask=mask)
-
-    return forward
+def _odd_view(x, w, mask):
+    """After the warm-up the features lie at an address that is no multiple of 16."""
+    view = x[int(state.is_warm) :][:512].view(2, 4, 4, 16).permute(0, 3, 1, 2)
+    return dynconv.masked_conv2d(view, w, padding=1, mask=mask)
 
 
-def _odd_channels():
+def _odd_channels(x, w, in_mask):
     """The same of a mask of channels, which is read an element at a time: no kernel of its own."""
-    calls = itertools.count()
-
-    def forward(x, w, in_mask):
-        begin = int(next(calls) > 2)
-        return dynconv.gathered_conv2d(x, w, padding=1, in_mask=in_mask[begin:][:32].view(2, 16))
-
-    return forward
+    view = in_mask[int(state.is_warm) :][:32].view(2, 16)
+    return dynconv.gathered_conv2d(x, w, padding=1, in_mask=view)
 
 
 # Faults on purpose, and what is to be said of each: this script must be able to find them.
@@ -228,7 +220,7 @@ FAULTY = {
 def _faulty_cases() -> dict[str, graph_cases.Case]:
     shapes = dict(x=graph_cases.X, mask=graph_cases.MASK)
     made = {name: graph_cases._case(forward, "meta", **shapes) for name, forward in FAULTY.items()}
-    made["odd address"] = graph_cases._case(_odd_view(), "meta", x=(513,), w=graph_cases.W, mask=graph_cases.MASK)
+    made["odd address"] = graph_cases._case(_odd_view, "meta", x=(513,), w=graph_cases.W, mask=graph_cases.MASK)
     return made
 
 
@@ -237,7 +229,7 @@ def main() -> None:
     builds = graph_cases.CASES | graph_cases.LAYERS
     cases = {name: build("meta") for name, build in builds.items() if wanted in name}
     shapes = dict(x=graph_cases.X, w=graph_cases.W, in_mask=(33,))
-    cases["channels at an odd address"] = graph_cases._case(_odd_channels(), "meta", **shapes)
+    cases["channels at an odd address"] = graph_cases._case(_odd_channels, "meta", **shapes)
     faulty = _faulty_cases()
     with claimed() as compiled:
         found = {name: faults(case, compiled) for name, case in cases.items()}
