@@ -69,12 +69,15 @@ class _Target:
 
 
 @contextmanager
-def recorded(target: str | None = None) -> Iterator[list[Launch]]:
+def recorded(
+    target: str | None = None, tell: Callable[[Launch], object] | None = None
+) -> Iterator[list[Launch]]:
     """Note each launch of a Triton kernel inside the `with` block, in order.
 
     Args:
         target: one of TARGETS: CPU tensors take the Triton backend, kernels are compiled for that GPU and not run, and
             results are whatever memory held. None: for the GPU that is here, and kernels run.
+        tell: called with each launch, which may write what the kernel would have.
 
     Raises ValueError for another target, and RuntimeError under TRITON_INTERPRET=1, whose kernels are not compiled.
     """
@@ -99,6 +102,8 @@ def recorded(target: str | None = None) -> Iterator[list[Launch]]:
         size = grid(named) if callable(grid) else grid
         warnings = tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log.getvalue()))))
         found.append(Launch(self.__name__.strip("_"), (*size, 1, 1)[:3], named, kernel, warnings, seconds))
+        if tell is not None:
+            tell(found[-1])
         return kernel
 
     with _patched(JITFunction, "run", launch):

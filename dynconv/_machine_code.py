@@ -1,4 +1,9 @@
-"""What a compiled kernel is made of: registers, instructions, and the loops around matrix instructions (SASS)."""
+"""What a compiled kernel is made of: registers, instructions, and the loops around matrix instructions (SASS).
+
+`decode` gives NVIDIA's instructions one by one, with what the assembler tells the hardware of each: how long the warp
+waits before the next one, and for which results. Of these bits NVIDIA has published nothing; they are as Jia et al. found
+them for Volta (https://arxiv.org/abs/1804.06826) and have been the same since.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +61,80 @@ def sass(kernel) -> str:
     return _tool("nvdisasm", "-c", kernel.asm["cubin"])
 
 
+class Instruction(NamedTuple):
+    """One of a program, as a warp issues it."""
+
+    text: str  # as the disassembler prints it, its predicate included
+    opcode: str  # such as "LDG.E.128"
+    stall: int  # cycles until the warp issues the next one, at least
+    sets: int | None  # the barrier, 0..5, that it lifts when its result is there
+    reads: int | None  # the barrier that it lifts when it has read its operands
+    waits: tuple[int, ...]  # barriers that have to be lifted before it
+    target: int | None  # where a branch goes, as the number of an instruction
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether a predicate decides if it does anything."""
+        return self.text.startswith("@")
+
+    @property
+    def name(self) -> str:
+        """Of the opcode, without what specifies it."""
+        return self.opcode.partition(".")[0]
+
+
+class Span(NamedTuple):
+    """A loop: the instructions from `begin` on and before `end`, the last of which branches back."""
+
+    begin: int
+    end: int
+
+
+class Code(NamedTuple):
+    """The instructions of a kernel and its loops, in order; the outer one of two that begin together comes first."""
+
+    instructions: tuple[Instruction, ...]
+    loops: tuple[Span, ...]
+
+
+_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
+_CONTROL = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
+
+
+def decode(kernel) -> Code:
+    """Of a kernel that Triton has compiled for NVIDIA; takes about as long as to compile it."""
+    return decode_text(_tool("nvdisasm", "-c", kernel.asm["cubin"], "-hex"))
+
+
+def decode_text(text: str) -> Code:
+    """Of what `nvdisasm -c -hex` prints of one kernel."""
+    found: list[tuple[str, int]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+|\$[\w$]+):", line):
+            labels[label.group(1)] = len(found)
+        elif instruction := _LINE.match(line):
+            found.append((instruction.group(2), 0))
+        elif (control := _CONTROL.match(line)) and found:
+            found[-1] = found[-1][0], int(control.group(1), 16) >> 41
+    instructions = tuple(_instruction(text, bits, labels) for text, bits in found)
+    spans = {
+        Span(one.target, number + 1)
+        for number, one in enumerate(instructions)
+        if one.name == "BRA" and one.target is not None and one.target < number
+    }
+    return Code(instructions, tuple(sorted(spans, key=lambda span: (span.begin, -span.end))))
+
+
+def _instruction(text: str, bits: int, labels: dict[str, int]) -> Instruction:
+    opcode = re.match(r"(?:@!?\w+\s+)?(\S+)", text).group(1)
+    target = re.search(r"`\((\.L_x_\d+|\$[\w$]+)\)", text) if opcode.startswith(("BRA", "CALL")) else None
+    barrier = lambda value: None if value == 7 else value
+    waits = tuple(number for number in range(6) if bits >> (11 + number) & 1)
+    where = labels.get(target.group(1)) if target else None
+    return Instruction(text, opcode, bits & 15, barrier(bits >> 5 & 7), barrier(bits >> 8 & 7), waits, where)
+
+
 def _code_bytes(elf: bytes) -> int:
     """Bytes of the executable sections of a 64-bit ELF file.
 
@@ -80,7 +159,7 @@ def _amd_resources(assembly: str, shared: int) -> Resources:
     return Resources(field("vgpr_count"), spills, field("sgpr_spill_count"), shared, len(instructions))
 
 
-def _tool(name: str, flag: str, cubin: bytes) -> str:
+def _tool(name: str, flag: str, cubin: bytes, *more: str) -> str:
     """What one of the tools that Triton brings prints of a cubin."""
     import triton
 
@@ -88,7 +167,7 @@ def _tool(name: str, flag: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([path, flag, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([path, flag, *more, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def matrix_loops(sass: str) -> list[Loop]:

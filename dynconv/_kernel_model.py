@@ -1,0 +1,438 @@
+"""Predict what the kernels of a call take on a GPU that is not here, from their machine code; see `roofline.predict`.
+
+A kernel's time is
+    launch + idle programs + max(the busiest unit + fill, latency)
+where each unit of a multiprocessor (issuing instructions, the integer, multiply-add and special units, the tensor
+cores, shared memory with L1) has what its programs ask of it (`_warp.walk`), and L2 and memory what all programs move
+(`_programs.trace`). latency is that of one warp alone, once for each wave of programs; fill is that before and behind
+the main loop, which nothing hides in the first and the last wave.
+
+Left out: conflicts of banks and partial sectors; what a warp waits for others at barriers; rates of L2 and memory that
+fall with few requests in flight, beyond the latency of a wave; clocks below boost; what a kernel finds in L2 of the one
+before; the order in which programs end. So it leans to the fast side. Nothing of it has been fitted to a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _backend
+from ._launches import Launch, recorded
+from ._machine_code import Code, decode, resources
+from ._programs import Trace, trace
+from ._warp import Walk, walk
+
+# Seconds from the end of one kernel to the first instruction of the next. In a CUDA graph about 1 us ("Constant Time
+# Launch for Straight-Line CUDA Graphs", NVIDIA Technical Blog, 2024, and the drain of the kernel before); launched one
+# by one the CPU takes 2 to 5 us each, which GPU work hides where it is longer.
+LAUNCH = {"graph": 1.0e-6, "eager": 2.5e-6}
+# Cycles of a multiprocessor to take a program. Assumed: it is what grids of empty programs are known to cost.
+PROGRAM_CYCLES = 80
+# What cuDNN reaches of the data sheet's matrix rate in dense convolutions: 600 of 989.5 TFLOP/s. Assumed.
+DENSE_SHARE = 600 / 989.5
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a kernel finds on a GPU.
+
+    Attributes:
+        name: as a person knows it.
+        target: what kernels are compiled for.
+        multiprocessors: of the GPU.
+        clock: of them, a second; with it the matrix rates of the data sheet come out.
+        copy: bytes a second that a long copy reaches, read and written: nine tenths of the data sheet's.
+        l2: bytes a second from L2: two thirds of 5120 a cycle (NVIDIA A100 whitepaper; of H100 no more is said).
+        l2_latency, latency: cycles of a load from L2 and from memory (Luo et al., arXiv 2402.13499; about).
+        registers, shared, warps, blocks: of a multiprocessor: 32-bit registers, bytes for programs, most warps and
+            programs at a time (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+        products: FLOP/s of matrix products in half precision, of the data sheet.
+    """
+
+    name: str
+    target: str
+    multiprocessors: int
+    clock: float
+    copy: float
+    l2: float
+    l2_latency: int
+    latency: int
+    products: float
+    registers: int = 65536
+    shared: int = 228 * 1024
+    warps: int = 64
+    blocks: int = 32
+
+    @property
+    def arch(self) -> int:
+        """80 or 90."""
+        return int(self.target.removeprefix("sm_"))
+
+
+def _gpu(name, target, multiprocessors, half, per_cycle, bandwidth, l2_latency, latency, shared) -> Gpu:
+    clock = half / multiprocessors / per_cycle
+    return Gpu(name, target, multiprocessors, clock, 0.9 * bandwidth, 2 / 3 * 5120 * clock, l2_latency, latency, half,
+               shared=shared * 1024)  # fmt: skip
+
+
+GPUS = {
+    "H200": _gpu("NVIDIA H200 SXM", "sm_90", 132, 989.5e12, 4096, 4.8e12, 260, 480, 228),
+    "H100": _gpu("NVIDIA H100 SXM", "sm_90", 132, 989.5e12, 4096, 3.35e12, 260, 480, 228),
+    "A100": _gpu("NVIDIA A100 SXM 80GB", "sm_80", 108, 312e12, 2048, 2.039e12, 200, 470, 164),
+}
+# Triton's own share of shared memory, which CUDA takes of every program.
+RESERVED_SHARED = 1024
+REGISTER_UNIT = 256  # of a warp
+SHARED_UNIT = 128
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How many programs a multiprocessor holds, and what allows no more: registers, shared memory, warps, blocks."""
+
+    programs: int
+    limit: str
+
+
+def occupancy(registers: int, shared: int, warps: int, gpu: Gpu) -> Occupancy:
+    """Programs of so many registers a thread, bytes of shared memory and warps, that a multiprocessor holds."""
+    of_warp = math.ceil(registers * 32 / REGISTER_UNIT) * REGISTER_UNIT
+    of_program = math.ceil((shared + RESERVED_SHARED) / SHARED_UNIT) * SHARED_UNIT
+    quarter = gpu.registers // 4 // of_warp  # warps that a quarter's registers hold
+    most = {
+        "registers": quarter * 4 // warps,
+        "shared memory": gpu.shared // of_program,
+        "warps": gpu.warps // warps,
+        "blocks": gpu.blocks,
+    }
+    limit = min(most, key=most.get)
+    if most[limit] == 0:
+        raise ValueError(f"{limit}: expected what a program fits on {gpu.name}, got {registers} registers, {shared} bytes "
+                         f"and {warps} warps")  # fmt: skip
+    return Occupancy(most[limit], limit)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one launch: what was counted, the seconds that each resource takes, and their sum.
+
+    Attributes:
+        name: of the kernel, or "aten::..." of what PyTorch launches.
+        programs, working: of the grid, and those of them that do not return early.
+        registers: of a thread.
+        shared: bytes of a program.
+        warps: of a program.
+        occupancy: programs that a multiprocessor holds at a time.
+        occupancy_limit: what allows no more.
+        waves: in which a multiprocessor takes its programs.
+        instructions: that a warp issues in all.
+        step_instructions, step_barriers, steps: of the loop that takes most.
+        bytes, l2_bytes: that memory and L2 move.
+        parts: seconds of "launch", "idle", "fill", and of each resource, of which the longest counts: "issue",
+            "tensor", "shared", "L2", "bytes", "latency".
+        busiest: which unit "issue" is about.
+        seconds: predicted.
+        notes: what could not be read from the kernel and was assumed.
+    """
+
+    name: str
+    programs: int = 0
+    working: int = 0
+    registers: int = 0
+    shared: int = 0
+    warps: int = 0
+    occupancy: int = 0
+    occupancy_limit: str = ""
+    waves: int = 0
+    instructions: float = 0.0
+    step_instructions: int = 0
+    step_barriers: int = 0
+    steps: float = 0.0
+    bytes: float = 0.0
+    l2_bytes: float = 0.0
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    busiest: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Predicted."""
+        taken = {name: self.parts.get(name, 0.0) for name in RESOURCES}
+        latency = taken.pop("latency")
+        return (
+            self.parts.get("launch", 0.0)
+            + self.parts.get("idle", 0.0)
+            + max(max(taken.values()) + self.parts.get("fill", 0.0), latency)
+        )
+
+    @property
+    def binds(self) -> str:
+        """What takes longest: one of RESOURCES, "launch" or "idle"."""
+        return max(("launch", "idle", *RESOURCES), key=lambda name: self.parts.get(name, 0.0))
+
+    def record(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"seconds": self.seconds, "binds": self.binds}
+
+
+RESOURCES = ("issue", "tensor", "shared", "L2", "bytes", "latency")
+
+
+def gpu_of(device: str | None) -> Gpu:
+    """Of that name, or with None the one that is here.
+
+    Raises ValueError for another, and where PyTorch finds none that is known.
+    """
+    if device is None:
+        name = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else "no GPU"
+        found = next((gpu for key, gpu in GPUS.items() if key in name), None)
+        if found is None:
+            raise ValueError(f"device: expected one of {', '.join(GPUS)} where no such GPU is here, got None on {name}")
+        return found
+    if device not in GPUS:
+        raise ValueError(f"device: expected one of {', '.join(GPUS)} or None, got {device!r}")
+    return GPUS[device]
+
+
+def predict(run: Callable[[], object], device: str | None, launches: str) -> list[Prediction]:
+    """See `roofline.predict`."""
+    if launches not in LAUNCH:
+        raise ValueError(f"launches: expected one of {', '.join(LAUNCH)}, got {launches!r}")
+    gpu = gpu_of(device)
+    with seen(run, None if device is None else gpu.target) as events:
+        unwritten: set[int] = set()
+        return [_prediction(event, gpu, LAUNCH[launches], unwritten, device is not None) for event in events]
+
+
+@contextmanager
+def seen(run: Callable[[], object], target: str | None) -> Iterator[list[Launch | TorchLaunch]]:
+    """What a run launches, in order; the tensors live as long as the `with` block."""
+    from .calibration import execution
+
+    events: list[Launch | TorchLaunch] = []
+
+    def tell(launch: Launch) -> None:
+        if target is not None:
+            emulate(launch)
+        events.append(launch)
+
+    before = _backend._len_torch_dispatch_stack
+    with recorded(target, tell), execution("sparse"), _TorchLaunches(events):
+        try:
+            # An op that sees the mode below would take another way than the one that is asked about.
+            _backend._len_torch_dispatch_stack = lambda: 0
+            run()
+        finally:
+            _backend._len_torch_dispatch_stack = before
+    yield events
+
+
+def _prediction(event, gpu: Gpu, launch_seconds: float, unwritten: set[int], is_elsewhere: bool) -> Prediction:
+    if isinstance(event, TorchLaunch):
+        parts = {"launch": launch_seconds, "bytes": event.bytes / gpu.copy}
+        return Prediction(event.name, bytes=event.bytes, l2_bytes=event.bytes, parts=parts)
+
+    def is_known(name: str) -> bool:
+        return event.arguments[name].untyped_storage().data_ptr() not in unwritten
+
+    found = trace(event.kernel.asm["ttir"], dict(event.arguments), event.grid, is_known)
+    if is_elsewhere and event.name not in EMULATED:
+        for access in found.accesses:
+            if access.is_store:
+                unwritten.add(event.arguments[access.argument].untyped_storage().data_ptr())
+    return kernel_prediction(event, found, decode(event.kernel), gpu, launch_seconds)
+
+
+def kernel_prediction(launch: Launch, found: Trace, code: Code, gpu: Gpu, launch_seconds: float) -> Prediction:
+    """Of a Triton kernel, of which the programs and the machine code are known."""
+    of_kernel, warps = resources(launch.kernel), launch.kernel.metadata.num_warps
+    held = occupancy(of_kernel.registers, of_kernel.shared, warps, gpu)
+    moved, l2_bytes = _bytes(launch, found, code)
+    trips, notes = _trips(found, code)
+    # Of what L2 hands out the first time it has to wait for memory.
+    share = min(1.0, moved / l2_bytes) if l2_bytes else 1.0
+    latency = gpu.l2_latency + share * (gpu.latency - gpu.l2_latency)
+    made = walk(code, trips, latency=latency, arch=gpu.arch)
+    idle = walk(code, trips, latency=gpu.l2_latency, arch=gpu.arch, until_exit=True).cycles
+    parts, waves = _parts(found, made, idle, warps, held.programs, moved, l2_bytes, gpu)
+    parts["launch"] = launch_seconds
+    step = made.step
+    return Prediction(
+        launch.name, found.programs, found.working, of_kernel.registers, of_kernel.shared, warps, held.programs,
+        held.limit, waves, made.issued, step.instructions if step else 0, step.barriers if step else 0, made.trips, moved,
+        l2_bytes, parts, made.busiest[0], (*found.unknown, *notes),
+    )  # fmt: skip
+
+
+def _parts(
+    found: Trace, made: Walk, idle_cycles: float, warps: int, held: int, moved: float, l2_bytes: float, gpu: Gpu
+) -> tuple[dict[str, float], int]:
+    of_one = math.ceil(found.working / gpu.multiprocessors)  # programs of the multiprocessor that has most
+    waves = math.ceil(of_one / held)
+    second = lambda cycles: cycles / gpu.clock
+    # Four quarters share a program's warps.
+    unit = lambda cycles: second(of_one * cycles * max(warps, 4) / 4)
+    others = {name: cycles for name, cycles in made.pipes.items() if name not in ("tensor", "shared")}
+    busy = max(made.issued, *others.values(), 0.0) if others else made.issued
+    around = made.cycles - made.inside
+    idle = math.ceil((found.programs - found.working) / gpu.multiprocessors)
+    parts = {
+        "idle": second(idle * max(PROGRAM_CYCLES, idle_cycles / min(gpu.blocks, gpu.warps // warps))),
+        "issue": unit(busy),
+        "tensor": unit(made.pipes["tensor"]),
+        "shared": unit(made.pipes["shared"]),
+        "L2": l2_bytes / gpu.l2,
+        "bytes": moved / gpu.copy,
+        "latency": second(waves * (made.cycles + PROGRAM_CYCLES)),
+        "fill": second(around * (waves if held == 1 else 1)),
+    }
+    return parts, waves
+
+
+def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
+    """That memory moves, of each operand no more than there is; and that L2 moves.
+
+    What a program reads again comes from L1, but for tiles that are copied past it to shared memory.
+    """
+    bypasses = any("LDGSTS" in one.opcode and "BYPASS" in one.opcode for one in code.instructions)
+    l2: dict[tuple[str, bool], float] = {}
+    asked: dict[tuple[str, bool], float] = {}
+    for access in found.accesses:
+        key = access.argument, access.is_store
+        asked[key] = asked.get(key, 0.0) + access.bytes
+        if access.is_store or (bypasses and access.depth and len(access.shape) > 1):
+            l2[key] = l2.get(key, 0.0) + access.bytes
+    whole = lambda name: launch.arguments[name].numel() * launch.arguments[name].element_size()
+    moved = 0.0
+    for key, amount in asked.items():
+        distinct = min(amount, found.touched.get(key, amount) * found.working)
+        l2.setdefault(key, distinct)
+        moved += min(whole(key[0]), distinct)
+    return moved, sum(l2.values())
+
+
+def _trips(found: Trace, code: Code) -> tuple[list[float], list[str]]:
+    """Of each loop of the machine code, from those of the source: the same ones, but for those that were unrolled."""
+    loops, number = list(found.loops), len(code.loops)
+    if len(loops) > number:
+        loops = sorted(sorted(loops, key=lambda loop: -loop.per_entry)[:number], key=found.loops.index)
+    trips = [loop.per_entry for loop in loops]
+    if len(trips) < number:
+        note = f"{number} loops in the machine code, {len(trips)} in the source"
+        return trips + [1.0] * (number - len(trips)), [note]
+    return trips, []
+
+
+# What the device computes before others read it: written on the host in place of a kernel that does not run.
+
+
+def _compact(a: dict) -> None:
+    active = a["mask"].reshape(-1) != 0
+    found = active.nonzero()[:, 0]
+    a["index"].view(-1)[: len(found)] = found.int()
+    a["count"].fill_(len(found))
+    if a["inverse"] is not None:
+        a["inverse"].view(-1).copy_(torch.where(active, active.cumsum(0) - 1, -1))
+
+
+def _invert(a: dict) -> None:
+    count = int(a["count"])
+    a["inverse"].view(-1)[a["index"][:count].long()] = torch.arange(count, dtype=torch.int32)
+
+
+def _compact_channels(a: dict) -> None:
+    samples, channels = a["mask"].shape
+    given = a["given"].as_strided((samples, -(-channels // a["granularity"])), (a["stride_n"], a["stride_c"]))
+    kept = (given != 0).repeat_interleave(a["granularity"], 1)[:, :channels]
+    order = torch.where(kept, torch.arange(channels), channels).sort(1).values
+    a["mask"].copy_(kept)
+    a["index"].copy_(torch.where(order < channels, order, -1))
+    a["count"].copy_(kept.sum(1))
+
+
+def _channel_places(a: dict) -> None:
+    index, step = a["index"], a["step"]
+    bounds = torch.arange(a["columns"]) * step
+    kept = (index[:, None] >= 0) & (index[:, None] < bounds[:, None])
+    a["places"].copy_(kept.sum(2))
+
+
+def _touch(a: dict) -> None:
+    height, width, rows, columns = a["out_height"], a["out_width"], a["height"], a["width"]
+    mask = a["mask"].reshape(-1, height, width) != 0
+    made = torch.zeros(len(mask), rows, columns, dtype=torch.bool)
+    for ky in range(a["KERNEL_HEIGHT"]):
+        for kx in range(a["KERNEL_WIDTH"]):
+            y = torch.arange(height) * a["STRIDE_H"] - a["pad_top"] + ky * a["dilation_h"]
+            x = torch.arange(width) * a["STRIDE_W"] - a["pad_left"] + kx * a["dilation_w"]
+            ys, xs = (y >= 0) & (y < rows), (x >= 0) & (x < columns)
+            made[:, y[ys][:, None], x[xs]] |= mask[:, ys][:, :, xs]
+    a["out"].view(-1).copy_(made.view(-1))
+
+
+EMULATED = {
+    "count_kernel": lambda a: None,  # its results are read by no scalar
+    "compact_kernel": _compact,
+    "inverse_kernel": _invert,
+    "compact_channels_kernel": _compact_channels,
+    "channel_places_kernel": _channel_places,
+    "touched_kernel": _touch,
+}
+
+
+def emulate(launch: Launch) -> None:
+    """Write what a kernel of compaction would, into its CPU tensors."""
+    with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+        if launch.name in EMULATED:
+            EMULATED[launch.name](dict(launch.arguments))
+
+
+@dataclass(frozen=True)
+class TorchLaunch:
+    """A kernel of PyTorch's own, known by what it reads and writes."""
+
+    name: str
+    bytes: int
+
+
+# What hands out memory, or another view of it.
+_FREE = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "contiguous", "detach", "empty", "empty_like",
+    "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "resize_", "select",
+    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    # On a CPU a count is at hand, and some ways look at it.
+    "_local_scalar_dense", "equal", "nonzero", "is_pinned", "item",
+}  # fmt: skip
+
+
+class _TorchLaunches(TorchDispatchMode):
+    """Notes the kernels that PyTorch launches, among those of Triton."""
+
+    def __init__(self, events: list) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if function.namespace == "dynconv":  # of an op of this package, what it is made of
+            with self:
+                key = "CUDA" if any(isinstance(a, Tensor) and a.is_cuda for a in arguments) else "CPU"
+                return function._op_dk(getattr(torch._C.DispatchKey, key), *arguments, **keywords)
+        result = function(*arguments, **keywords)
+        name = function._schema.name.partition("::")[2]
+        given = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
+        copies = name in ("contiguous", "reshape") and result.data_ptr() != arguments[0].data_ptr()
+        if name not in _FREE or copies:
+            made = [value for value in (result if isinstance(result, Sequence) else [result]) if isinstance(value, Tensor)]
+            writes_only = name in ("zero_", "fill_", "zeros", "ones", "full")
+            moved = sum(t.numel() * t.element_size() for t in ([] if writes_only else given) + made)
+            self.events.append(TorchLaunch(f"aten::{name}", moved))
+        return result
