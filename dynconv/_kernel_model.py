@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +35,10 @@ from ._warp import Walk, walk
 LAUNCH = {"graph": 1.0e-6, "eager": 2.5e-6}
 # Cycles of a multiprocessor to take a program. Assumed: it is what grids of empty programs are known to cost.
 PROGRAM_CYCLES = 80
-# What cuDNN reaches of the data sheet's matrix rate in dense convolutions: 600 of 989.5 TFLOP/s. Assumed.
+# What cuDNN reaches of the data sheet's matrix rate in dense convolutions: 600 of H100's 989.5 TFLOP/s. Assumed.
 DENSE_SHARE = 600 / 989.5
+# What a long copy reaches of the data sheet's bandwidth: 3.0 of H100's 3.35 TB/s.
+COPY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Gpu:
         l2_latency, latency: cycles of a load from L2 and from memory (Luo et al., arXiv 2402.13499; about).
         registers, shared, warps, blocks: of a multiprocessor: 32-bit registers, bytes for programs, most warps and
             programs at a time (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-        products: FLOP/s of matrix products in half precision, of the data sheet.
     """
 
     name: str
@@ -65,7 +65,6 @@ class Gpu:
     l2: float
     l2_latency: int
     latency: int
-    products: float
     registers: int = 65536
     shared: int = 228 * 1024
     warps: int = 64
@@ -79,7 +78,7 @@ class Gpu:
 
 def _gpu(name, target, multiprocessors, half, per_cycle, bandwidth, l2_latency, latency, shared) -> Gpu:
     clock = half / multiprocessors / per_cycle
-    return Gpu(name, target, multiprocessors, clock, 0.9 * bandwidth, 2 / 3 * 5120 * clock, l2_latency, latency, half,
+    return Gpu(name, target, multiprocessors, clock, COPY_SHARE * bandwidth, 2 / 3 * 5120 * clock, l2_latency, latency,
                shared=shared * 1024)  # fmt: skip
 
 
@@ -163,8 +162,13 @@ class Prediction:
     notes: tuple[str, ...] = ()
 
     @property
+    def is_torch(self) -> bool:
+        """Whether PyTorch launches it, and its bytes are all that is known."""
+        return self.name.startswith("aten::")
+
+    @property
     def seconds(self) -> float:
-        """Predicted."""
+        """Predicted, the launch included."""
         taken = {name: self.parts.get(name, 0.0) for name in RESOURCES}
         latency = taken.pop("latency")
         return (
@@ -202,19 +206,24 @@ def gpu_of(device: str | None) -> Gpu:
     return GPUS[device]
 
 
-def predict(run: Callable[[], object], device: str | None, launches: str) -> list[Prediction]:
-    """See `roofline.predict`."""
+def launch_seconds(launches: str) -> float:
+    """Between two kernels, in a graph or launched one by one; raises ValueError for another word."""
     if launches not in LAUNCH:
         raise ValueError(f"launches: expected one of {', '.join(LAUNCH)}, got {launches!r}")
-    gpu = gpu_of(device)
-    with seen(run, None if device is None else gpu.target) as events:
-        unwritten: set[int] = set()
-        return [_prediction(event, gpu, LAUNCH[launches], unwritten, device is not None) for event in events]
+    return LAUNCH[launches]
 
 
-@contextmanager
-def seen(run: Callable[[], object], target: str | None) -> Iterator[list[Launch | TorchLaunch]]:
-    """What a run launches, in order; the tensors live as long as the `with` block."""
+def predict(run: Callable[[], object], device: str | None, launches: str) -> tuple[Prediction, ...]:
+    """See `roofline.predict`."""
+    between, gpu = launch_seconds(launches), gpu_of(device)
+    events, first = seen(run, None if device is None else gpu.target)
+    unwritten: set[int] = set()
+    made = [_prediction(event, gpu, between, unwritten, device is not None, n >= first) for n, event in enumerate(events)]
+    return tuple(made[first:])
+
+
+def seen(run: Callable[[], object], target: str | None) -> tuple[list[Launch | TorchLaunch], int]:
+    """What a run launches twice, in order, with its tensors; and where the second time begins."""
     from .calibration import execution
 
     events: list[Launch | TorchLaunch] = []
@@ -230,14 +239,19 @@ def seen(run: Callable[[], object], target: str | None) -> Iterator[list[Launch 
             # An op that sees the mode below would take another way than the one that is asked about.
             _backend._len_torch_dispatch_stack = lambda: 0
             run()
+            first = len(events)
+            run()
         finally:
             _backend._len_torch_dispatch_stack = before
-    yield events
+    return events, first
 
 
-def _prediction(event, gpu: Gpu, launch_seconds: float, unwritten: set[int], is_elsewhere: bool) -> Prediction:
+def _prediction(
+    event: Launch | TorchLaunch, gpu: Gpu, between: float, unwritten: set[int], is_elsewhere: bool, counts: bool
+) -> Prediction | None:
+    """Of a launch; where it does not count, only what it leaves unwritten is noted."""
     if isinstance(event, TorchLaunch):
-        parts = {"launch": launch_seconds, "bytes": event.bytes / gpu.copy}
+        parts = {"launch": between, "bytes": event.bytes / gpu.copy}
         return Prediction(event.name, bytes=event.bytes, l2_bytes=event.bytes, parts=parts)
 
     def is_known(name: str) -> bool:
@@ -248,10 +262,19 @@ def _prediction(event, gpu: Gpu, launch_seconds: float, unwritten: set[int], is_
         for access in found.accesses:
             if access.is_store:
                 unwritten.add(event.arguments[access.argument].untyped_storage().data_ptr())
-    return kernel_prediction(event, found, decode(event.kernel), gpu, launch_seconds)
+    return kernel_prediction(event, found, _code(event.kernel), gpu, between) if counts else None
 
 
-def kernel_prediction(launch: Launch, found: Trace, code: Code, gpu: Gpu, launch_seconds: float) -> Prediction:
+_DECODED: dict[str, Code] = {}  # by hash: to disassemble a kernel takes half a second
+
+
+def _code(kernel) -> Code:
+    if kernel.hash not in _DECODED:
+        _DECODED[kernel.hash] = decode(kernel)
+    return _DECODED[kernel.hash]
+
+
+def kernel_prediction(launch: Launch, found: Trace, code: Code, gpu: Gpu, between: float) -> Prediction:
     """Of a Triton kernel, of which the programs and the machine code are known."""
     of_kernel, warps = resources(launch.kernel), launch.kernel.metadata.num_warps
     held = occupancy(of_kernel.registers, of_kernel.shared, warps, gpu)
@@ -263,7 +286,7 @@ def kernel_prediction(launch: Launch, found: Trace, code: Code, gpu: Gpu, launch
     made = walk(code, trips, latency=latency, arch=gpu.arch)
     idle = walk(code, trips, latency=gpu.l2_latency, arch=gpu.arch, until_exit=True).cycles
     parts, waves = _parts(found, made, idle, warps, held.programs, moved, l2_bytes, gpu)
-    parts["launch"] = launch_seconds
+    parts["launch"] = between
     step = made.step
     return Prediction(
         launch.name, found.programs, found.working, of_kernel.registers, of_kernel.shared, warps, held.programs,
@@ -436,3 +459,108 @@ class _TorchLaunches(TorchDispatchMode):
             moved = sum(t.numel() * t.element_size() for t in ([] if writes_only else given) + made)
             self.events.append(TorchLaunch(f"aten::{name}", moved))
         return result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A kernel that ran: its name as CUDA has it, and the median of its seconds."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A launch: predicted, measured or both. Several kernels of PyTorch's own in a row may be measured as one."""
+
+    name: str
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over predicted: above 1 what is slower than predicted."""
+        return self.measured / self.predicted if self.predicted and self.measured is not None else None
+
+
+def measure(run: Callable[[], object], repeats: int, profile: Callable | None = None) -> list[Measured]:
+    """The kernels that a run launches on the GPU that is here, in order, with L2 emptied before each repeat.
+
+    profile gives (name, seconds) of the kernels of a call; None is PyTorch's profiler.
+    Raises RuntimeError where two repeats do not launch the same kernels.
+    """
+    from .calibration import execution
+
+    profile = profile or _profile
+    with execution("sparse"):
+        for _ in range(2):
+            run()
+        profile(run)  # the first time the profiler starts itself
+        seen = [profile(run) for _ in range(repeats)]
+    names = [[name for name, _ in kernels] for kernels in seen]
+    if any(some != names[0] for some in names):
+        raise RuntimeError(f"run: expected the same kernels each time, got {min(names, key=len)} and {max(names, key=len)}")
+    middle = lambda values: sorted(values)[len(values) // 2]
+    return [Measured(name, middle([kernels[n][1] for kernels in seen])) for n, name in enumerate(names[0])]
+
+
+def _profile(run: Callable[[], object]) -> list[tuple[str, float]]:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()  # more than any L2 holds
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us() / 1e6) for event in events]
+
+
+def compare(predicted: Sequence[Prediction], measured: Sequence[Measured]) -> list[Compared]:
+    """Put the measured kernels of a run beside its predictions.
+
+    Triton's are found by their names, in order. What was measured between two of them belongs to the launches of
+    PyTorch's own between these: one by one where they are as many, and else together.
+    Raises ValueError where a kernel of Triton was predicted and not measured, or the other way round.
+    """
+    rows: list[Compared] = []
+    waiting: list[Prediction] = []
+    at = 0
+    ours = {prediction.name for prediction in predicted if not prediction.is_torch}
+
+    def between(end: int) -> None:
+        found = measured[at:end]
+        for one in found:
+            if _plain(one.name) in ours:
+                raise ValueError(f"measured: expected the kernels {[p.name for p in predicted]} in this order, got "
+                                 f"{[m.name for m in measured]}")  # fmt: skip
+        if waiting and len(found) != len(waiting):
+            name = " + ".join(prediction.name for prediction in waiting)
+            total = sum(one.seconds for one in found) if found else None
+            rows.append(Compared(name, sum(prediction.seconds for prediction in waiting), total))
+        elif waiting:
+            rows.extend(Compared(p.name, p.seconds, one.seconds) for p, one in zip(waiting, found, strict=True))
+        else:
+            rows.extend(Compared(one.name, None, one.seconds) for one in found)
+        waiting.clear()
+
+    for prediction in predicted:
+        if prediction.is_torch:
+            waiting.append(prediction)
+            continue
+        names = [_plain(one.name) for one in measured]
+        if prediction.name not in names[at:]:
+            raise ValueError(f"measured: expected {prediction.name} after {at} kernels, got {names}")
+        found = names.index(prediction.name, at)
+        between(found)
+        # A profiler times the kernel alone, from its first instruction to its last.
+        rows.append(Compared(prediction.name, prediction.seconds - prediction.parts["launch"], measured[found].seconds))
+        at = found + 1
+    between(len(measured))
+    return rows
+
+
+def _plain(name: str) -> str:
+    return name.strip("_")

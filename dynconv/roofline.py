@@ -5,13 +5,15 @@ and additions at the device's rate, and at least that of moving every operand an
 call has to do, a function for each op; a `Device` has the ceilings, measured here or from a data sheet; `floor` is the
 quotient. `Tiles` says how much of what a kernel computes is asked for: a tile is computed as a whole, and a wave of
 them lasts as long as its last one.
+
+`predict` goes further: what the kernels of a call will take on a GPU that need not be here, from their machine code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _kernel_model
 from ._backend import module
 from ._geometry import Geometry, IntPair, Padding
+from ._kernel_model import Compared, Measured, Prediction
 from ._timing import cpu_model, take_turns
 from .channels import ActiveChannels
 from .sites import ActiveSites
@@ -203,6 +207,85 @@ def _product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
     finally:
         torch.backends.cudnn.benchmark = before
     return max(flops[name] / timing.low * 1e3 for name, timing in taken.items())
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a call's kernels are predicted to take, in the order of their launches."""
+
+    kernels: tuple[Prediction, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all together, one after the other."""
+        return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be read from the kernels and was assumed."""
+        return tuple(f"{kernel.name}: {note}" for kernel in self.kernels for note in kernel.notes)
+
+
+def predict(run: Callable[[], object], *, device: str | None = "H100", launches: str = "graph") -> Predictions:
+    """Predict what each kernel that `run` launches takes on a GPU, from the kernel as it is compiled for that GPU.
+
+    The model is that of `dynconv/_kernel_model.py`, which says what it leaves out; nothing of it was fitted to a
+    measurement. `run` is called twice, the sparse way forced, and the second call counts: the first leaves behind what
+    calls share. For a GPU that is not here it runs on CPU tensors whose values do not matter but for the masks: take
+    `torch.empty`, which takes no memory before it is written. Kernels are compiled and not run, so results are whatever
+    memory held.
+
+        >>> x, weight = torch.empty(8, 64, 56, 56, dtype=torch.bfloat16), torch.empty(64, 64, 3, 3, dtype=torch.bfloat16)
+        >>> mask = torch.rand(8, 1, 56, 56) < 0.25
+        >>> with torch.no_grad():
+        ...     found = roofline.predict(lambda: dynconv.masked_conv2d(x, weight, padding=1, mask=mask), device="H100")
+        >>> [(kernel.name, kernel.seconds, kernel.binds) for kernel in found.kernels], found.seconds
+
+    Args:
+        run: makes the calls, as for `dynconv.warmup`.
+        device: "H200", "H100" or "A100"; None for the GPU that is here, on which the kernels run.
+        launches: "graph", as in a CUDA graph, or "eager", one by one.
+
+    Raises ValueError for another device or way to launch, and RuntimeError under TRITON_INTERPRET=1.
+    """
+    return Predictions(_kernel_model.predict(run, device, launches))
+
+
+def predict_dense(work: Work, dtype: torch.dtype, *, device: str = "H100", launches: str = "graph") -> float:
+    """Predict the seconds of a dense call, whose kernel is cuDNN's: at the part of the ceilings that such kernels reach.
+
+    Args:
+        work: of the call without a mask.
+        dtype: of the tensors.
+        device, launches: as for `predict`.
+
+    Raises ValueError for another device or way to launch.
+    """
+    between = _kernel_model.launch_seconds(launches)
+    sheet = DATA_SHEETS[next(key for key, gpu in _kernel_model.GPUS.items() if gpu is _kernel_model.gpu_of(device))]
+    rates = sheet.products if work.is_product else sheet.arithmetic
+    computed = work.flops / (_kernel_model.DENSE_SHARE * rates[precision_of(dtype, sheet)])
+    return between + max(computed, work.bytes / (_kernel_model.COPY_SHARE * sheet.copy))
+
+
+def measure_kernels(run: Callable[[], object], repeats: int = 10) -> list[Measured]:
+    """Measure each kernel that `run` launches on the GPU that is here, with PyTorch's profiler and an empty L2.
+
+    Args:
+        run: makes the calls, the sparse way forced.
+        repeats: of which the median counts.
+
+    Raises RuntimeError where two repeats do not launch the same kernels.
+    """
+    return _kernel_model.measure(run, repeats)
+
+
+def compare(predicted: Predictions, measured: Sequence[Measured]) -> list[Compared]:
+    """Put what was measured beside what was predicted, a row for each launch, without the time between launches.
+
+    Raises ValueError where they are not of the same kernels.
+    """
+    return _kernel_model.compare(predicted.kernels, measured)
 
 
 def masked_conv2d(
