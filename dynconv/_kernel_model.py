@@ -29,11 +29,10 @@ from ._machine_code import Code, decode, resources
 from ._programs import Trace, trace
 from ._warp import Walk, walk
 
-# Seconds from the end of one kernel to the first instruction of the next. In a CUDA graph about 1 us ("Constant Time
-# Launch for Straight-Line CUDA Graphs", NVIDIA Technical Blog, 2024, and the drain of the kernel before); launched one
-# by one the CPU takes 2 to 5 us each, which GPU work hides where it is longer.
+# Seconds from the end of one kernel to the first instruction of the next. Assumed: in a CUDA graph about 1 us; launched
+# one by one the CPU takes 2 to 5 us each, which GPU work hides where it is longer.
 LAUNCH = {"graph": 1.0e-6, "eager": 2.5e-6}
-# Cycles of a multiprocessor to take a program. Assumed: it is what grids of empty programs are known to cost.
+# Cycles of a multiprocessor to take a program. Assumed.
 PROGRAM_CYCLES = 80
 # What cuDNN reaches of the data sheet's matrix rate in dense convolutions: 600 of H100's 989.5 TFLOP/s. Assumed.
 DENSE_SHARE = 600 / 989.5
@@ -52,7 +51,8 @@ class Gpu:
         clock: of them, a second; with it the matrix rates of the data sheet come out.
         copy: bytes a second that a long copy reaches, read and written: nine tenths of the data sheet's.
         l2: bytes a second from L2: two thirds of 5120 a cycle (NVIDIA A100 whitepaper; of H100 no more is said).
-        l2_latency, latency: cycles of a load from L2 and from memory (Luo et al., arXiv 2402.13499; about).
+        l2_latency, latency: cycles of a load from L2 and from memory. Assumed, of the order that microbenchmarks find
+            (such as Luo et al., https://arxiv.org/abs/2402.13499).
         registers, shared, warps, blocks: of a multiprocessor: 32-bit registers, bytes for programs, most warps and
             programs at a time (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
     """
@@ -107,15 +107,17 @@ def occupancy(registers: int, shared: int, warps: int, gpu: Gpu) -> Occupancy:
     of_program = math.ceil((shared + RESERVED_SHARED) / SHARED_UNIT) * SHARED_UNIT
     quarter = gpu.registers // 4 // of_warp  # warps that a quarter's registers hold
     most = {
-        "registers": quarter * 4 // warps,
-        "shared memory": gpu.shared // of_program,
         "warps": gpu.warps // warps,
         "blocks": gpu.blocks,
+        "shared memory": gpu.shared // of_program,
+        "registers": quarter * 4 // warps,
     }
     limit = min(most, key=most.get)
     if most[limit] == 0:
-        raise ValueError(f"{limit}: expected what a program fits on {gpu.name}, got {registers} registers, {shared} bytes "
-                         f"and {warps} warps")  # fmt: skip
+        raise ValueError(
+            f"{limit}: expected what fits a multiprocessor of {gpu.name}, got {registers} registers, {shared} bytes "
+            f"and {warps} warps"
+        )
     return Occupancy(most[limit], limit)
 
 
@@ -218,7 +220,9 @@ def predict(run: Callable[[], object], device: str | None, launches: str) -> tup
     between, gpu = launch_seconds(launches), gpu_of(device)
     events, first = seen(run, None if device is None else gpu.target)
     unwritten: set[int] = set()
-    made = [_prediction(event, gpu, between, unwritten, device is not None, n >= first) for n, event in enumerate(events)]
+    made = [
+        _prediction(event, gpu, between, unwritten, device is not None, n >= first) for n, event in enumerate(events)
+    ]
     return tuple(made[first:])
 
 
@@ -290,8 +294,8 @@ def kernel_prediction(launch: Launch, found: Trace, code: Code, gpu: Gpu, betwee
     step = made.step
     return Prediction(
         launch.name, found.programs, found.working, of_kernel.registers, of_kernel.shared, warps, held.programs,
-        held.limit, waves, made.issued, step.instructions if step else 0, step.barriers if step else 0, made.trips, moved,
-        l2_bytes, parts, made.busiest[0], (*found.unknown, *notes),
+        held.limit, waves, made.issued, step.instructions if step else 0, step.barriers if step else 0, made.trips,
+        moved, l2_bytes, parts, made.busiest[0], (*found.unknown, *notes),
     )  # fmt: skip
 
 
@@ -429,8 +433,8 @@ class TorchLaunch:
 # What hands out memory, or another view of it.
 _FREE = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "contiguous", "detach", "empty", "empty_like",
-    "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "resize_", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "resize_",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
     # On a CPU a count is at hand, and some ways look at it.
     "_local_scalar_dense", "equal", "nonzero", "is_pinned", "item",
 }  # fmt: skip
@@ -454,7 +458,9 @@ class _TorchLaunches(TorchDispatchMode):
         given = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
         copies = name in ("contiguous", "reshape") and result.data_ptr() != arguments[0].data_ptr()
         if name not in _FREE or copies:
-            made = [value for value in (result if isinstance(result, Sequence) else [result]) if isinstance(value, Tensor)]
+            made = [
+                value for value in (result if isinstance(result, Sequence) else [result]) if isinstance(value, Tensor)
+            ]
             writes_only = name in ("zero_", "fill_", "zeros", "ones", "full")
             moved = sum(t.numel() * t.element_size() for t in ([] if writes_only else given) + made)
             self.events.append(TorchLaunch(f"aten::{name}", moved))
@@ -499,7 +505,9 @@ def measure(run: Callable[[], object], repeats: int, profile: Callable | None = 
         seen = [profile(run) for _ in range(repeats)]
     names = [[name for name, _ in kernels] for kernels in seen]
     if any(some != names[0] for some in names):
-        raise RuntimeError(f"run: expected the same kernels each time, got {min(names, key=len)} and {max(names, key=len)}")
+        raise RuntimeError(
+            f"run: expected the same kernels each time, got {min(names, key=len)} and {max(names, key=len)}"
+        )
     middle = lambda values: sorted(values)[len(values) // 2]
     return [Measured(name, middle([kernels[n][1] for kernels in seen])) for n, name in enumerate(names[0])]
 

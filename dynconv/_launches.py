@@ -69,9 +69,7 @@ class _Target:
 
 
 @contextmanager
-def recorded(
-    target: str | None = None, tell: Callable[[Launch], object] | None = None
-) -> Iterator[list[Launch]]:
+def recorded(target: str | None = None, tell: Callable[[Launch], object] | None = None) -> Iterator[list[Launch]]:
     """Note each launch of a Triton kernel inside the `with` block, in order.
 
     Args:

@@ -1,8 +1,8 @@
 """What a compiled kernel is made of: registers, instructions, and the loops around matrix instructions (SASS).
 
 `decode` gives NVIDIA's instructions one by one, with what the assembler tells the hardware of each: how long the warp
-waits before the next one, and for which results. Of these bits NVIDIA has published nothing; they are as Jia et al. found
-them for Volta (https://arxiv.org/abs/1804.06826) and have been the same since.
+waits before the next one, and for which results. Of these bits NVIDIA has published nothing; they are as Jia et al.
+found them for Volta (https://arxiv.org/abs/1804.06826) and have been the same since.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from torch import Tensor
 
 # Iterations of a loop around other loops that are evaluated one by one; beyond it the first stands for all.
 EVALUATED = 64
-# Programs of which tensors are evaluated, and iterations of each of their loops.
-SAMPLED_PROGRAMS, SAMPLED_ITERATIONS = 8, 16
+# Programs of which tensors are evaluated, with loops and without, and iterations of each of their loops.
+SAMPLED_PROGRAMS, SAMPLED_STRAIGHT, SAMPLED_ITERATIONS = 12, 64, 16
 SECTOR = 32  # bytes that memory and L2 move at least
 _NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
 _BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
@@ -78,7 +78,8 @@ class Trace:
         loops: of the source, in order, an outer one before those inside it.
         accesses: loads and stores, in order.
         touched: bytes that a program with work touches of each argument, each sector once: by (argument, is_store).
-        unknown: what could not be evaluated, in words: a loop counts as taken once then, a branch as taken.
+        unknown: what could not be evaluated, in words: a loop counts as taken once then, and of two branches the one in
+            which there is more to do.
     """
 
     programs: int
@@ -129,7 +130,8 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
     whole = _Tracer(ir, arguments, grid, is_known)
     whole.run()
     working = np.flatnonzero(whole.stored)
-    sample = working[np.unique(np.linspace(0, len(working) - 1, SAMPLED_PROGRAMS).astype(int))] if len(working) else working
+    number = min(len(working), SAMPLED_PROGRAMS if whole.loops else SAMPLED_STRAIGHT)
+    sample = working[np.linspace(0, len(working) - 1, number).astype(int)]
     sampled = _Tracer(ir, arguments, grid, is_known, sample)
     if len(sample):
         sampled.run()
@@ -139,7 +141,8 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
         for loop, (entries, trips) in zip(whole.loops, whole.trips, strict=True)
     )
     accesses = tuple(
-        Access(*values[:-2], values[-2], sampled.sectors_of(number, values)) for number, values in whole.accesses.items()
+        Access(*values[:-2], values[-2], sampled.sectors_of(number, values))
+        for number, values in whole.accesses.items()
     )
     unknown = tuple(dict.fromkeys((*whole.unknown, *sampled.unknown)))
     return Trace(whole.programs, len(working), loops, accesses, sampled.touched(), unknown)
@@ -183,7 +186,9 @@ class _Tracer:
         """Bytes that a program touches of each argument, on average."""
         count = lambda parts: len(np.unique(np.concatenate(parts))) if parts else 0
         return {
-            key: SECTOR * sum(map(count, programs)) / self.programs for key, programs in self.seen.items() if self.programs
+            key: SECTOR * sum(map(count, programs)) / self.programs
+            for key, programs in self.seen.items()
+            if self.programs
         }
 
     # What the IR looks like.
@@ -262,13 +267,19 @@ class _Tracer:
         ways = re.findall(r"(\^\w+)(?:\(([^)]*)\))?", line)
         parts = [weight]
         if line.startswith("cf.cond_br"):
-            taken = self._condition(re.search(r"cf\.cond_br (%[\w$.-]+)", line).group(1), line)
+            # Where nobody knows, programs go where there is more to do.
+            size = lambda way: len(self._labelled(way[0]).body)
+            taken = self._condition(
+                re.search(r"cf\.cond_br (%[\w$.-]+)", line).group(1), line, size(ways[0]) > size(ways[1])
+            )
             parts = [weight * taken, weight * ~taken]
         for (label, passed), part in zip(ways, parts, strict=True):
             masks[label] = masks[label] + part
-            target = next(block for block in self.blocks if block.label == label)
-            for name, value in zip(target.arguments, _NAME.findall(passed.split(":")[0])):
+            for name, value in zip(self._labelled(label).arguments, _NAME.findall(passed.split(":")[0])):
                 self._pass(name, value, part > 0)
+
+    def _labelled(self, label: str) -> _Block:
+        return next(block for block in self.blocks if block.label == label)
 
     def _pass(self, name: str, value: str, where: np.ndarray) -> None:
         """Give a block's argument what a branch hands over."""
@@ -281,12 +292,12 @@ class _Tracer:
         if value in self.bases:
             self.bases[name] = self.bases[value]
 
-    def _condition(self, name: str, line: str) -> np.ndarray:
+    def _condition(self, name: str, line: str, otherwise: bool = True) -> np.ndarray:
         value = self.values.get(name)
         if isinstance(value, np.ndarray):
             return value != 0
         self.unknown.append(f"what decides `{line.split(' -> ')[0][:60]}`")
-        return np.ones(self.programs, bool)
+        return np.full(self.programs, otherwise)
 
     def _run(self, items: list, weight: np.ndarray) -> None:
         for number, item in items:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from ._machine_code import BARRIER, MATRIX, Code, Instruction, Span
 
-# Iterations of a loop that are walked one by one; from the last of them follow the others.
-WALKED = 6
+# Iterations of a loop that are walked one by one, and those at the end of them whose mean all others take: as many as a
+# pattern of 2, 3, 4 or 6 buffers fits into.
+WALKED, STEADY = 20, 12
 # Threads of a warp over results that a quarter of a multiprocessor gives each cycle: the table "Throughput of Native
 # Arithmetic Instructions" of the CUDA C++ Programming Guide, of compute capability 8.0 and 9.0.
 PIPES = {
@@ -29,12 +30,12 @@ PIPES = {
     "shared": (4, "LDG STG LDS STS LDGSTS LDSM STSM SHFL ATOM ATOMS ATOMG RED LDL STL LD ST LDC"),
 }  # fmt: skip
 _PIPE_OF = {name: (pipe, cost) for pipe, (cost, names) in PIPES.items() for name in names.split()}
-# Cycles from issue to result. Shared memory, L2 and global memory: Luo et al., "Benchmarking and Dissecting the Nvidia
-# Hopper GPU Architecture via Microbenchmarking", 2024 (https://arxiv.org/abs/2402.13499). The others are about what such
-# measurements of single instructions say.
-SHARED_LATENCY = 30
-LATENCY = {"LDS": SHARED_LATENCY, "LDSM": SHARED_LATENCY, "LDC": 40, "S2R": 30, "S2UR": 30, "SHFL": 24, "MUFU": 24, "I2F": 14,
-           "F2I": 14, "F2F": 14, "POPC": 14, "FLO": 14, "R2UR": 12, "ATOMS": 60}  # fmt: skip
+# Cycles from issue to result, of units that take as long as they take. Assumed, of the order that microbenchmarks of
+# single instructions find.
+LATENCY = {
+    "LDS": 30, "LDSM": 30, "LDC": 40, "S2R": 30, "S2UR": 30, "SHFL": 24, "MUFU": 24, "I2F": 14, "F2I": 14, "F2F": 14,
+    "POPC": 14, "FLO": 14, "R2UR": 12, "ATOMS": 60,
+}  # fmt: skip
 OTHER_LATENCY = 12
 BARRIER_CYCLES = 20  # of bar.sync, with nobody late
 OPERAND_CYCLES = 12  # until a unit of variable latency has read what it was given
@@ -111,7 +112,8 @@ def matrix_cycles(instruction: Instruction, arch: int) -> tuple[float, float]:
     element = 8 if instruction.name == "DMMA" else 4 if "TF32" in instruction.opcode else 2
     if instruction.name == "HGMMA":  # the four warps of a group multiply 16 rows each
         rows, columns, depth = (int(number) for number in shape.groups())
-        read = (rows if re.search(r"R\d+, gdesc", instruction.text) else 0) + columns  # A may be in registers
+        # With A in registers it is "R24, R4, gdesc[UR8], R24".
+        read = (0 if re.search(r"R\d+, R\d+, gdesc", instruction.text) else rows) + columns
         multiplied = rows * columns * depth / 4 / PRODUCTS[arch][element]
         return multiplied, read * depth * element / SHARED_BYTES
     if shape:  # DMMA.8x8x4
@@ -142,7 +144,7 @@ class _Walker:
         self._walk(0, len(self.code.instructions), None)
         self.made.cycles = self.now
         if self.steps:
-            span, (step, cycles, trips) = max(self.steps.items(), key=lambda item: item[1][1])
+            step, cycles, trips = max(self.steps.values(), key=lambda found: found[1])
             self.made.step, self.made.inside, self.made.trips = step, cycles, trips
         return self.made
 
@@ -166,21 +168,20 @@ class _Walker:
 
     def _loop(self, span: Span) -> None:
         trips = self.trips[span]
-        before, weight = self.now, self.weight
-        walked = min(WALKED, int(trips) if trips >= 1 else 1)
-        step = Step()
+        before, weight, step = self.now, self.weight, Step()
+        walked = min(WALKED, max(1, int(trips)))
+        ends = []
         for iteration in range(walked):
-            self.weight = weight * (trips / walked if iteration == walked - 1 and trips < 1 else 1.0)
             is_last = iteration == walked - 1
-            if is_last:  # stands for all that are left
-                self.weight = weight * max(trips - walked + 1, 0.0)
+            if is_last:  # it stands for all that are left, of which there may be a part of one
+                self.weight = weight * (trips - walked + 1)
                 self.inside.append(step)
-            began = self.now
             self._walk(span.begin, span.end, span)
-            if is_last:
-                self.inside.remove(step)
-                step.cycles = self.now - began
-                self._later(step.cycles * (max(trips - walked + 1, 0.0) - 1))
+            ends.append(self.now)
+        self.inside.remove(step)
+        steady = min(STEADY, walked - 1) if walked == WALKED else walked
+        step.cycles = (ends[-1] - (ends[-1 - steady] if steady < walked else before)) / steady
+        self._later(step.cycles * (trips - walked))
         self.weight = weight
         found = self.steps.setdefault(span, [step, 0.0, 0.0])
         found[0] = step

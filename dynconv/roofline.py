@@ -235,7 +235,7 @@ def predict(run: Callable[[], object], *, device: str | None = "H100", launches:
     `torch.empty`, which takes no memory before it is written. Kernels are compiled and not run, so results are whatever
     memory held.
 
-        >>> x, weight = torch.empty(8, 64, 56, 56, dtype=torch.bfloat16), torch.empty(64, 64, 3, 3, dtype=torch.bfloat16)
+        >>> x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 64, 56, 56), (64, 64, 3, 3)))
         >>> mask = torch.rand(8, 1, 56, 56) < 0.25
         >>> with torch.no_grad():
         ...     found = roofline.predict(lambda: dynconv.masked_conv2d(x, weight, padding=1, mask=mask), device="H100")
@@ -252,7 +252,7 @@ def predict(run: Callable[[], object], *, device: str | None = "H100", launches:
 
 
 def predict_dense(work: Work, dtype: torch.dtype, *, device: str = "H100", launches: str = "graph") -> float:
-    """Predict the seconds of a dense call, whose kernel is cuDNN's: at the part of the ceilings that such kernels reach.
+    """Predict the seconds of a dense call, whose kernel is cuDNN's: at the part of the ceilings that it reaches.
 
     Args:
         work: of the call without a mask.

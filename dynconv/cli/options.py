@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,15 @@ seconds = number("a finite number of seconds, 0 or more", lambda value: 0 <= val
 limit = number("a number of seconds, 0 or more", lambda value: value >= 0)
 density = number("a density above 0 and at most 1", lambda value: 0 < value <= 1)
 share = number("a share between 0 and 1", lambda value: 0 < value < 1)
+
+
+def pattern(text: str) -> str:
+    """The type of a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise _refused("a regular expression", text, error) from None
+    return text
 
 
 def output_folder(text: str) -> Path:
