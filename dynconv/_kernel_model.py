@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _backend
 from ._launches import Launch, recorded
-from ._machine_code import Code, decode, resources
+from ._machine_code import Code, Span, decode, resources
 from ._programs import Trace, trace
-from ._warp import Walk, walk
+from ._warp import Walk, memory_bytes, walk
 
 # Seconds from the end of one kernel to the first instruction of the next. Assumed: in a CUDA graph about 1 us; launched
 # one by one the CPU takes 2 to 5 us each, which GPU work hides where it is longer.
@@ -283,11 +283,13 @@ def kernel_prediction(launch: Launch, found: Trace, code: Code, gpu: Gpu, betwee
     of_kernel, warps = resources(launch.kernel), launch.kernel.metadata.num_warps
     held = occupancy(of_kernel.registers, of_kernel.shared, warps, gpu)
     moved, l2_bytes = _bytes(launch, found, code)
-    trips, notes = _trips(found, code)
+    trips, notes = _trips(found, code, 32 * warps)
     # Of what L2 hands out the first time it has to wait for memory.
     share = min(1.0, moved / l2_bytes) if l2_bytes else 1.0
     latency = gpu.l2_latency + share * (gpu.latency - gpu.l2_latency)
     made = walk(code, trips, latency=latency, arch=gpu.arch)
+    if made.missed:
+        notes.append(f"{made.missed} loops that the walk along the code did not come to")
     idle = walk(code, trips, latency=gpu.l2_latency, arch=gpu.arch, until_exit=True).cycles
     parts, waves = _parts(found, made, idle, warps, held.programs, moved, l2_bytes, gpu)
     parts["launch"] = between
@@ -335,7 +337,7 @@ def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
     for access in found.accesses:
         key = access.argument, access.is_store
         asked[key] = asked.get(key, 0.0) + access.bytes
-        if access.is_store or (bypasses and access.depth and len(access.shape) > 1):
+        if access.is_store or (bypasses and access.loop >= 0 and len(access.shape) > 1):
             l2[key] = l2.get(key, 0.0) + access.bytes
     whole = lambda name: launch.arguments[name].numel() * launch.arguments[name].element_size()
     moved = 0.0
@@ -346,16 +348,42 @@ def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
     return moved, sum(l2.values())
 
 
-def _trips(found: Trace, code: Code) -> tuple[list[float], list[str]]:
-    """Of each loop of the machine code, from those of the source: the same ones, but for those that were unrolled."""
-    loops, number = list(found.loops), len(code.loops)
-    if len(loops) > number:
-        loops = sorted(sorted(loops, key=lambda loop: -loop.per_entry)[:number], key=found.loops.index)
-    trips = [loop.per_entry for loop in loops]
-    if len(trips) < number:
-        note = f"{number} loops in the machine code, {len(trips)} in the source"
-        return trips + [1.0] * (number - len(trips)), [note]
-    return trips, []
+def _trips(found: Trace, code: Code, threads: int) -> tuple[list[float], list[str]]:
+    """Of each loop of the machine code, each time it is entered: those of the source, which come in the same order.
+
+    Of more loops in the source those that are taken least were unrolled. A loop of several iterations at once may have
+    one behind it for the rest.
+    """
+    loops, left = list(enumerate(found.loops)), list(code.loops)
+    if len(loops) > len(left):
+        kept = sorted(loops, key=lambda loop: -loop[1].per_entry)[: len(left)]
+        loops = sorted(kept, key=lambda loop: loop[0])
+    trips: list[float] = []
+    notes = []
+    for place, (number, loop) in enumerate(loops):
+        span, times = left.pop(0), loop.per_entry
+        at_once = _iterations(span, number, found, code, threads)
+        trips.append(times if at_once == 1 else float(times // at_once))
+        rest = left and len(left) > len(loops) - place - 1 and left[0].begin >= span.end
+        if at_once > 1 and rest and _iterations(left[0], number, found, code, threads) == 1:
+            left.pop(0)
+            trips.append(times % at_once)
+    if left:
+        notes = [f"{len(code.loops)} loops in the machine code, {len(found.loops)} in the source"]
+    return trips + [1.0] * len(left), notes
+
+
+def _iterations(span: Span, number: int, found: Trace, code: Code, threads: int) -> int:
+    """Of a loop of the source that one of the machine code makes at once, from the bytes that its vectors move.
+
+    1 where it moves tiles: their rows and columns may be in several threads, and no compiler unrolls such a loop.
+    """
+    inside = [access for access in found.accesses if access.loop == number]
+    if not inside or any(len(access.shape) != 1 for access in inside):
+        return 1
+    moves = [one for one in code.instructions[span.begin : span.end] if one.name in ("LDG", "STG")]
+    expected = sum(max(access.shape[0], threads) * access.element for access in inside)
+    return max(1, round(threads * sum(map(memory_bytes, moves)) / expected))
 
 
 # What the device computes before others read it: written on the host in place of a kernel that does not run.
@@ -430,14 +458,8 @@ class TorchLaunch:
     bytes: int
 
 
-# What hands out memory, or another view of it.
-_FREE = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "contiguous", "detach", "empty", "empty_like",
-    "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "resize_",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-    # On a CPU a count is at hand, and some ways look at it.
-    "_local_scalar_dense", "equal", "nonzero", "is_pinned", "item",
-}  # fmt: skip
+# What hands out memory; what is nonzero on a CPU is looked for where a count is at hand.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "nonzero"}
 
 
 class _TorchLaunches(TorchDispatchMode):
@@ -455,14 +477,14 @@ class _TorchLaunches(TorchDispatchMode):
                 return function._op_dk(getattr(torch._C.DispatchKey, key), *arguments, **keywords)
         result = function(*arguments, **keywords)
         name = function._schema.name.partition("::")[2]
-        given = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
-        copies = name in ("contiguous", "reshape") and result.data_ptr() != arguments[0].data_ptr()
-        if name not in _FREE or copies:
-            made = [
-                value for value in (result if isinstance(result, Sequence) else [result]) if isinstance(value, Tensor)
-            ]
-            writes_only = name in ("zero_", "fill_", "zeros", "ones", "full")
-            moved = sum(t.numel() * t.element_size() for t in ([] if writes_only else given) + made)
+        is_tensor = lambda value: isinstance(value, Tensor)
+        given = list(filter(is_tensor, (*arguments, *keywords.values())))
+        made = list(filter(is_tensor, result if isinstance(result, (tuple, list)) else [result]))
+        storages = {value.untyped_storage().data_ptr() for value in given}
+        is_view = all(value.untyped_storage().data_ptr() in storages for value in made)
+        if name not in _FREE and (function._schema.is_mutable or not is_view):
+            read = [] if name in ("zero_", "fill_") else given
+            moved = sum(value.numel() * value.element_size() for value in read + made)
             self.events.append(TorchLaunch(f"aten::{name}", moved))
         return result
 

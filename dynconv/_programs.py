@@ -35,7 +35,7 @@ class Access:
         is_store: whether it writes.
         shape: of the tile that one execution moves; empty for a scalar.
         element: bytes of one element.
-        depth: loops around it.
+        loop: the number of the innermost loop around it, or -1.
         executions: of all programs together.
         sectors: that one execution touches, on average; where addresses are unknown, all that a full tile has.
     """
@@ -44,7 +44,7 @@ class Access:
     is_store: bool
     shape: tuple[int, ...]
     element: int
-    depth: int
+    loop: int
     executions: float
     sectors: float
 
@@ -165,7 +165,7 @@ class _Tracer:
         self.loops: list[_Region] = []
         self.trips: list[list] = []  # of each loop: (entries, trips) of each program
         self.unknown: list[str] = []
-        self.depth = 0
+        self.inside = -1  # the loop whose body runs
         self.blocks = self._parse(ir)
 
     def run(self) -> None:
@@ -329,7 +329,7 @@ class _Tracer:
             trips = np.maximum(0, -(-(end - begin) // np.maximum(step, 1)))
         self._count_loop(loop, weight, weight * trips)
         most = int(trips[weight > 0].max(initial=0))
-        self.depth += 1
+        around, self.inside = self.inside, loop.number
         if self.has_tensors:
             for argument, initial in carried:
                 self._copy(argument, initial)
@@ -349,7 +349,7 @@ class _Tracer:
         elif most:
             self.values[name] = begin
             self._run(loop.body, weight * trips)
-        self.depth -= 1
+        self.inside = around
         results = re.match(r"(%[\w$.-]+)(?::(\d+))? = ", loop.head)
         if results:
             for place, (argument, initial) in enumerate(carried):
@@ -495,7 +495,7 @@ class _Tracer:
         dimensions, element = re.search(r": (?:tensor<((?:\d+x)+))?!tt\.ptr<(\w+)>", line).groups()
         shape = tuple(int(size) for size in (dimensions or "").split("x") if size)
         argument = self.bases.get(operands[0], "")
-        access = self.accesses.setdefault(number, [argument, is_store, shape, _BYTES[element], self.depth, 0.0, 0.0])
+        access = self.accesses.setdefault(number, [argument, is_store, shape, _BYTES[element], self.inside, 0.0, 0.0])
         access[-2] += float(weight.sum())
         if is_store:
             self.stored |= weight > 0

@@ -67,6 +67,7 @@ class Walk:
         pipes: cycles that each unit is taken; of "tensor", by matrix instructions.
         step: of the loop that takes most; None without loops.
         trips: of that loop, in all.
+        missed: loops with trips that the walk did not come to.
     """
 
     cycles: float = 0.0
@@ -75,6 +76,7 @@ class Walk:
     pipes: Counter = field(default_factory=Counter)
     step: Step | None = None
     trips: float = 0.0
+    missed: int = 0
 
     @property
     def busiest(self) -> tuple[str, float]:
@@ -143,6 +145,7 @@ class _Walker:
     def run(self) -> Walk:
         self._walk(0, len(self.code.instructions), None)
         self.made.cycles = self.now
+        self.made.missed = sum(trips > 0 and span not in self.steps for span, trips in self.trips.items())
         if self.steps:
             step, cycles, trips = max(self.steps.values(), key=lambda found: found[1])
             self.made.step, self.made.inside, self.made.trips = step, cycles, trips
@@ -163,8 +166,24 @@ class _Walker:
             at += 1
             if instruction.name == "EXIT" and (self.until_exit or not instruction.is_conditional):
                 self.is_done = True
-            elif instruction.name == "BRA" and not instruction.is_conditional and instruction.target is not None:
+            elif instruction.name == "BRA" and instruction.target is not None and self._branches(at, instruction):
                 at = max(at, instruction.target)
+
+    def _branches(self, at: int, branch: Instruction) -> bool:
+        """Whether a branch that stands before `at` goes forward.
+
+        One with a condition only does if the code that it skips leaves out a loop that is taken: where the compiler put
+        the case without iterations first.
+        """
+        if not branch.is_conditional or branch.target <= at:
+            return not branch.is_conditional
+        leaves = ("BRA", "EXIT")
+        skipped = self.code.instructions[at : branch.target]
+        last = next((one for one in skipped if one.name in leaves and not one.is_conditional), None)
+        if last is None:
+            return False
+        end = last.target if last.name == "BRA" and last.target is not None else len(self.code.instructions)
+        return any(span.begin >= branch.target and span.end <= end and trips for span, trips in self.trips.items())
 
     def _loop(self, span: Span) -> None:
         trips = self.trips[span]

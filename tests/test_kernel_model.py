@@ -13,7 +13,7 @@ from dynconv import _kernel_model as model
 from dynconv import roofline
 from dynconv.__main__ import main
 from dynconv._machine_code import decode_text
-from dynconv._programs import trace
+from dynconv._programs import Access, LoopTrips, Trace, trace
 from dynconv._warp import matrix_cycles, walk
 from dynconv.roofline import DATA_SHEETS, Measured, Prediction, Predictions
 
@@ -113,6 +113,38 @@ def test_loops_are_walked_as_often_as_told():
             assert (made.step.instructions, made.step.cycles, made.trips) == (2, 9, trips)
     with pytest.raises(ValueError, match="trips: expected one for each of 1 loops, got 2"):
         walk(code, [1, 2], latency=400, arch=90)
+
+
+def test_a_loop_is_not_left_out():
+    """Where the case without iterations comes first, and jumps over the loop; nested loops multiply."""
+    code = listing(
+        ("@P5 BRA `(.L_x_0)", 5), ("MOV R1, R2", 4), ("BRA `(.L_x_1)", 5), ".L_x_0", ("MOV R1, R2", 4), ".L_x_2",
+        ("MOV R1, R2", 4), ".L_x_3", ("IADD3 R1, R1, 0x1, RZ", 4), ("@P0 BRA `(.L_x_3)", 5), ("@P1 BRA `(.L_x_2)", 5),
+        ".L_x_1", ("EXIT", 1),
+    )  # fmt: skip
+    assert code.loops == ((4, 8), (5, 7))
+    assert walk(code, [3, 10], latency=400, arch=90).issued == 2 + 3 * (2 + 10 * 2) + 1
+    assert walk(code, [0, 0], latency=400, arch=90).issued == 4
+    # A loop behind a jump that nothing decides is never come to, and that is told.
+    code = listing(("BRA `(.L_x_1)", 5), ".L_x_0", ("MOV R1, R2", 4), ("@P0 BRA `(.L_x_0)", 5), ".L_x_1", ("EXIT", 1))
+    assert walk(code, [3], latency=400, arch=90).missed == 1
+
+
+def test_unrolled_loops_take_their_share():
+    """Ten iterations in a loop of four at once and one for the two that are left; 256 threads load 4 bytes each."""
+    load, store = ("LDG.E R4, desc[UR4][R2.64]", 2, 0), ("STG.E desc[UR4][R2.64], R4", 2)
+    four = [".L_x_0", *[load] * 4, ("@P0 BRA `(.L_x_0)", 5)]
+    one = [".L_x_1", load, ("@P1 BRA `(.L_x_1)", 5)]
+    source = Access("partial", False, (256,), 4, 0, 10.0, 32.0)
+    found = Trace(1, 1, (LoopTrips(0, 1.0, 10.0),), (source,), {}, ())
+    assert model._trips(found, listing(*four, *one, store), 256) == ([2.0, 2.0], [])
+    assert model._trips(found, listing(*four, store), 256) == ([2.0], [])
+    assert model._trips(found, listing(*one, store), 256) == ([10.0], [])
+    trips, notes = model._trips(found, listing(*one, *four, store), 256)
+    assert (trips, notes) == ([10.0, 1.0], ["2 loops in the machine code, 1 in the source"])
+    # The loop that a compiler unrolls whole is the one with the fewest trips.
+    nested = Trace(1, 1, (LoopTrips(0, 1.0, 9.0), LoopTrips(1, 9.0, 18.0)), (source,), {}, ())
+    assert model._trips(nested, listing(*one, store), 256) == ([9.0], [])
 
 
 @pytest.mark.parametrize(("in_flight", "step"), [(0, 416), (1, 208), (2, 139), (3, 104)])
