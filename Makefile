@@ -30,9 +30,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH := build/bench
+# Whose kernels are modelled: the 3x3 layers of residual networks, masked and gathered, and filters of pixels.
+MODELLED := resnet50 .*3x3|groups of 16 .*3x3|involution|dcn
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format verify gate bench demo gpu clean
+.PHONY: help test lint format verify gate model bench demo gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,6 +55,10 @@ verify: $(STAMP) ## compare every op with its dense reference on this machine
 
 gate: $(STAMP) $(if $(TRITON),$(OTHER_TRITON)) ## compile every kernel for GPUs that are not here; TRITON=3.6.0 for another release
 	$(if $(TRITON),PYTHONPATH=$(OTHER_TRITON)) $(RUN) -m pytest -n 0 tests/test_compile_gate.py $(ARGS)
+
+model: $(STAMP) ## predict from their machine code what the kernels take on an H100: docs/gpu-model.md
+	$(RUN) -m dynconv roofline --kernels --device H100 --dtype bfloat16 --shapes resnet50 laudnet involution dcn \
+		--layers '$(MODELLED)' --density 0.25 --modes plain in-place --markdown docs/gpu-model.md $(ARGS)
 
 build/triton-%: $(STAMP)
 	$(RUN) -m pip install --quiet --no-deps --target $@ triton==$*

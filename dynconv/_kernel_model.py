@@ -238,15 +238,16 @@ def seen(run: Callable[[], object], target: str | None) -> tuple[list[Launch | T
         events.append(launch)
 
     before = _backend._len_torch_dispatch_stack
-    with recorded(target, tell), execution("sparse"), _TorchLaunches(events):
-        try:
-            # An op that sees the mode below would take another way than the one that is asked about.
-            _backend._len_torch_dispatch_stack = lambda: 0
-            run()
-            first = len(events)
-            run()
-        finally:
-            _backend._len_torch_dispatch_stack = before
+    with recorded(target, tell), execution("sparse"):
+        run()  # outside of a mode, in which nothing is kept
+        first = len(events)
+        with _TorchLaunches(events):
+            try:
+                # An op that sees the mode would take another way than the one that is asked about.
+                _backend._len_torch_dispatch_stack = lambda: 0
+                run()
+            finally:
+                _backend._len_torch_dispatch_stack = before
     return events, first
 
 

@@ -239,7 +239,8 @@ def predict(run: Callable[[], object], *, device: str | None = "H100", launches:
         >>> mask = torch.rand(8, 1, 56, 56) < 0.25
         >>> with torch.no_grad():
         ...     found = roofline.predict(lambda: dynconv.masked_conv2d(x, weight, padding=1, mask=mask), device="H100")
-        >>> [(kernel.name, kernel.seconds, kernel.binds) for kernel in found.kernels], found.seconds
+        >>> slowest = max(found.kernels, key=lambda kernel: kernel.seconds)
+        >>> print(f"{found.seconds * 1e6:.1f} us; {slowest.name}: {slowest.seconds * 1e6:.1f} us, {slowest.binds}")
 
     Args:
         run: makes the calls, as for `dynconv.warmup`.

@@ -274,7 +274,10 @@ note("step", step)
 assert roofline.predict(run).seconds == results["1000"]["seconds"]
 example = roofline.predict.__doc__
 lines = [line.strip()[4:] for line in example.splitlines() if line.strip().startswith((">>>", "..."))]
-exec("\\n".join(lines))
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    exec("\\n".join(lines))
+assert "_kernel: " in printed.getvalue(), printed.getvalue()
 json.dump(results, sys.stdout)
 """
 

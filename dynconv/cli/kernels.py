@@ -225,6 +225,8 @@ def _filter(layer: Filter, mask, mode, batch, dtype, made, device):
 def _block(layer: Block, mask, mode, batch, dtype, made, device):
     block = make(layer).to(device, dtype, memory_format=torch.channels_last).train(mode == "backward")
     block.requires_grad_(mode == "backward")
+    if mode != "backward":
+        dynconv.prepare(block)  # as who serves it does
     input, cell = made(batch, layer.channels, layer.height, layer.width), layer.granularity
     sites = lambda: dynconv.ActiveSites(mask[..., ::cell, ::cell], (batch, *mask.shape[2:]), granularity=cell)
     if mode == "in-place":
