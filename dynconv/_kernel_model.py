@@ -34,6 +34,8 @@ from ._warp import Walk, memory_bytes, walk
 LAUNCH = {"graph": 1.0e-6, "eager": 2.5e-6}
 # Cycles of a multiprocessor to take a program. Assumed.
 PROGRAM_CYCLES = 80
+# Bytes a cycle that a multiprocessor takes from L2, however few others do (NVIDIA A100 whitepaper).
+FILL_BYTES = 64
 # What cuDNN reaches of the data sheet's matrix rate in dense convolutions: 600 of H100's 989.5 TFLOP/s. Assumed.
 DENSE_SHARE = 600 / 989.5
 # What a long copy reaches of the data sheet's bandwidth: 3.0 of H100's 3.35 TB/s.
@@ -195,13 +197,15 @@ RESOURCES = ("issue", "tensor", "shared", "L2", "bytes", "latency")
 def gpu_of(device: str | None) -> Gpu:
     """Of that name, or with None the one that is here.
 
-    Raises ValueError for another, and where PyTorch finds none that is known.
+    Raises ValueError for another, and where PyTorch finds none that is known, or a part of one.
     """
     if device is None:
-        name = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else "no GPU"
+        here = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+        name, count = (here.name, here.multi_processor_count) if here else ("no GPU", 0)
         found = next((gpu for key, gpu in GPUS.items() if key in name), None)
-        if found is None:
-            raise ValueError(f"device: expected one of {', '.join(GPUS)} where no such GPU is here, got None on {name}")
+        if found is None or found.multiprocessors != count:
+            known = ", ".join(f"{key} of {gpu.multiprocessors} multiprocessors" for key, gpu in GPUS.items())
+            raise ValueError(f"device: expected a GPU that is one of {known} for None, got {name}, {count}")
         return found
     if device not in GPUS:
         raise ValueError(f"device: expected one of {', '.join(GPUS)} or None, got {device!r}")
@@ -319,7 +323,7 @@ def _parts(
         "issue": unit(busy),
         "tensor": unit(made.pipes["tensor"]),
         "shared": unit(made.pipes["shared"]),
-        "L2": l2_bytes / gpu.l2,
+        "L2": max(l2_bytes / gpu.l2, second(l2_bytes * of_one / max(found.working, 1) / FILL_BYTES)),
         "bytes": moved / gpu.copy,
         "latency": second(waves * (made.cycles + PROGRAM_CYCLES)),
         "fill": second(around * (waves if held == 1 else 1)),

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import dynconv
 from dynconv import _kernel_model as model
 from dynconv import roofline
 from dynconv.__main__ import main
 from dynconv._machine_code import decode_text
 from dynconv._programs import Access, LoopTrips, Trace, trace
 from dynconv._warp import matrix_cycles, walk
+from dynconv.cli import console, kernels
+from dynconv.cli.layers import LAYERS
 from dynconv.roofline import DATA_SHEETS, Measured, Prediction, Predictions
 
 
@@ -348,7 +351,7 @@ def test_what_cannot_be_predicted_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="launches: expected one of graph, eager, got 'later'"):
         roofline.predict_dense(roofline.Work(1, 1), torch.bfloat16, launches="later")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"device: expected one of .* got None on no GPU"):
+        with pytest.raises(ValueError, match=r"device: expected a GPU that is one of .* got no GPU, 0"):
             roofline.predict(lambda: None, device=None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected unset"):
@@ -428,6 +431,42 @@ def test_profiled_kernels_are_those_of_the_device(monkeypatch):
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, device, **options: real(1, **options))
     assert model._profile(lambda: None) == [("a", 2e-6), ("b", 2e-6)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the kernels of a GPU")
+def test_a_gpu_is_measured():
+    x = torch.randn(8, 64, 56, 56, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight, mask = (
+        torch.randn(64, 64, 3, 3, device="cuda", dtype=x.dtype),
+        torch.rand(8, 1, 56, 56, device="cuda") < 0.25,
+    )
+    run = lambda: dynconv.masked_conv2d(x, weight, padding=1, mask=mask)
+    with torch.no_grad():
+        rows = roofline.compare(roofline.predict(run, device=None), roofline.measure_kernels(run, 3))
+    assert rows[-1].name == "masked_conv_kernel"
+    assert all(row.ratio is not None and row.ratio > 0.2 for row in rows if row.name.endswith("_kernel"))
+
+
+def test_measured_layers_are_shown(monkeypatch, capsys):
+    """With a clock of its own; a layer that cannot be measured does not keep the others from it."""
+    predicted = Predictions((prediction("a_kernel", 2e-6), prediction("aten::zero_", 3e-6)))
+    monkeypatch.setattr(kernels, "call", lambda *arguments: None)
+    monkeypatch.setattr(roofline, "predict", lambda run, **options: predicted)
+    took = iter([[Measured("_a_kernel", 4e-6), Measured("fill", 3e-6)], [Measured("other", 1e-6)]])
+    monkeypatch.setattr(roofline, "measure_kernels", lambda run: next(took))
+    layer = LAYERS["tiny"][0]
+    mask = layer.active(0.5, "random", 1, torch.Generator().manual_seed(0))
+    options = dict(device=None, on="H100", launches="graph", measured=True)
+    rows = list(kernels.rows(layer, mask, 1, torch.bfloat16, ("plain", "in-place"), **options))
+    assert [one.ratio for one in rows[0].compared] == [pytest.approx(2.0), pytest.approx(3 / 4)]
+    assert rows[1].error.startswith("ValueError: measured: expected a_kernel after 0 kernels, got ['other']")
+    assert json.loads(json.dumps(rows[0].record()))["compared"][0]["ratio"] == pytest.approx(2.0)
+    kernels.show(rows, console(), "H100", "bfloat16")
+    printed = capsys.readouterr().out
+    assert "measured / predicted" in printed
+    assert "2.00x" in printed
+    assert "in-place: not measured: ValueError" in printed
 
 
 def test_the_command(cache, tmp_path, found):

@@ -63,6 +63,7 @@ class Row:
     dense: float | None
     ideal: float | None
     compared: tuple[Compared, ...] = ()
+    error: str = ""  # why it could not be measured
 
     @property
     def gain(self) -> float | None:
@@ -112,7 +113,7 @@ def rows(
         with nullcontext() if mode == "backward" else torch.no_grad():
             run = call(layer, mask, mode, batch, dtype, "cpu" if device else "cuda")
             found = roofline.predict(run, device=device, launches=launches)
-            compared = tuple(roofline.compare(found, roofline.measure_kernels(run))) if measured else ()
+            compared, error = _measured(run, found) if measured else ((), "")
         floor_mode = "plain" if mode == "shared" else mode
         made = estimate(layer, mask, floor_mode, batch, dtype, sheet)
         dense = ideal = None
@@ -122,7 +123,17 @@ def rows(
             work = dense_work(layer, floor_mode, batch, dtype)
             dense = roofline.predict_dense(work, dtype, device=on, launches=launches)
             ideal = work.flops / made.flops if made.flops else math.inf
-        yield Row(layer.family, layer.name, batch, density, mode, found, made.floor_ms / 1e3, dense, ideal, compared)
+        yield Row(
+            layer.family, layer.name, batch, density, mode, found, made.floor_ms / 1e3, dense, ideal, compared, error
+        )
+
+
+def _measured(run: Callable[[], object], found: Predictions) -> tuple[tuple[Compared, ...], str]:
+    """What was measured beside what was predicted, or why not: the other layers are measured all the same."""
+    try:
+        return tuple(roofline.compare(found, roofline.measure_kernels(run))), ""
+    except (ValueError, RuntimeError) as error:
+        return (), f"{type(error).__name__}: {error}"
 
 
 def dense_work(layer: Layer | Block | Width, mode: str, batch: int, dtype: torch.dtype) -> roofline.Work:
@@ -288,6 +299,9 @@ def show(found: list[Row], out, on: str, dtype: str) -> None:
         for line in lines:
             shown.add_row(*line)
         out.print(shown)
+    for row in found:
+        if row.error:
+            out.print(f"{row.family}, {row.layer}, {row.density:.2f}, {row.mode}: not measured: {row.error}")
 
 
 def markdown(found: list[Row], on: str, launches: str, command: str) -> str:

@@ -131,7 +131,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
                 words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
         with replacing(arguments.markdown) as partial:
             partial.write_text(kernels.markdown(found, on, arguments.launches, shlex.join(words)))
-    return 0
+    return int(any(row.error for row in found))
 
 
 def _layers(family: str, arguments: argparse.Namespace) -> list:
