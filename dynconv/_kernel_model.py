@@ -367,15 +367,24 @@ def _trips(found: Trace, code: Code, threads: int) -> tuple[list[float], list[st
     notes = []
     for place, (number, loop) in enumerate(loops):
         span, times = left.pop(0), loop.per_entry
-        at_once = _iterations(span, number, found, code, threads)
+        at_once, has_rest = _iterations(span, number, found, code, threads), False
+        if len(left) > len(loops) - place - 1 and left[0].begin >= span.end:
+            # What the loop for the rest moves is one iteration's.
+            ratio = round(_moved(span, code) / max(1, _moved(left[0], code)))
+            has_rest, at_once = ratio > 1, max(at_once, ratio)
         trips.append(times if at_once == 1 else float(times // at_once))
-        rest = left and len(left) > len(loops) - place - 1 and left[0].begin >= span.end
-        if at_once > 1 and rest and _iterations(left[0], number, found, code, threads) == 1:
+        if has_rest:
             left.pop(0)
             trips.append(times % at_once)
     if left:
         notes = [f"{len(code.loops)} loops in the machine code, {len(found.loops)} in the source"]
     return trips + [1.0] * len(left), notes
+
+
+def _moved(span: Span, code: Code) -> int:
+    """Bytes of a thread that the loads and stores of a loop move."""
+    inside = code.instructions[span.begin : span.end]
+    return sum(memory_bytes(one) for one in inside if one.name in ("LDG", "STG"))
 
 
 def _iterations(span: Span, number: int, found: Trace, code: Code, threads: int) -> int:
@@ -386,9 +395,8 @@ def _iterations(span: Span, number: int, found: Trace, code: Code, threads: int)
     inside = [access for access in found.accesses if access.loop == number]
     if not inside or any(len(access.shape) != 1 for access in inside):
         return 1
-    moves = [one for one in code.instructions[span.begin : span.end] if one.name in ("LDG", "STG")]
     expected = sum(max(access.shape[0], threads) * access.element for access in inside)
-    return max(1, round(threads * sum(map(memory_bytes, moves)) / expected))
+    return max(1, round(threads * _moved(span, code) / expected))
 
 
 # What the device computes before others read it: written on the host in place of a kernel that does not run.
