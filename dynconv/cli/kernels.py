@@ -250,7 +250,7 @@ _FORWARD = {Layer: _layer, Width: _width, Filter: _filter, Block: _block}
 
 
 CALLS = "<family|<layer|batch|density|<mode|us|floor us|of it|dense us|gain|ideal|<kernels"
-KERNELS = "<layer|density|<mode|<kernel|programs|held|waves|registers|steps|a step|MB|us|<binds|<notes"
+KERNELS = "<layer|density|<kernel|programs|held|waves|registers|steps|a step|MB|us|<binds|<notes"
 COMPARED = "<layer|density|<mode|<kernel|predicted us|measured us|measured / predicted"
 
 
@@ -278,12 +278,14 @@ def cells(found: list[Row]) -> dict[str, tuple[str, list[list[str]]]]:
                 counts = [f"{kernel.working} of {kernel.programs}", str(kernel.occupancy), str(kernel.waves),
                           str(kernel.registers), f"{kernel.steps:.0f}", step]  # fmt: skip
             binds = f"issue: {kernel.busiest}" if kernel.binds == "issue" else kernel.binds
-            kernels.append([*named(row), kernel.name, *counts, f"{kernel.bytes / 1e6:.1f}", us(kernel.seconds), binds,
-                            "; ".join(kernel.notes)])  # fmt: skip
+            kernels.append([row.layer, f"{row.density:.2f}", kernel.name, *counts, f"{kernel.bytes / 1e6:.1f}",
+                            us(kernel.seconds), binds, "; ".join(kernel.notes)])  # fmt: skip
         compared += [
             [*named(row), one.name, us(one.predicted), us(one.measured), times(one.ratio)] for one in row.compared
         ]
-    made = {"calls": (CALLS, calls), "kernels": (KERNELS, kernels)}
+    has_notes = any(line[-1] for line in kernels)
+    columns, lines = (KERNELS, kernels) if has_notes else (KERNELS.rpartition("|")[0], [line[:-1] for line in kernels])
+    made = {"calls": (CALLS, calls), "kernels": (columns, lines)}
     return made | ({"measured": (COMPARED, compared)} if compared else {})
 
 
