@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import _backend
 from ._launches import Launch, recorded
 from ._machine_code import Code, Span, decode, resources
-from ._programs import Trace, trace
+from ._programs import Trace, flattened, trace
 from ._warp import Walk, memory_bytes, walk
 
 # Seconds from the end of one kernel to the first instruction of the next. Assumed: in a CUDA graph about 1 us; launched
@@ -263,14 +263,16 @@ def _prediction(
         parts = {"launch": between, "bytes": event.bytes / gpu.copy}
         return Prediction(event.name, bytes=event.bytes, l2_bytes=event.bytes, parts=parts)
 
-    def is_known(name: str) -> bool:
-        return event.arguments[name].untyped_storage().data_ptr() not in unwritten
+    arguments = flattened(event.arguments)
 
-    found = trace(event.kernel.asm["ttir"], dict(event.arguments), event.grid, is_known)
+    def is_known(name: str) -> bool:
+        return arguments[name].untyped_storage().data_ptr() not in unwritten
+
+    found = trace(event.kernel.asm["ttir"], arguments, event.grid, is_known)
     if is_elsewhere and event.name not in EMULATED:
         for access in found.accesses:
             if access.is_store:
-                unwritten.add(event.arguments[access.argument].untyped_storage().data_ptr())
+                unwritten.add(arguments[access.argument].untyped_storage().data_ptr())
     return kernel_prediction(event, found, _code(event.kernel), gpu, between) if counts else None
 
 
@@ -344,7 +346,8 @@ def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
         asked[key] = asked.get(key, 0.0) + access.bytes
         if access.is_store or (bypasses and access.loop >= 0 and len(access.shape) > 1):
             l2[key] = l2.get(key, 0.0) + access.bytes
-    whole = lambda name: launch.arguments[name].numel() * launch.arguments[name].element_size()
+    arguments = flattened(launch.arguments)
+    whole = lambda name: arguments[name].numel() * arguments[name].element_size()
     moved = 0.0
     for key, amount in asked.items():
         distinct = min(amount, found.touched.get(key, amount) * found.working)
@@ -403,23 +406,39 @@ def _iterations(span: Span, number: int, found: Trace, code: Code, threads: int)
 
 
 def _compact(a: dict) -> None:
-    active = a["mask"].reshape(-1) != 0
+    active = _active(a)
     found = active.nonzero()[:, 0]
     a["index"].view(-1)[: len(found)] = found.int()
     a["count"].fill_(len(found))
     if a["inverse"] is not None:
         a["inverse"].view(-1).copy_(torch.where(active, active.cumsum(0) - 1, -1))
+    if a.get("made") is not None:
+        a["made"].view(-1).copy_(active)
+
+
+def _active(a: dict) -> Tensor:
+    """bool [sites]: where a mask, or where one by whose sites pixels are read, is not zero."""
+    bits = lambda mask: (mask << 1 if a.get("SIGNED") else mask) != 0  # -0.0 is zero
+    if a.get("where") is None:
+        return bits(a["mask"].reshape(-1)[: a["sites"]])
+    (height, _, _, width, *_), size, strides, padding, dilation = a["where"]
+    samples = a["sites"] // (height * width)
+    mask = bits(a["mask"].as_strided((samples, *size), strides))
+    return _read(mask, (height, width), a["KERNEL"], a["STRIDE"], padding, dilation).view(-1)
 
 
 def _invert(a: dict) -> None:
     count = int(a["count"])
-    a["inverse"].view(-1)[a["index"][:count].long()] = torch.arange(count, dtype=torch.int32)
+    a["inverse"].view(-1)[a["index"].view(-1)[:count].long()] = torch.arange(count, dtype=torch.int32)
 
 
 def _compact_channels(a: dict) -> None:
     samples, channels = a["mask"].shape
-    given = a["given"].as_strided((samples, -(-channels // a["granularity"])), (a["stride_n"], a["stride_c"]))
-    kept = (given != 0).repeat_interleave(a["granularity"], 1)[:, :channels]
+    kept = torch.ones(samples, channels, dtype=torch.bool)
+    if a["given"] is not None:
+        groups = -(-channels // a["granularity"])
+        given = a["given"].as_strided((samples, groups), (a["stride_n"], a["stride_c"]))
+        kept = (given != 0).repeat_interleave(a["granularity"], 1)[:, :channels]
     order = torch.where(kept, torch.arange(channels), channels).sort(1).values
     a["mask"].copy_(kept)
     a["index"].copy_(torch.where(order < channels, order, -1))
@@ -427,23 +446,34 @@ def _compact_channels(a: dict) -> None:
 
 
 def _channel_places(a: dict) -> None:
-    index, step = a["index"], a["step"]
-    bounds = torch.arange(a["columns"]) * step
-    kept = (index[:, None] >= 0) & (index[:, None] < bounds[:, None])
-    a["places"].copy_(kept.sum(2))
+    index, count = a["index"], a["count"]
+    bounds = torch.arange(a["columns"]) * a["step"]
+    is_kept = torch.arange(index.shape[1]) < count[:, None]
+    a["places"].copy_((is_kept[:, None] & (index[:, None] < bounds[:, None])).sum(2))
 
 
 def _touch(a: dict) -> None:
-    height, width, rows, columns = a["out_height"], a["out_width"], a["height"], a["width"]
-    mask = a["mask"].reshape(-1, height, width) != 0
-    made = torch.zeros(len(mask), rows, columns, dtype=torch.bool)
-    for ky in range(a["KERNEL_HEIGHT"]):
-        for kx in range(a["KERNEL_WIDTH"]):
-            y = torch.arange(height) * a["STRIDE_H"] - a["pad_top"] + ky * a["dilation_h"]
-            x = torch.arange(width) * a["STRIDE_W"] - a["pad_left"] + kx * a["dilation_w"]
-            ys, xs = (y >= 0) & (y < rows), (x >= 0) & (x < columns)
+    mask = a["mask"].reshape(-1, a["out_height"], a["out_width"]) != 0
+    pairs = (
+        ("KERNEL_HEIGHT", "KERNEL_WIDTH"),
+        ("STRIDE_H", "STRIDE_W"),
+        ("pad_top", "pad_left"),
+        ("dilation_h", "dilation_w"),
+    )
+    read = _read(mask, (a["height"], a["width"]), *((a[y], a[x]) for y, x in pairs))
+    a["out"].view(-1).copy_(read.view(-1))
+
+
+def _read(mask: Tensor, size, kernel, stride, padding, dilation) -> Tensor:
+    """bool [N, height, width]: the pixels that the taps of a mask's sites read."""
+    made = torch.zeros(len(mask), *size, dtype=torch.bool)
+    for ky in range(kernel[0]):
+        for kx in range(kernel[1]):
+            y = torch.arange(mask.shape[1]) * stride[0] - padding[0] + ky * dilation[0]
+            x = torch.arange(mask.shape[2]) * stride[1] - padding[1] + kx * dilation[1]
+            ys, xs = (y >= 0) & (y < size[0]), (x >= 0) & (x < size[1])
             made[:, y[ys][:, None], x[xs]] |= mask[:, ys][:, :, xs]
-    a["out"].view(-1).copy_(made.view(-1))
+    return made
 
 
 EMULATED = {

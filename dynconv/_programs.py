@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,7 +123,7 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
 
     Args:
         ir: of the kernel, `asm["ttir"]`.
-        arguments: by name; those that the kernel's IR has, and others.
+        arguments: by name, as `flattened` gives them; those that the kernel's IR has, and others.
         grid: programs in three axes.
         is_known: whether the elements of the tensor argument of that name are what they will be when the kernel runs.
     """
@@ -146,6 +146,20 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
     )
     unknown = tuple(dict.fromkeys((*whole.unknown, *sampled.unknown)))
     return Trace(whole.programs, len(working), loops, accesses, sampled.touched(), unknown)
+
+
+def flattened(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a launch, and of those that are tuples each element as well: "name.0", "name.1", and so on."""
+    return {**arguments, **{f"{name}.{place}": leaf for name, value in arguments.items() if isinstance(value, tuple)
+                            for place, leaf in enumerate(_leaves(value))}}  # fmt: skip
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 class _Tracer:
@@ -220,7 +234,17 @@ class _Tracer:
         """The parameters' names: Triton before 3.7 prints numbers, and the name beside them."""
         line = next(line for line in ir.splitlines() if "tt.func public" in line)
         named = re.findall(r'(%[\w$.-]+): [^%]*?loc\("(\w+)"\(', line)
-        return [dict(named).get(name, name.lstrip("%")) for name in names]
+        keys = [dict(named).get(name, name.lstrip("%")) for name in names]
+        for key in {key for key in keys if isinstance(self.arguments.get(key), tuple)}:
+            # Of a tuple the IR has those elements that it does not take for constants, as it does None and 1.
+            leaves = {
+                f"{key}.{place}": leaf for place, leaf in enumerate(_leaves(self.arguments[key])) if leaf is not None
+            }
+            vary = [name for name, leaf in leaves.items() if leaf is not True and leaf != 1]
+            chosen = next((some for some in (list(leaves), vary) if len(some) == keys.count(key)), [])
+            for place, name in zip([place for place, given in enumerate(keys) if given == key], chosen):
+                keys[place] = name
+        return keys
 
     def _item(self, depth: int):
         """The next line, or the loop or branch that begins there."""

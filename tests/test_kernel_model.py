@@ -18,6 +18,7 @@ from dynconv._programs import Access, LoopTrips, Trace, trace
 from dynconv._warp import matrix_cycles, walk
 from dynconv.cli import console, kernels
 from dynconv.cli.layers import LAYERS
+from dynconv.kernels import compaction
 from dynconv.roofline import DATA_SHEETS, Measured, Prediction, Predictions
 
 
@@ -235,6 +236,57 @@ def test_elements_that_no_kernel_has_written_are_not_believed():
     assert found.working == 8  # all go where there is more to do
     arguments["count"] = torch.zeros(1, dtype=torch.int32)
     assert trace(IR, arguments, (8, 1, 1), lambda name: True).working == 0
+
+
+def interpreted(monkeypatch):
+    """The launches of kernels that Triton interprets from here on, as (name, arguments)."""
+    from triton.runtime.interpreter import GridExecutor
+
+    seen, run = [], GridExecutor.__call__
+
+    def launch(self, *arguments, **keywords):
+        run(self, *arguments, **keywords)
+        seen.append((self.fn.__name__.strip("_"), dict(zip(self.arg_names, arguments)) | keywords))
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    return seen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves run")
+def test_what_the_host_writes_is_what_kernels_write(monkeypatch):
+    seen = interpreted(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    with dynconv.backend("triton"):
+        sites = dynconv.ActiveSites(torch.rand(2, 1, 7, 6, generator=generator) < 0.4)
+        assert len(sites.index) and len(sites.inverse)
+        for stride, dilation in ((1, 1), (2, 1), (1, 2)):
+            size = tuple((n - 1) * stride + 1 for n in (7, 6))
+            assert len(sites.touched(size, 3, stride, dilation, dilation).index)
+        kept = torch.rand(3, 6, generator=generator) < 0.5
+        assert len(dynconv.ActiveChannels(kept, (3, 22), granularity=4).index)
+        channels = dynconv.ActiveChannels(torch.rand(3, 24, generator=generator))
+        assert len(compaction.channel_places(channels.index, channels.count, 4))
+    assert {name for name, _ in seen} <= set(model.EMULATED)
+    assert len(seen) > 5
+    for name, arguments in seen:
+        copied = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+        reads = {"mask", "given"} if name != "compact_channels_kernel" else {"given"}
+        if name in ("inverse_kernel", "channel_places_kernel"):
+            reads = {"index", "count"}
+        written = [key for key, value in copied.items() if isinstance(value, torch.Tensor) and key not in reads]
+        if name == "inverse_kernel":  # what is not listed stays as it was
+            copied["inverse"].fill_(-1)
+        else:
+            for key in written:
+                copied[key].fill_(7)
+        model.EMULATED[name](copied)
+        for key in set(written) - {"block_counts"}:
+            expected, actual = arguments[key], copied[key]
+            if key == "index":  # past the count it is unspecified
+                count = arguments["count"].view(-1, 1)
+                listed = torch.arange(expected.shape[-1]) < count
+                expected, actual = (value.view(len(count), -1)[listed] for value in (expected, actual))
+            assert torch.equal(expected.view_as(actual), actual), (name, key)
 
 
 SCRIPT = """
