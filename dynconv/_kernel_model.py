@@ -350,7 +350,7 @@ def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
     whole = lambda name: arguments[name].numel() * arguments[name].element_size()
     moved = 0.0
     for key, amount in asked.items():
-        distinct = min(amount, found.touched.get(key, amount) * found.working)
+        distinct = min(amount, found.touched.get(key, amount) * found.storing)
         l2.setdefault(key, distinct)
         moved += min(whole(key[0]), distinct)
     return moved, sum(l2.values())
@@ -358,6 +358,8 @@ def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
 
 def _trips(found: Trace, code: Code, threads: int) -> tuple[list[float], list[str]]:
     """Of each loop of the machine code, each time it is entered: those of the source, which come in the same order.
+
+    Of a loop inside no other: of a program, as not all may come to it.
 
     Of more loops in the source those that are taken least were unrolled. A loop of several iterations at once may have
     one behind it for the rest.
@@ -369,7 +371,7 @@ def _trips(found: Trace, code: Code, threads: int) -> tuple[list[float], list[st
     trips: list[float] = []
     notes = []
     for place, (number, loop) in enumerate(loops):
-        span, times = left.pop(0), loop.per_entry
+        span, times = left.pop(0), loop.per_entry if loop.depth else loop.trips
         at_once, has_rest = _iterations(span, number, found, code, threads), False
         if len(left) > len(loops) - place - 1 and left[0].begin >= span.end:
             # What the loop for the rest moves is one iteration's.

@@ -74,16 +74,18 @@ class Trace:
 
     Attributes:
         programs: of the grid.
-        working: those that store anything; the others return early.
+        working: those that store anything and come to a loop, where there is one; the others return early.
+        storing: those that store anything.
         loops: of the source, in order, an outer one before those inside it.
         accesses: loads and stores, in order.
-        touched: bytes that a program with work touches of each argument, each sector once: by (argument, is_store).
+        touched: bytes that a storing program touches of each argument, each sector once: by (argument, is_store).
         unknown: what could not be evaluated, in words: a loop counts as taken once then, and of two branches the one in
             which there is more to do.
     """
 
     programs: int
     working: int
+    storing: int
     loops: tuple[LoopTrips, ...]
     accesses: tuple[Access, ...]
     touched: dict[tuple[str, bool], float]
@@ -129,9 +131,11 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
     """
     whole = _Tracer(ir, arguments, grid, is_known)
     whole.run()
-    working = np.flatnonzero(whole.stored)
-    number = min(len(working), SAMPLED_PROGRAMS if whole.loops else SAMPLED_STRAIGHT)
-    sample = working[np.linspace(0, len(working) - 1, number).astype(int)]
+    storing = np.flatnonzero(whole.stored)
+    entered = np.any([entries > 0 for entries, _ in whole.trips], axis=0) if whole.trips else whole.stored
+    working = np.flatnonzero(whole.stored & entered) if np.any(whole.stored & entered) else storing
+    number = min(len(storing), SAMPLED_PROGRAMS if whole.loops else SAMPLED_STRAIGHT)
+    sample = storing[np.linspace(0, len(storing) - 1, number).astype(int)]
     sampled = _Tracer(ir, arguments, grid, is_known, sample)
     if len(sample):
         sampled.run()
@@ -145,7 +149,7 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
         for number, values in whole.accesses.items()
     )
     unknown = tuple(dict.fromkeys((*whole.unknown, *sampled.unknown)))
-    return Trace(whole.programs, len(working), loops, accesses, sampled.touched(), unknown)
+    return Trace(whole.programs, len(working), len(storing), loops, accesses, sampled.touched(), unknown)
 
 
 def flattened(arguments: Mapping[str, object]) -> dict[str, object]:

@@ -140,14 +140,14 @@ def test_unrolled_loops_take_their_share():
     four = [".L_x_0", *[load] * 4, ("@P0 BRA `(.L_x_0)", 5)]
     one = [".L_x_1", load, ("@P1 BRA `(.L_x_1)", 5)]
     source = Access("partial", False, (256,), 4, 0, 10.0, 32.0)
-    found = Trace(1, 1, (LoopTrips(0, 1.0, 10.0),), (source,), {}, ())
+    found = Trace(1, 1, 1, (LoopTrips(0, 1.0, 10.0),), (source,), {}, ())
     assert model._trips(found, listing(*four, *one, store), 256) == ([2.0, 2.0], [])
     assert model._trips(found, listing(*four, store), 256) == ([2.0], [])
     assert model._trips(found, listing(*one, store), 256) == ([10.0], [])
     trips, notes = model._trips(found, listing(*one, *four, store), 256)
     assert (trips, notes) == ([10.0, 1.0], ["2 loops in the machine code, 1 in the source"])
     # The loop that a compiler unrolls whole is the one with the fewest trips.
-    nested = Trace(1, 1, (LoopTrips(0, 1.0, 9.0), LoopTrips(1, 9.0, 18.0)), (source,), {}, ())
+    nested = Trace(1, 1, 1, (LoopTrips(0, 1.0, 9.0), LoopTrips(1, 9.0, 18.0)), (source,), {}, ())
     assert model._trips(nested, listing(*one, store), 256) == ([9.0], [])
 
 
@@ -216,7 +216,7 @@ def test_programs_are_traced():
     arguments = dict(index=torch.arange(32, dtype=torch.int32) * 100, count=torch.tensor([10], dtype=torch.int32))
     arguments |= dict(out=torch.empty(3200), taps=5, BLOCK=4)
     found = trace(IR, arguments, (8, 1, 1), lambda name: True)
-    assert (found.programs, found.working, found.unknown) == (8, 3, ())
+    assert (found.programs, found.working, found.storing, found.unknown) == (8, 3, 3, ())
     outer, inner = found.loops
     assert (outer.depth, outer.per_entry, inner.depth, inner.trips) == (0, 5, 1, 0 + 1 + 2 + 3 + 4)
     count, inside, site, out = found.accesses
