@@ -74,7 +74,7 @@ class Trace:
 
     Attributes:
         programs: of the grid.
-        working: those that store anything and come to a loop, where there is one; the others return early.
+        working: those that store anything and take a loop, where there is one; the others return early.
         storing: those that store anything.
         loops: of the source, in order, an outer one before those inside it.
         accesses: loads and stores, in order.
@@ -132,7 +132,7 @@ def trace(ir: str, arguments: dict[str, object], grid: tuple[int, int, int], is_
     whole = _Tracer(ir, arguments, grid, is_known)
     whole.run()
     storing = np.flatnonzero(whole.stored)
-    entered = np.any([entries > 0 for entries, _ in whole.trips], axis=0) if whole.trips else whole.stored
+    entered = np.any([trips > 0 for _, trips in whole.trips], axis=0) if whole.trips else whole.stored
     working = np.flatnonzero(whole.stored & entered) if np.any(whole.stored & entered) else storing
     number = min(len(storing), SAMPLED_PROGRAMS if whole.loops else SAMPLED_STRAIGHT)
     sample = storing[np.linspace(0, len(storing) - 1, number).astype(int)]
