@@ -823,6 +823,7 @@ FILES = ("", "folder", "file/x", "file/x/y", "/dev/null", "/dev/null/x", "folder
 BAD_VALUES = {
     "--json": FILES,
     "--plot": (*FILES, "x", "x.xyz", "folder/x.png/", "file/x.png", "/dev/null/x.png", 248 * "n" + ".png"),
+    "--markdown": (*FILES, "x", "x.txt", "folder/x.md/", "file/x.md", "/dev/null/x.md", 248 * "n" + ".md"),
     "--out": ("file", "file/x", "/dev/null", 300 * "n"),
     "--seconds": ("nan", "inf", "-1", "x", ""),
     "--limit": ("nan", "-1", "x", ""),
