@@ -34,7 +34,7 @@ BENCH := build/bench
 MODELLED := resnet50 .*3x3|groups of 16 .*3x3|involution|dcn
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format verify gate model bench demo gpu clean
+.PHONY: help test lint format docs verify gate bench demo gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ lint: $(STAMP) ## check style and format, change nothing
 format: $(STAMP) ## apply the format and the safe fixes
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(STAMP) ## build the documentation into build/docs, every warning an error; needs no network
+	$(RUN) -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
 
 verify: $(STAMP) ## compare every op with its dense reference on this machine
 	$(RUN) -m dynconv verify $(ARGS)

@@ -1,9 +1,10 @@
-"""Write a recorded run into the README, between its `results` marks.
+"""Write a recorded run into the README and docs/results.md, between their `results` marks, and draw docs/density.svg.
 
     python benchmarks/readme.py benchmarks/results/<machine>/bench.json
 
-The record is what `python -m dynconv bench --json` wrote; networks.json beside it is that of whole networks, shown
-first, and filters.json that of the filters of pixels. The plots in the same folder are linked.
+The record is what `python -m dynconv bench --json` wrote, with networks.json, that of whole networks, and filters.json,
+that of the filters of pixels, beside it. The README gets a short table of all three; docs/results.md has every line,
+and shows the plots of the same folder. tests/test_docs.py holds that what was written is what the record says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS, PICTURE = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "density.svg"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # (family, kernel; 0 are whole blocks, None all layers) -> title, and the densities to show, or all.
 GROUPS = {
@@ -85,12 +87,13 @@ def networks(record: dict) -> list[str]:
 
 
 def network_section(path: Path, folder: str) -> list[str]:
-    """The text for networks.json, where there is one."""
+    """The lines on networks.json, where there is one."""
     if not path.exists():
         return []
     record = json.loads(path.read_text())
     machine, bar = record["environment"], record["summary"]["networks"]
     return [
+        "## Whole networks",
         "Whole networks in inference, every layer once in a forward pass, as they are used: milliseconds of a pass on",
         f"**{machine['cpu']}, {machine['threads']} threads**, the median of passes that take turns. Each block has a "
         "mask of its own",
@@ -133,12 +136,13 @@ def filters(record: dict) -> list[str]:
 
 
 def filter_section(path: Path, folder: str) -> list[str]:
-    """The text for filters.json, where there is one."""
+    """The lines on filters.json, where there is one."""
     if not path.exists():
         return []
     record = json.loads(path.read_text())
     return [
         "",
+        "## Filters of pixels",
         "Filters of pixels, times faster than PyTorch's usual idiom on contiguous tensors; in brackets the share of",
         "the floor: operands and results moved once a pass at the speed of a copy, "
         f"{record['ceilings']['copy'] / 1e9:.0f} GB/s, or what",
@@ -148,15 +152,21 @@ def filter_section(path: Path, folder: str) -> list[str]:
     ]
 
 
+def device_of(record: dict) -> str:
+    """The machine of a record, for people."""
+    machine = record["environment"]
+    return machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['threads']} threads"
+
+
 def section(path: Path) -> str:
-    """The README's text for the record at `path`."""
+    """What docs/results.md says of the record at `path`."""
     record = json.loads(path.read_text())
-    machine, folder = record["environment"], path.resolve().parent.relative_to(ROOT).as_posix()
-    device = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['threads']} threads"
+    machine, folder = record["environment"], f"../{path.resolve().parent.relative_to(ROOT).as_posix()}"
     return "\n".join(
         [
             *network_section(path.with_name("networks.json"), folder),
-            f"Times faster than PyTorch's dense channels_last convolutions on **{device}** "
+            "## Layers and blocks",
+            f"Times faster than PyTorch's dense channels_last convolutions on **{device_of(record)}** "
             f"({machine.get('cpu_features') or 'GPU'}), {record['dtype']}, PyTorch {machine['torch']}, "
             f"{record['masks']} masks: geometric means of medians, in brackets the share of what the products allow.",
             "A call includes finding the active pixels and writing the zeros; in place updates a cached output with",
@@ -164,11 +174,12 @@ def section(path: Path) -> str:
             "features packed between their layers, and in training normalise over the computed pixels.",
             "LAUDNet's layers and the linear ones keep that share of the inputs and of the outputs of each sample, so",
             "that the products allow its inverse square.",
-            f"Every layer is in [{folder}]({folder}/bench.json).",
+            f"Every layer is in [{path.name}]({folder}/{path.name}).",
             "",
             *table(record),
             *filter_section(path.with_name("filters.json"), folder),
             "",
+            "## Pictures",
             f"![time relative to dense against density]({folder}/bench.png)",
             "",
             "The cost is a line in the active pixels, through a small constant:",
@@ -188,19 +199,122 @@ def section(path: Path) -> str:
     )
 
 
+# The README's rows of layers: (family, kernel, mode, density, text). Gains and losses both.
+SHORT = (
+    ("resnet50", 3, "plain", 0.25, "ResNet-50's 3×3 layers"),
+    ("sbnet", 0, "plain", 0.1, "SBNet's bottlenecks"),
+    ("laudnet groups of 16", None, "plain", 0.5, "LAUDNet's layers, channels in groups of 16"),
+    ("mobilenetv2", 3, "backward", 0.5, "MobileNetV2's depthwise layers, forward + backward"),
+)
+
+
+def short_table(path: Path) -> list[str]:
+    """At most twelve rows of the three records: whole networks, some layers, two kinds of filters of pixels."""
+    bench, networks, filters = (
+        json.loads(path.with_name(name).read_text()) for name in (path.name, "networks.json", "filters.json")
+    )
+    lines = ["| what | density | compared with | times faster |", "|---|---|---|---|"]
+    for row in networks["networks"]:
+        if row["batch"] == 1 and row["asked"] in (0.5, 0.25):
+            compiled = row["compiled"]["median"] / row["automatic"]["median"]
+            title = f"{NETWORKS[row['network']]}, whole, batch 1"
+            faster = f"{row['ratio']:.2f}×, {compiled:.2f}×"
+            lines.append(f"| {title} | {row['asked']:.2g} | dense, `torch.compile` | {faster} |")
+    for family, kernel, mode, density, title in SHORT:
+        rows = [row for row in bench["rows"] if (row["family"], row["mode"], row["asked"]) == (family, mode, density)]
+        ratio = geometric_mean([row["ratio"] for row in rows if kernel in (None, row["kernel"])])
+        lines.append(f"| {title} | {density:.2g} | dense | {ratio:.2f}× |")
+    for family in ("involution", "dcn"):
+        mean = next(m for m in filters["summary"]["means_filters"] if (m["family"], m["mode"]) == (family, "plain"))
+        title, idiom = FILTERS[family]
+        lines.append(f"| {title} |  | `F.{idiom}` | {mean['ratio']:.1f}× |")
+    return lines
+
+
+def readme_section(path: Path) -> str:
+    """What the README says of the record at `path`."""
+    record = json.loads(path.read_text())
+    return "\n".join(
+        [
+            f"On **{device_of(record)}**, {record['dtype']}, PyTorch {record['environment']['torch']}: medians of "
+            "calls that take turns;",
+            "finding the active pixels and writing the zeros is in the time. Layers are geometric means of their kind.",
+            "",
+            *short_table(path),
+        ]
+    )
+
+
+# The picture's layers: (family, layer, text). The network is ResNet-50, at the largest batch there is.
+LAYERS = (
+    ("resnet50", "56x56 64->64 3x3", "3×3, 64 channels, 56×56"),
+    ("lasnet", "28x28 128->128 3x3 in 8 groups", "3×3 in 8 groups, 128 channels, 28×28"),
+    ("mobilenetv2", "28x28 192 depthwise 3x3", "3×3 depthwise, 192 channels, 28×28"),
+)
+
+
+def curves(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """For each line of the picture its (density, time relative to dense), from the records beside `path`."""
+    bench, networks = (json.loads(path.with_name(name).read_text()) for name in (path.name, "networks.json"))
+    found = {}
+    for family, layer, title in LAYERS:
+        rows = [r for r in bench["rows"] if (r["family"], r["layer"], r["mode"]) == (family, layer, "plain")]
+        found[f"{title}, batch {rows[0]['batch']}"] = sorted(
+            (r["density"], r["sparse"]["median"] / r["dense"]["median"]) for r in rows
+        )
+    rows = [row for row in networks["networks"] if row["network"] == "resnet50"]
+    batch = max(row["batch"] for row in rows)
+    found[f"ResNet-50, whole, batch {batch}"] = sorted(
+        (row["asked"], row["sparse"]["median"] / row["dense"]["median"]) for row in rows if row["batch"] == batch
+    )
+    return {title: [(round(x, 3), round(y, 3)) for x, y in points] for title, points in found.items()}
+
+
+def draw(path: Path, picture: Path) -> None:
+    """Time relative to dense against density; the points stand in the picture's description as well."""
+    from dynconv.cli.plots import pyplot
+
+    plt = pyplot()
+    lines = curves(path)
+    plt.rcParams.update({"svg.hashsalt": "dynconv", "font.size": 11})
+    figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    ax.plot((0, 1), (0, 1), "--", color="0.5", linewidth=1.2, label="the density itself: the share of the products")
+    ax.axhline(1, color="0.3", linewidth=1.2)
+    ax.annotate("dense", (0, 1), xytext=(3, 4), textcoords="offset points", color="0.3")
+    for (title, points), marker in zip(lines.items(), "osD^"):
+        is_network = title.startswith("ResNet")
+        ax.plot(*zip(*points), marker=marker, color="black" if is_network else None, linewidth=2.4, label=title)
+    ax.set(xlabel="density: active share of the output pixels", ylabel="time / dense time", xlim=(0, 1.02), ylim=0)
+    ax.legend(loc="lower right", fontsize=10)
+    metadata = {"Date": None, "Description": json.dumps(lines, ensure_ascii=False)}
+    figure.savefig(picture, format="svg", metadata=metadata, facecolor="white")
+    plt.close(figure)
+
+
+def between(page: Path, text: str) -> str:
+    """The page with the text between its marks. Raises ValueError where it has none."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page.relative_to(ROOT)}: expected the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="a bench.json in a folder of this repository")
-    path, readme = parser.parse_args().record, ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        parser.error(f"README.md: expected the marks {BEGIN} and {END}")
+    path = parser.parse_args().record
     try:
-        text = section(path)
+        texts = {README: readme_section(path), RESULTS: section(path)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"argument record: expected what `dynconv bench --json` wrote, got {str(path)!r}: {error!r}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    try:
+        pages = {page: between(page, text) for page, text in texts.items()}
+    except ValueError as error:
+        parser.error(str(error))
+    for page, text in pages.items():
+        page.write_text(text)
+    draw(path, PICTURE)
 
 
 if __name__ == "__main__":
