@@ -1,4 +1,4 @@
-"""Sphinx: `make docs` builds these pages into build/docs, without network. The theme brings its own fonts and scripts."""
+"""Sphinx: `make docs` builds these pages into build/docs, without network; the theme brings all that it shows."""
 
 import re
 
@@ -18,8 +18,14 @@ myst_heading_anchors = 3  # links to a heading are checked as well
 html_theme = "furo"
 html_title = f"dynconv {release}"
 html_copy_source = False
+html_show_sphinx = False
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "stands_for"}
+autodoc_default_options = {
+    "members": True,
+    "member-order": "bysource",
+    "exclude-members": "stands_for",
+    "no-value": True,
+}
 autodoc_inherit_docstrings = False
 autodoc_class_signature = "mixed"
 python_maximum_signature_line_length = 88

@@ -67,6 +67,11 @@ def backend(name: str) -> AbstractContextManager[None]:
     only; "reference" is plain PyTorch and takes any; a program exported under it holds PyTorch's own operators alone,
     which `torch.onnx.export` gets without being told. A backward pass, in whatever thread, takes the backend of its
     forward pass. Raises ValueError for another name.
+
+    Example:
+        >>> x, mask = torch.ones(1, 8, 4, 4), torch.rand(1, 1, 4, 4) < 0.5
+        >>> with dynconv.backend("reference"):
+        ...     y = dynconv.masked_conv2d(x, torch.ones(8, 8, 1, 1), mask=mask)
     """
     return _forced.using(_checked(name))
 

@@ -48,6 +48,11 @@ def warmup(
         progress: told the number of pieces done, of all, and the next one's name.
 
     Raises ValueError for another op or type, and for ops beside `run`.
+
+    Example:
+        >>> conv, x = dynconv.nn.MaskedConv2d(8, 8, 3, padding=1), torch.randn(1, 8, 6, 6)
+        >>> with torch.no_grad():
+        ...     dynconv.warmup(lambda: conv(x, torch.rand(1, 1, 6, 6) < 0.5))
     """
     if run is not None:
         if ops is not None:

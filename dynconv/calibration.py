@@ -63,6 +63,12 @@ def execution(mode: str) -> AbstractContextManager[None]:
 
     On the GPU the mask's count is not waited for: a call goes by the last count that has arrived from earlier calls of
     its shape, and is sparse where there is none, and in the capture of a graph. Raises ValueError for another mode.
+
+    Example:
+        >>> conv, x = dynconv.nn.MaskedConv2d(8, 8, 3, padding=1), torch.randn(1, 8, 6, 6)
+        >>> mask = torch.rand(1, 1, 6, 6) < 0.5
+        >>> with torch.no_grad(), dynconv.execution("dense"):
+        ...     y = conv(x, mask)
     """
     return _mode.using(_checked(mode))
 
@@ -210,6 +216,13 @@ def explain() -> Iterator[Explanation]:
 
     Measured on the CPU, around the call; on the GPU not, as that would wait for it. What has no dense way (packed
     features, blocks in training) is not listed.
+
+    Example:
+        >>> conv, x = dynconv.nn.MaskedConv2d(8, 8, 3, padding=1), torch.randn(1, 8, 6, 6)
+        >>> with torch.no_grad(), dynconv.execution("sparse"), dynconv.explain() as why:
+        ...     y = conv(x, torch.rand(1, 1, 6, 6) < 0.5)
+        >>> [(decision.path, decision.reason) for decision in why.decisions]
+        [('sparse', 'forced')]
     """
     explanation = Explanation()
     with _explanations.using((*_explanations.value, explanation)), _backward_in_this_thread():
@@ -332,9 +345,13 @@ def _machine(kind: str, index: int | None, threads: int) -> str:
 
 
 def calibration_file() -> Path:
-    """Where the times are kept: `DYNCONV_CALIBRATION`, or `dynconv/calibration.json` in the user's cache folder.
+    """Return where the times are kept: `DYNCONV_CALIBRATION`, or `dynconv/calibration.json` in the user's cache folder.
 
     A JSON file by machine, layer and density, to look at and to delete.
+
+    Example:
+        >>> dynconv.calibration_file().suffix
+        '.json'
     """
     given = os.environ.get("DYNCONV_CALIBRATION")
     if given:
@@ -435,10 +452,18 @@ def calibrate(
         progress: told the number of densities measured, of all, and what comes next.
 
     Returns:
-        The crossover density of each call: the one from which on it goes the dense way, None where it never does.
+        For each call its crossover, the density from which on it goes the dense way, None where it never does.
 
     Raises TypeError where a density is no number, ValueError where one is not in (0, 1] or `run` has no call with a
     dense way.
+
+    Example:
+        >>> conv, x = dynconv.nn.MaskedConv2d(8, 8, 3, padding=1), torch.randn(1, 8, 6, 6)
+        >>> mask = torch.rand(1, 1, 6, 6) < 0.5
+        >>> with torch.no_grad():
+        ...     found = dynconv.calibrate(lambda: conv(x, mask), densities=(0.25, 1.0), seconds=0.001, store=False)
+        >>> list(found)
+        ['conv 6x6 8->8 3x3, batch 1, float32']
     """
     global _tables, edition
     densities = _checked_densities(densities)

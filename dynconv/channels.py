@@ -111,6 +111,11 @@ class ActiveChannels:
         TypeError: the mask is neither bool nor floating, or the granularity or the capacity is no int.
         ValueError: the mask does not broadcast to [N, C] or the coarser groups, the granularity is below 1, or a sample
             keeps more channels than the capacity (on a GPU that is an assertion on the device).
+
+    Example:
+        >>> channels = dynconv.ActiveChannels(torch.tensor([[True, False], [True, True]]), (2, 32), granularity=16)
+        >>> channels.count.tolist(), channels.density
+        ([16, 32], 0.75)
     """
 
     @keeps_tensors

@@ -49,6 +49,11 @@ class Selection(NamedTuple):
         rate: [N], in 0..1. Its value is the share of the channels that each sample keeps; its gradient is that of the
             expected share, at every gate. Constant where the budget fixes it.
         scores: [N, groups], or [N, widths] for `SlimmableGate`: the logits or saliencies behind the choice.
+
+    Example:
+        >>> chosen = dynconv.gating.ChannelGate(8, 32, granularity=16)(torch.randn(4, 8, 6, 6))
+        >>> chosen.channels.shape, chosen.rate.shape, chosen.scores.shape
+        ((4, 32), torch.Size([4]), torch.Size([4, 2]))
     """
 
     channels: ActiveChannels
@@ -128,6 +133,11 @@ class ChannelGate(_Selector):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> gate = dynconv.gating.ChannelGate(8, 32, granularity=16)
+        >>> chosen = gate(torch.randn(4, 8, 6, 6))
+        >>> y = dynconv.gathered_conv2d(torch.randn(4, 8, 6, 6), torch.randn(32, 8, 1, 1), out_mask=chosen.channels)
     """
 
     def __init__(
@@ -171,8 +181,8 @@ class ChannelGate(_Selector):
 class TopKGate(_Selector):
     """Keeps the k groups of channels with the highest scores in each sample: a fixed budget.
 
-    With `boost`, FBS: the saliency relu(linear(mean |input|)) of a winner multiplies its channels, those of the losers
-    are skipped. A winner whose saliency is zero is skipped too, so k is then the most. Nothing is random, and only
+    With `boost`, FBS: the saliency `relu(linear(mean |input|))` of a winner multiplies its channels, and losers are
+    skipped. A winner whose saliency is zero is skipped too, so k is then the most. Nothing is random, and only
     `l1_loss` of the saliencies reaches the losers; the bias begins at 1, so that at first all are salient.
 
     Without, exactly k groups are kept, with gates of exactly 1 and 0 and the gradient of sigmoid(score). Gumbel noise
@@ -190,6 +200,11 @@ class TopKGate(_Selector):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> gate = dynconv.gating.TopKGate(8, 32, k=1, granularity=16, boost=False)
+        >>> gate(torch.randn(4, 8, 6, 6)).rate.tolist()
+        [0.5, 0.5, 0.5, 0.5]
     """
 
     def __init__(self, in_channels: int, channels: int, k: int, granularity: int = 1, *, boost: bool = True) -> None:
@@ -236,6 +251,11 @@ class SlimmableGate(_Selector):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> gate = dynconv.gating.SlimmableGate(8, 32, widths=(8, 16, 32))
+        >>> set(gate(torch.randn(4, 8, 6, 6)).channels.count.tolist()) <= {8, 16, 32}
+        True
     """
 
     def __init__(self, in_channels: int, channels: int, widths: Sequence[int], *, temperature: float = 1.0) -> None:
@@ -268,7 +288,7 @@ class SlimmableGate(_Selector):
 
 
 def product_rates(rates: Sequence[Tensor | float]) -> list[Tensor | float]:
-    """The share of its products that each layer of a chain computes: (kept in) * (kept out).
+    """Return the share of its products that each layer of a chain computes: (kept in) * (kept out).
 
     Args:
         rates: one more than there are layers: the shares of the channels before, between and after them, each [N] from
@@ -277,12 +297,16 @@ def product_rates(rates: Sequence[Tensor | float]) -> list[Tensor | float]:
     Returns:
         A share for each layer. Each times the layer's multiply-adds, summed, is what a sample is expected to need; with
         the multiply-adds as weights, `budget_loss` of the shares holds the whole chain to a budget.
+
+    Example:
+        >>> dynconv.gating.product_rates([1, 0.5, 0.5])
+        [0.5, 0.25]
     """
     return [before * after for before, after in itertools.pairwise(rates)]
 
 
 def budget_loss(rates: Sequence[Tensor], target: float, weights: Sequence[float] | None = None) -> Tensor:
-    """(sum(weight * mean rate) / sum(weights) - target)^2: holds all layers together to a budget.
+    """Hold all layers together to a budget: `(sum(weight * mean rate) / sum(weights) - target)^2`.
 
     The network loss of DynConv (Verelst and Tuytelaars, CVPR 2020), with the layers' costs as weights. For each layer
     its own target, as in ConvNet-AIG (Veit and Belongie, ECCV 2018): `bounds_loss` with progress 0.
@@ -296,6 +320,10 @@ def budget_loss(rates: Sequence[Tensor], target: float, weights: Sequence[float]
     Raises:
         TypeError: rates that are no sequence of tensors.
         ValueError: no rates, a target outside of its range, or weights that do not match the rates.
+
+    Example:
+        >>> dynconv.gating.budget_loss([torch.tensor([0.5, 1.0])], target=0.5).item()
+        0.0625
     """
     means = _layer_means("rates", rates)
     _check_share("target", target)
@@ -311,7 +339,7 @@ def budget_loss(rates: Sequence[Tensor], target: float, weights: Sequence[float]
 
 
 def bounds_loss(rates: Sequence[Tensor], target: float, progress: float) -> Tensor:
-    """The mean over layers of relu(rate - upper)^2 + relu(lower - rate)^2: no layer closes, or stays open, too early.
+    """Keep layers from closing, or staying open, too early: the mean of `relu(rate - upper)^2 + relu(lower - rate)^2`.
 
     With a = cos(progress * pi / 2)^2, upper = 1 - a * (1 - target) and lower = a * target: both begin at the target and
     widen to 0 and 1. The block loss of DynConv (Verelst and Tuytelaars, CVPR 2020), which takes progress from 0 to 1 in
@@ -325,6 +353,11 @@ def bounds_loss(rates: Sequence[Tensor], target: float, progress: float) -> Tens
     Raises:
         TypeError: rates that are no sequence of tensors.
         ValueError: no rates, or a target or a progress outside of its range.
+
+    Example:
+        >>> rates = [torch.tensor([0.5, 1.0])]
+        >>> [dynconv.gating.bounds_loss(rates, target=0.5, progress=progress).item() for progress in (0, 1)]
+        [0.0625, 0.0]
     """
     means = _layer_means("rates", rates)
     _check_share("target", target)
@@ -336,7 +369,7 @@ def bounds_loss(rates: Sequence[Tensor], target: float, progress: float) -> Tens
 
 
 def l1_loss(scores: Sequence[Tensor]) -> Tensor:
-    """The sum over layers of the mean over samples of sum(|score|): makes saliencies sparse, losers' as well.
+    """Sum over layers the mean over samples of `sum(|score|)`: makes saliencies sparse, losers' as well.
 
     The regularisation of FBS (Gao et al., ICLR 2019), there times 1e-8.
 
@@ -346,6 +379,10 @@ def l1_loss(scores: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: scores that are no sequence of tensors.
         ValueError: no scores.
+
+    Example:
+        >>> dynconv.gating.l1_loss([torch.tensor([[1.0, -2.0], [3.0, 0.0]])]).item()
+        3.0
     """
     return _layer_means("scores", scores, lambda layer: layer.abs().sum(-1)).sum()
 

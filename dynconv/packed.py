@@ -30,6 +30,12 @@ class PackedFeatures(NamedTuple):
             sites.capacity elsewhere, known without waiting for the device. Row m belongs to the site sites.index[m];
             what dynconv makes has zeros past `sites.count`, and what lies there is not read.
         sites: where the rows belong, in an [N, 1, H, W] mask.
+
+    Example:
+        >>> sites = dynconv.ActiveSites(torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3))
+        >>> packed = dynconv.pack(torch.ones(1, 8, 3, 3), sites)
+        >>> packed.rows.shape, packed.shape
+        (torch.Size([3, 8]), (1, 8, 3, 3))
     """
 
     rows: Tensor
@@ -80,6 +86,11 @@ class PackedChannels(NamedTuple):
         features: [N, K, H, W] in channels_last, K at least the most channels that a sample keeps: the i-th channel of
             sample n is its channel channels.index[n, i]. Zeros from channels.count[n] on.
         channels: which channels these are, of [N, C].
+
+    Example:
+        >>> packed = dynconv.pack(torch.ones(1, 3, 2, 2), dynconv.ActiveChannels(torch.tensor([[True, False, True]])))
+        >>> packed.features.shape, packed.unpack()[0, :, 0, 0].tolist()
+        (torch.Size([1, 2, 2, 2]), [1.0, 0.0, 1.0])
     """
 
     features: Tensor
@@ -101,10 +112,15 @@ class PackedChannels(NamedTuple):
 
 
 def pack(input: Tensor, active: ActiveSites | ActiveChannels) -> PackedFeatures | PackedChannels:
-    """The rows of a dense tensor [N, C, H, W] at the active sites, or its kept channels; differentiable in `input`.
+    """Take the rows of a dense tensor [N, C, H, W] at the active sites, or its kept channels; differentiable.
 
     A gate does not take part. Raises TypeError where `input` is no floating tensor or `active` neither ActiveSites nor
     ActiveChannels, ValueError where their sizes or devices differ.
+
+    Example:
+        >>> x = torch.arange(4.0).view(1, 1, 2, 2)
+        >>> dynconv.pack(x, dynconv.ActiveSites(x > 1)).rows.flatten().tolist()
+        [2.0, 3.0]
     """
     if isinstance(active, ActiveChannels):
         return module(".ops.gathered_conv").pack(input, active)

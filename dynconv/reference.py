@@ -11,6 +11,15 @@ from .channels import ActiveChannels
 from .packed import PackedChannels, PackedFeatures
 from .sites import ActiveSites
 
+__all__ = [
+    "deform_aggregate2d",
+    "deform_conv2d",
+    "dynamic_filter2d",
+    "gathered_conv2d",
+    "gathered_linear",
+    "masked_conv2d",
+]
+
 ACTIVATIONS = {
     None: lambda x: x,
     "relu": F.relu,

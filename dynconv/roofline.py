@@ -38,6 +38,10 @@ class Work(NamedTuple):
     flops: a multiplication and an addition are two; taps in the padding count, as FLOP counters have it. bytes: every
     operand read and every result written once a pass, of which forward and backward are two. is_product: whether they
     are matrix products, which have units of their own on a GPU.
+
+    Example:
+        >>> dynconv.roofline.Work(100, 10).plus(dynconv.roofline.Work(50, 5))
+        Work(flops=150, bytes=15, is_product=True)
     """
 
     flops: int
@@ -50,7 +54,12 @@ class Work(NamedTuple):
 
 
 class Floor(NamedTuple):
-    """The least time of a call, in seconds, and what sets it: "bytes" or "FLOPs"."""
+    """The least time of a call, in seconds, and what sets it: "bytes" or "FLOPs".
+
+    Example:
+        >>> dynconv.roofline.DATA_SHEETS["A100"].floor(dynconv.roofline.Work(0, 2039), torch.float32)
+        Floor(seconds=1e-09, limit='bytes')
+    """
 
     seconds: float
     limit: str
@@ -60,6 +69,10 @@ class Tiles(NamedTuple):
     """How much of what the tiles of a call compute is asked for, each in 0..1.
 
     filled: the elements asked for, of those in tiles. waves: the tiles, of those in whole waves over the device.
+
+    Example:
+        >>> dynconv.roofline.Tiles(filled=0.5, waves=0.5).share
+        0.25
     """
 
     filled: float = 1.0
@@ -86,6 +99,11 @@ class Device:
         multiprocessors: that take tiles; 0 for a CPU, whose threads take them one by one.
         architecture: the row of the kernels' tables of tiles; "cpu" for a CPU.
         measured: which of "copy", "products" and "arithmetic" were measured; the others are a data sheet's.
+
+    Example:
+        >>> device = dynconv.roofline.DATA_SHEETS["H100"]
+        >>> device.name, device.multiprocessors, device.architecture
+        ('NVIDIA H100 SXM', 132, 'sm_90')
     """
 
     name: str
@@ -137,7 +155,12 @@ DATA_SHEETS = {
 
 
 def precision_of(dtype: torch.dtype, device: Device) -> str:
-    """The precision that products of a type have on a device: float32 on a GPU obeys the TF32 switch of F.conv2d."""
+    """The precision that products of a type have on a device: float32 on a GPU obeys the TF32 switch of F.conv2d.
+
+    Example:
+        >>> dynconv.roofline.precision_of(torch.bfloat16, dynconv.roofline.DATA_SHEETS["H100"])
+        'bfloat16'
+    """
     if dtype == torch.float32 and device.multiprocessors and torch.backends.cudnn.conv.fp32_precision == "tf32":
         return "tf32"
     return str(dtype).removeprefix("torch.")
@@ -154,6 +177,11 @@ def measure(device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,
         seconds: for each of the measurements.
 
     Raises ValueError for another device.
+
+    Example:
+        >>> device = dynconv.roofline.measure("cpu", seconds=0.001)
+        >>> device.architecture, device.measured
+        ('cpu', ('copy', 'products', 'arithmetic'))
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
@@ -313,6 +341,11 @@ def masked_conv2d(
             gradients of input and weight.
 
     Raises ValueError for another mode, and for shapes that do not fit.
+
+    Example:
+        >>> mask = torch.eye(6, dtype=torch.bool).view(1, 1, 6, 6)
+        >>> dynconv.roofline.masked_conv2d((1, 8, 6, 6), (4, 8, 3, 3), mask, padding=1).flops  # 2 * 6 sites * 4 * 8 * 9
+        3456
     """
     _check_mode(mode)
     geometry = Geometry.of(tuple(weight_shape[2:]), stride, padding, dilation)
@@ -351,6 +384,11 @@ def gathered_conv2d(
     """Of `dynconv.gathered_conv2d` without groups; see `masked_conv2d`.
 
     in_mask [N, Cin] and out_mask [N, Cout]: bool or floating, or ActiveChannels: what each sample keeps.
+
+    Example:
+        >>> keep = torch.tensor([[True, False, True, False]])
+        >>> dynconv.roofline.gathered_conv2d((1, 4, 6, 6), (4, 4, 1, 1), keep, keep).flops  # 2 * 36 sites * 2 * 2
+        288
     """
     _check_mode(mode)
     geometry = Geometry.of(tuple(weight_shape[2:]), stride, padding, dilation)
@@ -381,7 +419,13 @@ def gathered_linear(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.gathered_linear`: input [N, ..., Fin], weight [Fout, Fin]; see `gathered_conv2d`."""
+    """Of `dynconv.gathered_linear`: input [N, ..., Fin], weight [Fout, Fin]; see `gathered_conv2d`.
+
+    Example:
+        >>> keep = torch.tensor([[True, False, True, False]])
+        >>> dynconv.roofline.gathered_linear((1, 4), (4, 4), keep, keep).flops  # 2 * 2 * 2
+        8
+    """
     positions = math.prod(input_shape[1:-1])
     return gathered_conv2d(
         (input_shape[0], input_shape[-1], positions, 1), (*weight_shape, 1, 1), in_mask, out_mask, dtype=dtype,
@@ -407,6 +451,10 @@ def dynamic_filter2d(
         kernel_size: kH and kW.
         channel_filters: whether there are such: a product more for each tap.
         mask, dtype, mode: as for `masked_conv2d`; the gradients are those of all operands.
+
+    Example:
+        >>> dynconv.roofline.dynamic_filter2d((1, 8, 6, 6), (1, 9, 6, 6), kernel_size=3).flops  # 2 * 36 sites * 8 * 9
+        5184
     """
     _check_mode(mode)
     kernel = Geometry.of(kernel_size, 1, 0, 1).kernel
@@ -444,6 +492,10 @@ def deform_conv2d(
         weight_shape: [Cout, C / groups, kH, kW].
         masked: whether there is a factor for each sample.
         dtype, mode: as for `masked_conv2d`; the gradients are those of all operands.
+
+    Example:
+        >>> dynconv.roofline.deform_conv2d((1, 8, 6, 6), (1, 18, 6, 6), (4, 8, 3, 3)).flops  # 2 * 36 sites * 4 * 8 * 9
+        20736
     """
     _check_mode(mode)
     sites, element = offset_shape[0] * offset_shape[2] * offset_shape[3], dtype.itemsize
@@ -464,7 +516,13 @@ def deform_aggregate2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.deform_aggregate2d`: four pixels a tap and channel; see `deform_conv2d`."""
+    """Of `dynconv.deform_aggregate2d`: four pixels a tap and channel; see `deform_conv2d`.
+
+    Example:
+        >>> work = dynconv.roofline.deform_aggregate2d((1, 8, 6, 6), (1, 18, 6, 6), kernel_size=3)
+        >>> work.is_product
+        False
+    """
     _check_mode(mode)
     taps, element = math.prod(Geometry.of(kernel_size, 1, 0, 1).kernel), dtype.itemsize
     sites, channels = offset_shape[0] * offset_shape[2] * offset_shape[3], input_shape[1]
@@ -477,7 +535,12 @@ def deform_aggregate2d(
 
 
 def compaction(mask_shape: Sequence[int], active: int) -> Work:
-    """Of making the ActiveSites of a bool mask [N, 1, H, W]: it is read, and an int32 written for each active site."""
+    """Of making the ActiveSites of a bool mask [N, 1, H, W]: it is read, and an int32 written for each active site.
+
+    Example:
+        >>> dynconv.roofline.compaction((1, 1, 6, 6), active=6).bytes  # 36 of the mask, 6 * 4 of the index
+        60
+    """
     return Work(0, math.prod(mask_shape) + 4 * active, False)
 
 
@@ -491,6 +554,10 @@ def fill(
         tile: rows and columns of one.
         multiprocessors: that take one tile at a time; 0: no waves.
         groups: how many such results there are.
+
+    Example:
+        >>> dynconv.roofline.fill(rows=100, columns=64, tile=(128, 64)).filled
+        0.78125
     """
     rows, columns = torch.as_tensor(rows), torch.as_tensor(columns)
     up = lambda value, unit: (value + unit - 1) // unit
@@ -502,7 +569,11 @@ def fill(
 
 
 def conv_tile(channels: int, filters: int, dtype: torch.dtype, device: Device) -> tuple[int, int]:
-    """(sites, output channels) of a tile of `masked_conv2d`, of `channels` and `filters` of a group, on a device."""
+    """(sites, output channels) of a tile of `masked_conv2d`, of `channels` and `filters` of a group, on a device.
+
+    Example:
+        >>> sites, filters = dynconv.roofline.conv_tile(64, 64, torch.bfloat16, dynconv.roofline.DATA_SHEETS["H100"])
+    """
     if device.architecture == "cpu":
         return _cpu_tile(dtype)
     tile = module(".kernels.masked_conv").config(_kind(dtype, device), channels, filters, device.architecture)
@@ -512,7 +583,12 @@ def conv_tile(channels: int, filters: int, dtype: torch.dtype, device: Device) -
 def gathered_tile(
     sites: int, channels: int, filters: int, granularity: int, dtype: torch.dtype, device: Device
 ) -> tuple[int, int]:
-    """(sites, output channels) of a tile of `gathered_conv2d` of `sites` a sample, channels kept by `granularity`."""
+    """(sites, output channels) of a tile of `gathered_conv2d` of `sites` a sample, channels kept by `granularity`.
+
+    Example:
+        >>> device = dynconv.roofline.DATA_SHEETS["H100"]
+        >>> sites, filters = dynconv.roofline.gathered_tile(196, 64, 64, 16, torch.bfloat16, device)
+    """
     if device.architecture == "cpu":
         return _cpu_tile(dtype)
     tile = module(".kernels.gathered_conv").config(

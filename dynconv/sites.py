@@ -226,6 +226,11 @@ class ActiveSites:
     Raises:
         TypeError: the mask is neither bool nor floating.
         ValueError: the mask does not broadcast to [N, 1, Ho, Wo] or the coarser grid, or has 2^31 sites or more.
+
+    Example:
+        >>> sites = dynconv.ActiveSites(torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3))
+        >>> sites.index[: len(sites)].tolist()
+        [0, 4, 8]
     """
 
     @keeps_tensors
@@ -377,7 +382,7 @@ class ActiveSites:
 
     @property
     def capacity(self) -> int:
-        """The most sites there can be: what is packed for them has no more rows."""
+        """The most sites there can be; what is packed for them has no more rows."""
         return self.mask.numel()
 
     def _packed_index(self, backend: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,17 +30,18 @@ ON_GPU = torch.cuda.is_available()
 def group(nodeid: str) -> str:
     """What one worker of pytest-xdist has to itself: tests of a group share what a process makes once.
 
-    The gate's rows, the built wheel, and the CPU backend, whose Numba kernels two workers would both compile, in two
-    parts. A test of the Triton kernels is a group of its own. By the id: pytest-xdist 3.8 loses its own groups with
-    pytest 9.2.
+    The gate's rows, the built wheel, the built pages, and the CPU backend, whose Numba kernels two workers would both
+    compile, in two parts. A test of the Triton kernels is a group of its own. By the id: pytest-xdist 3.8 loses its own
+    groups with pytest 9.2.
     """
     file, _, name = nodeid.rpartition("/")[2].partition("::")
-    if file in ("test_compile_gate.py", "test_packaging.py"):
+    if file in ("test_compile_gate.py", "test_packaging.py", "test_docs.py"):
         return file
     if file == "test_kernels.py" or "triton" in name:
         return nodeid
     # Nearly all kernels of these are their own, and as much work as a second worker has left beside the others.
-    return "filters" if file.startswith(("test_dynamic", "test_deform")) else "cpu"
+    is_example = file == "test_examples.py" and re.search("filter|deform|pixel_adaptive", name)
+    return "filters" if is_example or file.startswith(("test_dynamic", "test_deform")) else "cpu"
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it

@@ -49,6 +49,14 @@ class MaskedBlock(ResidualBlock):
     it is folded into the convolutions.
 
     Children and `state_dict` are those of the dense block. Without a mask the block is that dense block.
+
+    Example:
+        >>> dense = dynconv.nn.MaskedBasicBlock(8, 8)  # or torchvision's, timm's, your own
+        >>> block, x = dynconv.nn.MaskedBlock.from_dense(dense).eval(), torch.randn(2, 8, 6, 6)
+        >>> mask = torch.rand(2, 1, 6, 6) < 0.5
+        >>> with torch.no_grad():
+        ...     torch.allclose(block(x, mask), torch.where(mask, block(x), x), atol=1e-4)
+        True
     """
 
     def forward(self, input: Tensor, mask: Tensor | ActiveSites | None = None, *, inplace: bool = False) -> Tensor:
@@ -412,6 +420,11 @@ class MaskedBasicBlock(BasicBlock, MaskedBlock):
     """The block of ResNet-18 and 34 (He et al., CVPR 2016) at active sites: 3x3, 3x3; see `MaskedBlock`.
 
     The constructor is torchvision's `BasicBlock`, with `statistics` ("active" or "dense") beside it.
+
+    Example:
+        >>> block = dynconv.nn.MaskedBasicBlock(8, 8).eval()
+        >>> block(torch.randn(2, 8, 6, 6), torch.rand(2, 1, 6, 6) < 0.25).shape
+        torch.Size([2, 8, 6, 6])
     """
 
 
@@ -419,6 +432,11 @@ class MaskedBottleneck(Bottleneck, MaskedBlock):
     """The bottleneck of ResNet-50 and up, ResNeXt and Wide ResNet at active sites: 1x1, 3x3, 1x1; see `MaskedBlock`.
 
     The constructor is torchvision's `Bottleneck` (the stride is in the 3x3), with `statistics` beside it.
+
+    Example:
+        >>> block = dynconv.nn.MaskedBottleneck(32, 8).eval()
+        >>> block(torch.randn(2, 32, 6, 6), torch.rand(2, 1, 6, 6) < 0.25).shape
+        torch.Size([2, 32, 6, 6])
     """
 
 
@@ -427,6 +445,11 @@ class MaskedInvertedResidual(MaskedBlock):
 
     See `MaskedBlock`. The constructor is torchvision's `InvertedResidual`, with `statistics` beside it. `from_dense`
     takes chains of any length, such as those of MobileNetV3 and EfficientNetV2 without squeeze-and-excitation.
+
+    Example:
+        >>> block = dynconv.nn.MaskedInvertedResidual(8, 8, stride=1, expand_ratio=2).eval()
+        >>> block(torch.randn(2, 8, 6, 6), torch.rand(2, 1, 6, 6) < 0.25).shape
+        torch.Size([2, 8, 6, 6])
     """
 
     def __init__(

@@ -30,6 +30,11 @@ class DeformConv2d(nn.Module):
         bias: whether to learn one.
 
     Raises TypeError and ValueError for an argument of the wrong kind or value.
+
+    Example:
+        >>> conv = dynconv.nn.DeformConv2d(8, 4, 3, padding=1)
+        >>> conv(torch.randn(1, 8, 6, 6), torch.randn(1, 2 * 9, 6, 6)).shape
+        torch.Size([1, 4, 6, 6])
     """
 
     def __init__(
@@ -102,6 +107,11 @@ class DCNv2(DeformConv2d):
         offset_groups: groups of input channels with offsets and a mask of their own (`deform_groups`).
 
     Raises TypeError and ValueError for an argument of the wrong kind or value.
+
+    Example:
+        >>> conv = dynconv.nn.DCNv2(8, 4, 3, padding=1)
+        >>> conv(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 4, 6, 6])
     """
 
     def __init__(
@@ -169,6 +179,11 @@ class DCNv4(nn.Module):
         pointwise: whether there are `value_proj` and `output_proj` (not `without_pointwise`).
 
     Raises TypeError and ValueError for an argument of the wrong kind or value.
+
+    Example:
+        >>> layer = dynconv.nn.DCNv4(8, groups=2)
+        >>> layer(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
     """
 
     def __init__(

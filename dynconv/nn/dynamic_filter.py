@@ -38,6 +38,11 @@ class DynamicFilter2d(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> layer = dynconv.nn.DynamicFilter2d(8, 3, padding=1, normalization="softmax")
+        >>> layer(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
     """
 
     def __init__(
@@ -126,6 +131,11 @@ class Involution2d(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> layer = dynconv.nn.Involution2d(16, kernel_size=3)
+        >>> layer(torch.randn(2, 16, 6, 6)).shape
+        torch.Size([2, 16, 6, 6])
     """
 
     def __init__(
@@ -209,6 +219,11 @@ class CARAFE(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> layer = dynconv.nn.CARAFE(8)
+        >>> layer(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 12, 12])
     """
 
     def __init__(
@@ -280,6 +295,11 @@ class FilterNorm(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> filters = dynconv.nn.FilterNorm(1, kernel_size=3)(torch.randn(1, 9, 6, 6))
+        >>> torch.allclose(filters.mean(1), torch.zeros(1, 6, 6), atol=1e-6)
+        True
     """
 
     def __init__(
@@ -351,6 +371,11 @@ class DDF(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> layer = dynconv.nn.DDF(8)
+        >>> layer(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
     """
 
     def __init__(
@@ -406,6 +431,11 @@ class DDFUp(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> layer = dynconv.nn.DDFUp(8)
+        >>> layer(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 12, 12])
     """
 
     def __init__(

@@ -48,6 +48,11 @@ class GatheredBlock(ResidualBlock):
     or over all ("dense"), which costs what the dense block does. In eval mode it is folded into the convolutions.
 
     Children and `state_dict` are those of the dense block. Without masks the block is that dense block.
+
+    Example:
+        >>> dense = dynconv.nn.MaskedBasicBlock(8, 8)  # or torchvision's, timm's, your own
+        >>> block, x = dynconv.nn.GatheredBlock.from_dense(dense).eval(), torch.randn(2, 8, 6, 6)
+        >>> y = block(x, torch.rand(2, 8) < 0.5, torch.rand(2, 1, 6, 6) < 0.5)
     """
 
     def forward(
@@ -303,6 +308,11 @@ class GatheredBasicBlock(BasicBlock, GatheredBlock):
     """The block of ResNet-18 and 34 (He et al., CVPR 2016), 3x3, 3x3, with dynamic width between; see `GatheredBlock`.
 
     The constructor is torchvision's `BasicBlock`, with `statistics` ("active" or "dense") beside it.
+
+    Example:
+        >>> block = dynconv.nn.GatheredBasicBlock(8, 8).eval()
+        >>> block(torch.randn(2, 8, 6, 6), torch.rand(2, 8) < 0.5).shape
+        torch.Size([2, 8, 6, 6])
     """
 
 
@@ -310,4 +320,9 @@ class GatheredBottleneck(Bottleneck, GatheredBlock):
     """The bottleneck of ResNet-50 and up, 1x1, 3x3, 1x1, with dynamic width between; see `GatheredBlock`.
 
     The constructor is torchvision's `Bottleneck` (the stride is in the 3x3), with `statistics` beside it.
+
+    Example:
+        >>> block = dynconv.nn.GatheredBottleneck(32, 8).eval()
+        >>> block(torch.randn(2, 32, 6, 6), torch.rand(2, 8) < 0.5).shape
+        torch.Size([2, 32, 6, 6])
     """

@@ -20,6 +20,10 @@ class GatheredConv2d(nn.Conv2d):
     """An `nn.Conv2d` that computes, for each sample, the channels that masks keep.
 
     Same constructor, parameters and `state_dict` (`padding_mode` "zeros" only).
+
+    Example:
+        >>> conv, keep = dynconv.nn.GatheredConv2d(8, 8, 3, padding=1), torch.rand(2, 8) < 0.5
+        >>> y = conv(torch.randn(2, 8, 6, 6), keep, keep)
     """
 
     stands_for = nn.Conv2d
@@ -62,6 +66,10 @@ class GatheredLinear(nn.Linear):
     """An `nn.Linear` that computes, for each sample, the features that masks keep.
 
     Same constructor, parameters and `state_dict`.
+
+    Example:
+        >>> layer = dynconv.nn.GatheredLinear(8, 16)
+        >>> y = layer(torch.randn(2, 8), out_mask=torch.rand(2, 16) < 0.5)
     """
 
     stands_for = nn.Linear

@@ -15,6 +15,10 @@ class MaskedConv2d(nn.Conv2d):
     """An `nn.Conv2d` that computes the active sites of a mask: same constructor, parameters and `state_dict`.
 
     Every `padding_mode` of `nn.Conv2d` works; those other than "zeros" copy the input to pad it.
+
+    Example:
+        >>> conv, x = dynconv.nn.MaskedConv2d(8, 8, 3, padding=1), torch.randn(2, 8, 6, 6)
+        >>> y = conv(x, torch.rand(2, 1, 6, 6) < 0.25, inactive=x)  # skipped pixels keep the input
     """
 
     stands_for = nn.Conv2d

@@ -19,6 +19,11 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     Same constructor, parameters, buffers and `state_dict`. With no active site the running statistics stay as they
     are. The activation, the residual and the way back to a dense tensor come with it, in the same pass.
+
+    Example:
+        >>> norm, mask = dynconv.nn.MaskedBatchNorm2d(8), torch.rand(2, 1, 6, 6) < 0.5
+        >>> packed = dynconv.masked_conv2d(torch.randn(2, 8, 6, 6), torch.randn(8, 8, 1, 1), mask=mask, packed=True)
+        >>> y = norm(packed, activation="relu")
     """
 
     stands_for = nn.BatchNorm2d
@@ -57,6 +62,12 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
 
     Same constructor, parameters, buffers and `state_dict`. The running statistics of a channel that no sample keeps
     stay as they are.
+
+    Example:
+        >>> norm, keep = dynconv.nn.GatheredBatchNorm2d(8), torch.rand(2, 8) < 0.5
+        >>> x, weight = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 1, 1)
+        >>> packed = dynconv.gathered_conv2d(x, weight, out_mask=keep, packed=True)
+        >>> y = norm(packed)
     """
 
     stands_for = nn.BatchNorm2d
@@ -94,6 +105,10 @@ class MaskedSyncBatchNorm2d(nn.SyncBatchNorm):
     """A `MaskedBatchNorm2d` whose statistics are those of all processes, as `nn.SyncBatchNorm`'s.
 
     Every process of the group has to call it, with sites or without. `convert_sync_batchnorm` makes it.
+
+    Example:
+        >>> dynconv.nn.convert_sync_batchnorm(dynconv.nn.MaskedBatchNorm2d(8))
+        MaskedSyncBatchNorm2d(8, ...)
     """
 
     stands_for = nn.SyncBatchNorm
@@ -104,6 +119,10 @@ class GatheredSyncBatchNorm2d(nn.SyncBatchNorm):
     """A `GatheredBatchNorm2d` whose statistics are those of all processes, as `nn.SyncBatchNorm`'s.
 
     Every process of the group has to call it. `convert_sync_batchnorm` makes it.
+
+    Example:
+        >>> dynconv.nn.convert_sync_batchnorm(dynconv.nn.GatheredBatchNorm2d(8))
+        GatheredSyncBatchNorm2d(8, ...)
     """
 
     stands_for = nn.SyncBatchNorm
@@ -122,6 +141,11 @@ def convert_sync_batchnorm(model: nn.Module, process_group=None) -> nn.Module:
 
     Returns the model, or the converted layer. Parameters and buffers are shared. Raises TypeError where `model` is not
     a module; TypeError, ValueError where a layer of packed features has a forward of its own, or hooks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> type(dynconv.nn.convert_sync_batchnorm(model)[1]).__name__
+        'SyncBatchNorm'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -25,7 +25,7 @@ def pac_kernel(
     *,
     normalize: bool = False,
 ) -> Tensor:
-    """The Gaussian kernel of pixel-adaptive convolution, exp(-|f_j - f_i|^2 / 2), for each site i and tap j.
+    """Compute the Gaussian kernel of pixel-adaptive convolution, `exp(-|f_j - f_i|^2 / 2)`, for site i and tap j.
 
     The taps are taken one after the other, forward and backward, so that no kH * kW copies of the guidance are made.
     Half types are computed in float32.
@@ -45,6 +45,11 @@ def pac_kernel(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or value.
         RuntimeError: for a second derivative: it is differentiable once.
+
+    Example:
+        >>> kernel = dynconv.nn.pac_kernel(torch.ones(1, 3, 6, 6), 3, padding=1)
+        >>> kernel.shape, kernel[0, :, 0, 0].sum().item()  # 4 of the 9 taps of a corner are inside
+        (torch.Size([1, 9, 6, 6]), 4.0)
     """
     check_map("guidance", guidance)
     geometry = _odd(Geometry.of(kernel_size, stride, padding, dilation))
@@ -154,6 +159,11 @@ class PacConv2d(_Pac):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> conv, guidance = dynconv.nn.PacConv2d(8, 4, 3, padding=1), torch.randn(1, 3, 6, 6)
+        >>> conv(torch.randn(1, 8, 6, 6), guidance).shape
+        torch.Size([1, 4, 6, 6])
     """
 
     def __init__(
@@ -225,6 +235,11 @@ class PacPool2d(_Pac):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
+
+    Example:
+        >>> smooth, photo = dynconv.nn.PacPool2d(3, padding=1, normalize_kernel=True), torch.rand(1, 3, 6, 6)
+        >>> smooth(photo, 4 * photo).shape  # a bilateral filter
+        torch.Size([1, 3, 6, 6])
     """
 
     def __init__(

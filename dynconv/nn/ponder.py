@@ -73,13 +73,16 @@ _recording = Setting(())  # the maps of this thread
 def ponder_map() -> Iterator[PonderMap]:
     """Record where the modules of `dynconv.nn` compute inside the `with` block, in its thread.
 
-        with dynconv.ponder_map() as ponder:
-            model(photo)
-        ponder.count(photo.shape[2:])  # how many of the len(ponder.masks) calls computed each pixel
-
     The ponder cost map of DynConv (Verelst & Tuytelaars, CVPR 2020). A residual block is one call, with the mask of
     its output. Calls of `dynconv.masked_conv2d` itself are not seen; compiled models are not supported. Outside of the
     block nothing is recorded and nothing costs time.
+
+    Example:
+        >>> conv, photo = dynconv.nn.MaskedConv2d(3, 8, 3, padding=1), torch.randn(1, 3, 6, 6)
+        >>> with dynconv.ponder_map() as ponder:
+        ...     y = conv(photo, torch.eye(6, dtype=torch.bool).view(1, 1, 6, 6))
+        >>> ponder.count(photo.shape[2:]).sum().item()  # how many of the len(ponder.masks) calls computed each pixel
+        6.0
     """
     ponder = PonderMap()
     handle = register_module_forward_hook(ponder._record, with_kwargs=True)

@@ -552,6 +552,9 @@ def prepare(model: nn.Module) -> nn.Module:
 
     Returns the model. Raises TypeError where it is not a module, ValueError where it has no such block, or one in
     training mode.
+
+    Example:
+        >>> model = dynconv.prepare(nn.Sequential(dynconv.nn.MaskedBottleneck(32, 8)).eval())
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

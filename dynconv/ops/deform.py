@@ -352,6 +352,12 @@ def deform_conv2d(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or device.
+
+    Example:
+        >>> x, weight, offset = torch.randn(1, 8, 6, 6), torch.randn(4, 8, 3, 3), torch.zeros(1, 2 * 9, 6, 6)
+        >>> y = dynconv.deform_conv2d(x, offset, weight, padding=1)
+        >>> torch.allclose(y, nn.functional.conv2d(x, weight, padding=1), atol=1e-4)
+        True
     """
     check_map(input)
     for name, operand in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
@@ -414,6 +420,12 @@ def deform_aggregate2d(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, value or device.
+
+    Example:
+        >>> x, offset, weights = torch.randn(1, 8, 6, 6), torch.zeros(1, 2 * 9, 6, 6), torch.zeros(1, 9, 6, 6)
+        >>> y = dynconv.deform_aggregate2d(x, offset, weights, kernel_size=3, padding=1, normalization="softmax")
+        >>> torch.allclose(y, nn.functional.avg_pool2d(x, 3, 1, 1), atol=1e-5)  # the same weight for every tap
+        True
     """
     check_map(input)
     check_operand("offset", offset, input)

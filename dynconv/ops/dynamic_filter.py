@@ -239,6 +239,12 @@ def dynamic_filter2d(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, value or device.
+
+    Example:
+        >>> x, filters = torch.randn(1, 8, 6, 6), torch.zeros(1, 2 * 9, 6, 6)  # two groups of 4 channels
+        >>> y = dynconv.dynamic_filter2d(x, filters, kernel_size=3, padding=1, normalization="softmax")
+        >>> torch.allclose(y, nn.functional.avg_pool2d(x, 3, 1, 1), atol=1e-5)  # the same weight for every tap
+        True
     """
     scale_factor = check_int("scale_factor", scale_factor)
     geometry, size = _check(input, filters, channel_filters, kernel_size, stride, padding, dilation, scale_factor)

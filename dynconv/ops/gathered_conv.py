@@ -509,6 +509,13 @@ def gathered_conv2d(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or device, or operands that do not go together.
+
+    Example:
+        >>> x, weight, keep = torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3), torch.rand(2, 8) < 0.5
+        >>> y = dynconv.gathered_conv2d(x, weight, padding=1, in_mask=keep, out_mask=keep)
+        >>> dense = nn.functional.conv2d(torch.where(keep[:, :, None, None], x, 0), weight, padding=1)
+        >>> torch.allclose(y, torch.where(keep[:, :, None, None], dense, 0), atol=1e-4)
+        True
     """
     if not isinstance(input, (Tensor, PackedChannels)):
         raise TypeError(f"input: expected a tensor or PackedChannels, got {kind_of(input)}")

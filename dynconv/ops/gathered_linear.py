@@ -254,6 +254,12 @@ def gathered_linear(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or device.
+
+    Example:
+        >>> x, weight, keep = torch.randn(2, 8), torch.randn(4, 8), torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]]).bool()
+        >>> y = dynconv.gathered_linear(x, weight, out_mask=keep)
+        >>> torch.allclose(y, torch.where(keep, x @ weight.t(), 0), atol=1e-4)
+        True
     """
     if isinstance(input, Tensor) and input.dim() == 1:  # one sample, as F.linear takes it
         return gathered_linear(input[None], weight, bias, in_mask=in_mask, out_mask=out_mask)[0]

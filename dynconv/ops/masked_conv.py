@@ -617,6 +617,13 @@ def masked_conv2d(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, device or memory format, or arguments that exclude each other.
             Nothing has been written then.
+
+    Example:
+        >>> x, weight = torch.randn(1, 8, 6, 6), torch.randn(4, 8, 3, 3)
+        >>> mask = torch.rand(1, 1, 6, 6) < 0.25
+        >>> y = dynconv.masked_conv2d(x, weight, padding=1, mask=mask)
+        >>> torch.allclose(y, torch.where(mask, nn.functional.conv2d(x, weight, padding=1), 0), atol=1e-4)
+        True
     """
     remembers = out is None and not packed and not is_dynamo_compiling()
     if remembers:
