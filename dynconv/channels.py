@@ -182,7 +182,7 @@ class ActiveChannels:
 
     @classmethod
     def from_groups(cls, mask: Tensor, granularity: int | None = None) -> ActiveChannels:
-        """Of a mask [N, C] of single channels that keeps or drops neighbouring channels together.
+        """Make them of a mask [N, C] of single channels that keeps or drops neighbouring channels together.
 
         Args:
             mask: bool [N, C].

@@ -168,7 +168,7 @@ class ChannelGate(_Selector):
         self.register_buffer("shares", sizes, persistent=False)
 
     def forward(self, input: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """[N, in_channels, H, W] -> a Selection of [N, channels]; the generator is for the noise of training.
+        """Map [N, in_channels, H, W] to a Selection of [N, channels]; the generator is for the noise of training.
 
         Raises TypeError or ValueError for an input that is no tensor or of another shape.
         """
@@ -217,7 +217,7 @@ class TopKGate(_Selector):
             nn.init.ones_(self.head.bias)
 
     def forward(self, input: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """[N, in_channels, H, W] -> a Selection of [N, channels]; the generator is for the noise without `boost`.
+        """Map [N, in_channels, H, W] to a Selection of [N, channels]; the generator is for the noise without `boost`.
 
         Raises TypeError or ValueError for an input that is no tensor or of another shape.
         """
@@ -270,7 +270,7 @@ class SlimmableGate(_Selector):
         self.register_buffer("prefixes", prefixes, persistent=False)  # [widths, groups]
 
     def forward(self, input: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """[N, in_channels, H, W] -> a Selection of [N, channels]; the generator is for the noise of training.
+        """Map [N, in_channels, H, W] to a Selection of [N, channels]; the generator is for the noise of training.
 
         Raises TypeError or ValueError for an input that is no tensor or of another shape.
         """

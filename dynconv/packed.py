@@ -57,7 +57,9 @@ class PackedFeatures(NamedTuple):
         inactive: Tensor | float | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """where(active, activation(features + residual), inactive) as a dense tensor [N, C, H, W] in channels_last.
+        """Spread out to a dense tensor [N, C, H, W] in channels_last.
+
+        That is `where(active, activation(features + residual), inactive)`.
 
         Differentiable in the rows, `residual` and `inactive`. A gate of the sites does not take part.
 
@@ -104,7 +106,7 @@ class PackedChannels(NamedTuple):
         return (*self.channels.shape, *self.features.shape[2:])
 
     def unpack(self) -> Tensor:
-        """As a dense tensor [N, C, H, W] in channels_last, zeros in the other channels; differentiable.
+        """Spread out to a dense tensor [N, C, H, W] in channels_last, zeros in the other channels; differentiable.
 
         Raises TypeError, ValueError: the features are not those of the channels.
         """

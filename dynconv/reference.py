@@ -46,7 +46,7 @@ def masked_conv2d(
     out: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor | PackedFeatures:
-    """where(mask, activation(gate * conv2d(input) + residual), inactive); see `dynconv.masked_conv2d`."""
+    """Compute where(mask, activation(gate * conv2d(input) + residual), inactive); see `dynconv.masked_conv2d`."""
     input = _dense(input)
     geometry = Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation)
     size = geometry.output_size(*input.shape[2:])
@@ -80,7 +80,7 @@ def gathered_conv2d(
     inactive: Tensor | float | None = None,
     packed: bool = False,
 ) -> Tensor | PackedChannels:
-    """where(mask, activation(kept + residual), inactive), see `dynconv.gathered_conv2d`.
+    """Compute where(mask, activation(kept + residual), inactive), see `dynconv.gathered_conv2d`.
 
     kept = where(out_mask, out_gate * gate * conv2d(where(in_mask, in_gate * input, 0)), 0)
     """
@@ -137,7 +137,7 @@ def dynamic_filter2d(
     channel_filters: Tensor | None = None,
     mask: Tensor | ActiveSites | None = None,
 ) -> Tensor:
-    """(unfold(input) * channel_filters * normalised filters).sum(taps), see `dynconv.dynamic_filter2d`."""
+    """Compute (unfold(input) * channel_filters * normalised filters).sum(taps), see `dynconv.dynamic_filter2d`."""
     geometry = Geometry.of(kernel_size, stride, padding, dilation)
     (samples, channels, *area), taps = input.shape, geometry.kernel[0] * geometry.kernel[1]
     height, width = (length * scale_factor for length in geometry.output_size(*area))
@@ -176,7 +176,7 @@ def deform_conv2d(
     dilation: IntPair = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """mask * sampled columns @ weight + bias, see `dynconv.deform_conv2d`."""
+    """Compute mask * sampled columns @ weight + bias, see `dynconv.deform_conv2d`."""
     dtype = input.dtype
     input, offset, weight, bias, mask = map(_wide, (input, offset, weight, bias, mask))
     columns = _sample(input, offset, Geometry.of(tuple(weight.shape[2:]), stride, padding, dilation))
@@ -203,7 +203,7 @@ def deform_aggregate2d(
     dilation: IntPair = 1,
     normalization: str | None = None,
 ) -> Tensor:
-    """(weights * sampled columns).sum(taps), see `dynconv.deform_aggregate2d`."""
+    """Compute (weights * sampled columns).sum(taps), see `dynconv.deform_aggregate2d`."""
     geometry = Geometry.of(kernel_size, stride, padding, dilation)
     columns = _sample(_wide(input), _wide(offset), geometry)
     weights = _wide(normalised(weights, columns.shape[3], normalization)).unflatten(1, (columns.shape[1], -1))
@@ -271,7 +271,10 @@ def gathered_linear(
     in_mask: Tensor | ActiveChannels | None = None,
     out_mask: Tensor | ActiveChannels | None = None,
 ) -> Tensor:
-    """where(out_mask, out_gate * linear(where(in_mask, in_gate * input, 0)), 0); see `dynconv.gathered_linear`."""
+    """Compute where(out_mask, out_gate * linear(where(in_mask, in_gate * input, 0)), 0).
+
+    See `dynconv.gathered_linear`.
+    """
     result = F.linear(_keep(input.movedim(-1, 1), in_mask).movedim(1, -1), weight, bias)
     return _keep(result.movedim(-1, 1), out_mask).movedim(1, -1).contiguous()
 

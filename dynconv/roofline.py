@@ -49,7 +49,7 @@ class Work(NamedTuple):
     is_product: bool = True
 
     def plus(self, other: Work) -> Work:
-        """The work of two calls."""
+        """Add up the work of two calls."""
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.is_product and other.is_product)
 
 
@@ -115,11 +115,11 @@ class Device:
     measured: tuple[str, ...] = ()
 
     def record(self) -> dict:
-        """For JSON."""
+        """Return the attributes, for JSON."""
         return dataclasses.asdict(self)
 
     def floor(self, work: Work, dtype: torch.dtype, tiles: Tiles = FULL) -> Floor:
-        """The least time of a call in that type; with `tiles`, what these add to its FLOPs included."""
+        """Find the least time of a call in that type; with `tiles`, what these add to its FLOPs included."""
         precision = precision_of(dtype, self)
         rate = (self.products if work.is_product else self.arithmetic).get(precision)
         computed = work.flops / tiles.share / rate if rate else 0.0
@@ -129,7 +129,7 @@ class Device:
     def predicted_share(
         self, dense: Work, sparse: Work, dtype: torch.dtype, dense_tiles: Tiles = FULL, tiles: Tiles = FULL
     ) -> float:
-        """Of what the FLOPs allow, the part that the bytes and the tiles leave, with both calls at the ceilings.
+        """Return the part that bytes and tiles leave of what the FLOPs allow, with both calls at the ceilings.
 
         Above it is what makes better use of the device than a dense call that does not reach them.
         """
@@ -146,7 +146,7 @@ def _data_sheet(name, copy, half, tf32, double, single, plain_double, multiproce
     return Device(name, copy, products, arithmetic, multiprocessors, architecture)
 
 
-# Dense rates, without the data sheets' factor of two for structured sparsity.
+#: Devices by name, from their data sheets: dense rates, without the factor of two for structured sparsity.
 DATA_SHEETS = {
     "H200": _data_sheet("NVIDIA H200 SXM", 4.8e12, 989.5e12, 494.7e12, 66.9e12, 66.9e12, 33.5e12, 132, "sm_90"),
     "H100": _data_sheet("NVIDIA H100 SXM", 3.35e12, 989.5e12, 494.7e12, 66.9e12, 66.9e12, 33.5e12, 132, "sm_90"),
@@ -155,7 +155,7 @@ DATA_SHEETS = {
 
 
 def precision_of(dtype: torch.dtype, device: Device) -> str:
-    """The precision that products of a type have on a device: float32 on a GPU obeys the TF32 switch of F.conv2d.
+    """Name the precision of products of a type on a device: float32 on a GPU obeys the TF32 switch of F.conv2d.
 
     Example:
         >>> dynconv.roofline.precision_of(torch.bfloat16, dynconv.roofline.DATA_SHEETS["H100"])
@@ -167,7 +167,7 @@ def precision_of(dtype: torch.dtype, device: Device) -> str:
 
 
 def measure(device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), seconds: float = 1.0) -> Device:
-    """The ceilings of this machine: the speed of a copy, and the best of a matrix product and a convolution.
+    """Measure the ceilings of this machine: the speed of a copy, the best of a matrix product and a convolution.
 
     On a GPU the rate outside of the matrix units is the data sheet's, where its name has one here.
 
@@ -329,7 +329,7 @@ def masked_conv2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.masked_conv2d`, or without a mask of the dense convolution.
+    """Count the work of `dynconv.masked_conv2d`, or without a mask of the dense convolution.
 
     Args:
         input_shape: [N, Cin, H, W].
@@ -381,7 +381,7 @@ def gathered_conv2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.gathered_conv2d` without groups; see `masked_conv2d`.
+    """Count the work of `dynconv.gathered_conv2d` without groups; see `masked_conv2d`.
 
     in_mask [N, Cin] and out_mask [N, Cout]: bool or floating, or ActiveChannels: what each sample keeps.
 
@@ -419,7 +419,7 @@ def gathered_linear(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.gathered_linear`: input [N, ..., Fin], weight [Fout, Fin]; see `gathered_conv2d`.
+    """Count the work of `dynconv.gathered_linear`: input [N, ..., Fin], weight [Fout, Fin]; see `gathered_conv2d`.
 
     Example:
         >>> keep = torch.tensor([[True, False, True, False]])
@@ -443,7 +443,7 @@ def dynamic_filter2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.dynamic_filter2d`, its normalisation not counted.
+    """Count the work of `dynconv.dynamic_filter2d`, its normalisation not counted.
 
     Args:
         input_shape: [N, C, H, W]; counted as a whole where there is any site, so with few a floor that is too high.
@@ -484,7 +484,7 @@ def deform_conv2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.deform_conv2d`: the product alone; sampling adds 8 FLOPs for each of its operands.
+    """Count the work of `dynconv.deform_conv2d`: the product alone; sampling adds 8 FLOPs for each of its operands.
 
     Args:
         input_shape: [N, C, H, W].
@@ -516,7 +516,7 @@ def deform_aggregate2d(
     dtype: torch.dtype = torch.float32,
     mode: str = "plain",
 ) -> Work:
-    """Of `dynconv.deform_aggregate2d`: four pixels a tap and channel; see `deform_conv2d`.
+    """Count the work of `dynconv.deform_aggregate2d`: four pixels a tap and channel; see `deform_conv2d`.
 
     Example:
         >>> work = dynconv.roofline.deform_aggregate2d((1, 8, 6, 6), (1, 18, 6, 6), kernel_size=3)
@@ -535,7 +535,7 @@ def deform_aggregate2d(
 
 
 def compaction(mask_shape: Sequence[int], active: int) -> Work:
-    """Of making the ActiveSites of a bool mask [N, 1, H, W]: it is read, and an int32 written for each active site.
+    """Count the work of making ActiveSites of a bool mask [N, 1, H, W]: read it, write an int32 for each active one.
 
     Example:
         >>> dynconv.roofline.compaction((1, 1, 6, 6), active=6).bytes  # 36 of the mask, 6 * 4 of the index
@@ -547,7 +547,7 @@ def compaction(mask_shape: Sequence[int], active: int) -> Work:
 def fill(
     rows: int | Tensor, columns: int | Tensor, tile: tuple[int, int], multiprocessors: int = 0, groups: int = 1
 ) -> Tiles:
-    """What tiles of `tile` rows and columns leave unused of a result, or of one for each sample.
+    """Say what tiles of `tile` rows and columns fill of a result, or of one for each sample.
 
     Args:
         rows, columns: of the result; or int64 tensors with an entry for each sample, which tiles do not cross.
@@ -569,7 +569,7 @@ def fill(
 
 
 def conv_tile(channels: int, filters: int, dtype: torch.dtype, device: Device) -> tuple[int, int]:
-    """(sites, output channels) of a tile of `masked_conv2d`, of `channels` and `filters` of a group, on a device.
+    """Name (sites, output channels) of a tile of `masked_conv2d`, of `channels` and `filters` of a group, on a device.
 
     Example:
         >>> sites, filters = dynconv.roofline.conv_tile(64, 64, torch.bfloat16, dynconv.roofline.DATA_SHEETS["H100"])
@@ -583,7 +583,7 @@ def conv_tile(channels: int, filters: int, dtype: torch.dtype, device: Device) -
 def gathered_tile(
     sites: int, channels: int, filters: int, granularity: int, dtype: torch.dtype, device: Device
 ) -> tuple[int, int]:
-    """(sites, output channels) of a tile of `gathered_conv2d` of `sites` a sample, channels kept by `granularity`.
+    """Name (sites, output channels) of a tile of `gathered_conv2d`, of `sites` a sample, channels by `granularity`.
 
     Example:
         >>> device = dynconv.roofline.DATA_SHEETS["H100"]

@@ -262,7 +262,7 @@ class ActiveSites:
     @classmethod
     @keeps_tensors
     def from_boxes(cls, boxes: Tensor, size: tuple[int, int, int]) -> ActiveSites:
-        """The sites inside any of some rectangles: regions of interest, the blocks of SBNet (Ren et al., CVPR 2018).
+        """Take the sites inside any rectangle: regions of interest, the blocks of SBNet (Ren et al., CVPR 2018).
 
         Args:
             boxes: integers [K, 5], on the device of the sites: sample, top, left, bottom, right, the last two behind
@@ -415,9 +415,10 @@ class ActiveSites:
         padding: Padding = 0,
         dilation: IntPair = 1,
     ) -> Tensor:
-        """int32 [N * Ho * Wo, kH * kW]: the input pixel (n * H + y) * W + x that each active site reads by each tap.
+        """Tell the input pixel (n * H + y) * W + x that each active site reads by each tap.
 
-        -1 in the padding; only the first `count` rows are specified. Made once for each geometry and kept.
+        int32 [N * Ho * Wo, kH * kW], -1 in the padding; only the first `count` rows are specified. Made once for each
+        geometry and kept.
         Raises ValueError where a convolution of that geometry over `input_size` = (H, W) has other sites.
         """
         geometry = Geometry.of(kernel_size, stride, padding, dilation)
@@ -470,7 +471,7 @@ class ActiveSites:
         padding: Padding = 0,
         dilation: IntPair = 1,
     ) -> ActiveSites:
-        """The input pixels that the active sites read, as the sites of an [N, 1, H, W] mask; kept by geometry.
+        """Find the input pixels that the active sites read, as the sites of an [N, 1, H, W] mask; kept by geometry.
 
         What the layer before has to provide, and where the input's gradient is not zero.
         """

@@ -80,6 +80,22 @@ def test_a_docstring_has_an_example_and_only_parameters_that_there_are(name):
     assert {part for entry in named for part in entry.split(", ")} <= set(there)
 
 
+def documented_functions():
+    """The public functions, and the public methods that have a docstring."""
+    for name in CALLABLES:
+        value = find(name)
+        for part, found in ({"": value} if inspect.isfunction(value) else vars(value)).items():
+            function = getattr(found, "__func__", found)
+            if not part.startswith("_") and inspect.isfunction(function) and function.__doc__:
+                yield f"{name}.{part}".rstrip("."), function
+
+
+@pytest.mark.parametrize("name, function", list(documented_functions()))
+def test_a_function_says_first_what_it_does(name, function):
+    first, *_ = function.__doc__.split()
+    assert re.fullmatch("[A-Z][a-z]+", first) and first not in ("The", "An", "Of", "As", "For", "With", "What"), first
+
+
 def anchors(page: Path) -> set[str]:
     """What a link can name behind the #: a heading in small letters, without punctuation, a hyphen for each space."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)

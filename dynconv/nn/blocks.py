@@ -60,7 +60,7 @@ class MaskedBlock(ResidualBlock):
     """
 
     def forward(self, input: Tensor, mask: Tensor | ActiveSites | None = None, *, inplace: bool = False) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
+        """Map [N, Cin, H, W] to [N, Cout, Ho, Wo] in channels_last.
 
         Args:
             input: the features, best in channels_last.

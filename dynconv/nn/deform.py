@@ -68,14 +68,14 @@ class DeformConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `nn.Conv2d`: uniform within 1 / sqrt(inputs of an output)."""
+        """Draw them as `nn.Conv2d` does: uniform within 1 / sqrt(inputs of an output)."""
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.deform_conv2d` with this layer's parameters.
+        """Map [N, Cin, H, W] to [N, Cout, Ho, Wo]: `dynconv.deform_conv2d` with this layer's parameters.
 
         Args:
             input: [N, Cin, H, W].
@@ -141,14 +141,14 @@ class DCNv2(DeformConv2d):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `DeformConv2d`, and zeros for `conv_offset`."""
+        """Draw them as `DeformConv2d` does, and zeros for `conv_offset`."""
         super().reset_parameters()
         if hasattr(self, "conv_offset"):  # not yet where the parent makes its own parameters
             nn.init.zeros_(self.conv_offset.weight)
             nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]. Raises TypeError or ValueError for another kind or shape."""
+        """Map [N, Cin, H, W] to [N, Cout, Ho, Wo]. Raises TypeError or ValueError for another kind or shape."""
         check_map("input", input, self.in_channels)
         predicted = self.conv_offset(input)
         masks = predicted.shape[1] // 3
@@ -225,7 +225,7 @@ class DCNv4(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As published: no offset and no weight, so that the output is zero at first but for biases."""
+        """Begin as published: no offset and no weight, so that the output is zero at first but for biases."""
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -235,7 +235,7 @@ class DCNv4(nn.Module):
                     nn.init.zeros_(projection.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]. Raises TypeError or ValueError for another kind or shape."""
+        """Map [N, C, H, W] to [N, C, H, W]. Raises TypeError or ValueError for another kind or shape."""
         check_map("input", input, self.channels)
         value = input if self.value_proj is None else _project(input, self.value_proj.weight, self.value_proj.bias)
         seen = input if self.offset_mask_dw is None else self.offset_mask_dw(input)

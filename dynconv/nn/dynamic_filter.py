@@ -82,7 +82,7 @@ class DynamicFilter2d(nn.Module):
         )
 
     def forward(self, input: Tensor, guidance: Tensor | None = None, mask: Mask = None) -> Tensor:
-        """[N, C, H, W] -> [N, C, Ho, Wo] in channels_last.
+        """Map [N, C, H, W] to [N, C, Ho, Wo] in channels_last.
 
         Args:
             input: the features to filter.
@@ -172,7 +172,7 @@ class Involution2d(nn.Module):
         nn.init.zeros_(span.bias)
 
     def forward(self, input: Tensor, mask: Mask = None) -> Tensor:
-        """[N, C, H, W] -> [N, C, H / stride, W / stride] in channels_last.
+        """Map [N, C, H, W] to [N, C, H / stride, W / stride] in channels_last.
 
         `mask` has the sites to compute, as for `dynconv.dynamic_filter2d`: the filters of the others are not made, and
         their outputs are zeros. The first convolution is computed everywhere, for its batch normalisation.
@@ -260,7 +260,7 @@ class CARAFE(nn.Module):
         nn.init.zeros_(self.content_encoder.bias)
 
     def forward(self, input: Tensor, mask: Mask = None) -> Tensor:
-        """[N, C, H, W] -> [N, C, H * scale_factor, W * scale_factor] in channels_last.
+        """Map [N, C, H, W] to [N, C, H * scale_factor, W * scale_factor] in channels_last.
 
         `mask` has the pixels of the result to compute, as for `dynconv.dynamic_filter2d`; the filters are predicted for
         all of them. Raises TypeError or ValueError for arguments of the wrong kind or shape.
@@ -328,7 +328,7 @@ class FilterNorm(nn.Module):
         self.mean = nn.Parameter(torch.randn(entries, device=device, dtype=dtype)) if running_mean else None
 
     def forward(self, filters: Tensor) -> Tensor:
-        """[N, in_channels * kernel_size^2, ...] -> the same shape and type.
+        """Map [N, in_channels * kernel_size^2, ...] to the same shape and type.
 
         Raises TypeError or ValueError for filters of another kind or shape.
         """
@@ -403,7 +403,7 @@ class DDF(nn.Module):
         self.channel_branch = _channel_branch(channels, kernel_size, nonlinearity, se_ratio, factory)
 
     def forward(self, input: Tensor, mask: Mask = None) -> Tensor:
-        """[N, C, H, W] -> [N, C, Ho, Wo] in channels_last.
+        """Map [N, C, H, W] to [N, C, Ho, Wo] in channels_last.
 
         `mask` has the sites to compute, as for `dynconv.dynamic_filter2d`; the filters are predicted for all of them.
         Raises TypeError or ValueError for arguments of the wrong kind or shape.
@@ -473,7 +473,7 @@ class DDFUp(nn.Module):
         )
 
     def forward(self, input: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """[N, C, H, W] -> [N, C, H * scale_factor, W * scale_factor] in channels_last.
+        """Map [N, C, H, W] to [N, C, H * scale_factor, W * scale_factor] in channels_last.
 
         `guidance` [N, joint_channels, H, W], where the layer has its channels, is what the filters of pixels are
         predicted from. Raises TypeError or ValueError for arguments of the wrong kind or shape.

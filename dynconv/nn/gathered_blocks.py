@@ -58,7 +58,7 @@ class GatheredBlock(ResidualBlock):
     def forward(
         self, input: Tensor, channels: Sequence[Channels] | Channels = None, mask: Tensor | ActiveSites | None = None
     ) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
+        """Map [N, Cin, H, W] to [N, Cout, Ho, Wo] in channels_last.
 
         Args:
             input: the features, best in channels_last.

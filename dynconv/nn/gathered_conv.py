@@ -37,7 +37,7 @@ class GatheredConv2d(nn.Conv2d):
     def forward(
         self, input: Tensor | PackedChannels, in_mask: Channels = None, out_mask: Channels = None, **options
     ) -> Tensor | PackedChannels:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with this layer's parameters, or of one image.
+        """Map [N, Cin, H, W], or one image, to [N, Cout, Ho, Wo]: `dynconv.gathered_conv2d` with these parameters.
 
         `options` are its keywords `mask`, `activation`, `residual`, `inactive` and `packed`.
         """
@@ -49,7 +49,7 @@ class GatheredConv2d(nn.Conv2d):
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d) -> GatheredConv2d:
-        """A gathered layer that shares the dense layer's parameters.
+        """Make a gathered layer that shares the dense layer's parameters.
 
         Raises TypeError where `module` is not an `nn.Conv2d`, or one with a forward of its own; ValueError where its
         padding is not of zeros, or it has hooks or parameters that are computed at each call.
@@ -75,12 +75,12 @@ class GatheredLinear(nn.Linear):
     stands_for = nn.Linear
 
     def forward(self, input: Tensor, in_mask: Channels = None, out_mask: Channels = None) -> Tensor:
-        """[N, ..., Cin] -> [N, ..., Cout]: `dynconv.gathered_linear` with this layer's parameters."""
+        """Map [N, ..., Cin] to [N, ..., Cout]: `dynconv.gathered_linear` with this layer's parameters."""
         return gathered_linear(input, self.weight, self.bias, in_mask=in_mask, out_mask=out_mask)
 
     @classmethod
     def from_dense(cls, module: nn.Linear) -> GatheredLinear:
-        """A gathered layer that shares the dense layer's parameters.
+        """Make a gathered layer that shares the dense layer's parameters.
 
         Raises TypeError where `module` is not an `nn.Linear`, or one with a forward of its own; ValueError where it has
         hooks, or parameters that are computed at each call.

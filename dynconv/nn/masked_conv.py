@@ -34,7 +34,7 @@ class MaskedConv2d(nn.Conv2d):
         out: Tensor | None = None,
         packed: bool = False,
     ) -> Tensor | PackedFeatures:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo], either of them packed, or [Cin, H, W] -> [Cout, Ho, Wo].
+        """Map [N, Cin, H, W] to [N, Cout, Ho, Wo], either of them packed, or [Cin, H, W] to [Cout, Ho, Wo].
 
         The keywords and errors of `masked_conv2d`.
         """
@@ -51,7 +51,7 @@ class MaskedConv2d(nn.Conv2d):
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d) -> MaskedConv2d:
-        """A masked layer that shares the dense layer's parameters.
+        """Make a masked layer that shares the dense layer's parameters.
 
         Raises TypeError where `module` is not an `nn.Conv2d`, one whose parameters do not exist yet, or one with a
         forward of its own; ValueError where it has hooks, or parameters that are computed at each call.

@@ -37,7 +37,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         inactive: Tensor | None = None,
         packed: bool = True,
     ) -> PackedFeatures | Tensor:
-        """activation(gate * normalised + residual) for the sites of `features`, packed or dense [N, C, H, W].
+        """Compute `activation(gate * normalised + residual)` at the sites of `features`, packed or dense [N, C, H, W].
 
         The keywords and errors of `dynconv.masked_conv2d`; the gate is that of the sites, if they have one.
         """
@@ -49,7 +49,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def from_dense(cls, module: nn.BatchNorm2d) -> MaskedBatchNorm2d:
-        """A masked layer that shares the dense layer's parameters and buffers.
+        """Make a masked layer that shares the dense layer's parameters and buffers.
 
         Raises TypeError where `module` is not an `nn.BatchNorm2d`, or one with a forward of its own; ValueError where
         it has hooks, or parameters that are computed at each call.
@@ -73,7 +73,7 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
     stands_for = nn.BatchNorm2d
 
     def forward(self, features: PackedChannels, mask: Tensor | ActiveSites | None = None) -> PackedChannels:
-        """The features normalised, zeros where they are none.
+        """Normalise the features, with zeros where there are none.
 
         Args:
             features: the result of `dynconv.gathered_conv2d(..., packed=True)`.
@@ -93,7 +93,7 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def from_dense(cls, module: nn.BatchNorm2d) -> GatheredBatchNorm2d:
-        """A layer that shares the dense layer's parameters and buffers.
+        """Make a layer that shares the dense layer's parameters and buffers.
 
         Raises TypeError where `module` is not an `nn.BatchNorm2d`, or one with a forward of its own; ValueError where
         it has hooks, or parameters that are computed at each call.
@@ -188,7 +188,7 @@ def gathered_batch_norm(norm: nn.BatchNorm2d, features: PackedChannels, mask: Te
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def total(values: Tensor) -> Tensor:
-        """[N, capacity, H, W], zeros where nothing is -> [C], one sample after the other."""
+        """Map [N, capacity, H, W], zeros where nothing is, to [C], one sample after the other."""
         sums = values.sum((2, 3))
         if sums.shape[1] == 0:
             # Part of the graph all the same: other processes may wait for this one's part of a gradient.

@@ -194,14 +194,14 @@ class PacConv2d(_Pac):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1 / sqrt(Cin * kH * kW), times Cin where all channels share the filter."""
+        """Draw them uniformly within 1 / sqrt(Cin * kH * kW), times Cin where all channels share the filter."""
         bound = (self.in_channels * self.kernel_size[0] * self.kernel_size[1]) ** -0.5
         bound *= self.in_channels if self.shared_filters else 1
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, input: Tensor, guidance: Tensor | None = None, kernel: Tensor | None = None) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, Ho, Wo] in channels_last.
+        """Map [N, Cin, H, W] to [N, Cout, Ho, Wo] in channels_last.
 
         `guidance` is [N, F, H, W]; layers with the same guidance may share its `kernel` [N, kH * kW, Ho, Wo] instead.
         Raises TypeError or ValueError for arguments of the wrong kind or shape.
@@ -253,7 +253,7 @@ class PacPool2d(_Pac):
         super().__init__(kernel_size, stride, padding, dilation, normalize_kernel)
 
     def forward(self, input: Tensor, guidance: Tensor | None = None, kernel: Tensor | None = None) -> Tensor:
-        """[N, C, H, W] -> [N, C, Ho, Wo] in channels_last; guidance or kernel as for `PacConv2d`."""
+        """Map [N, C, H, W] to [N, C, Ho, Wo] in channels_last; guidance or kernel as for `PacConv2d`."""
         check_map("input", input)
         kernel = self._kernel(input, guidance, kernel)
         return dynamic_filter2d(

@@ -201,7 +201,7 @@ class ResidualBlock(nn.Module):
         return self._is_prepared and not any(map(Tensor.is_inference, tensors))
 
     def train(self, mode: bool = True) -> ResidualBlock:
-        """As `nn.Module.train`; training ends what `dynconv.prepare` began."""
+        """Set the mode as `nn.Module.train` does; training ends what `dynconv.prepare` began."""
         if mode:
             self._is_prepared, self._kept = False, None
         return super().train(mode)
@@ -375,7 +375,7 @@ class ResidualBlock(nn.Module):
 
     @classmethod
     def from_dense(cls, module: nn.Module, *, statistics: str = "active") -> ResidualBlock:
-        """A block over the children of a dense one; they are shared, not copied, and keep their names.
+        """Make a block over the children of a dense one; they are shared, not copied, and keep their names.
 
         What counts is what `module` computes: its forward is traced, and must be convolutions, each with its batch
         normalisation and its activation behind it (ReLU, ReLU6, SiLU, exact GELU, hard-swish) or without, and a

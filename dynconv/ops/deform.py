@@ -324,7 +324,7 @@ def deform_conv2d(
     dilation: IntPair = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Deformable convolution: every tap of every site reads the input where an offset says, between the pixels.
+    """Convolve deformably: every tap of every site reads the input where an offset says, between the pixels.
 
     The arguments and values of `torchvision.ops.deform_conv2d`: DCN v1 (Dai et al., ICCV 2017), and v2 with a `mask`
     (Zhu et al., CVPR 2019). A sample is the bilinear interpolation of four pixels, those outside of the input being

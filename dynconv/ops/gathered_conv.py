@@ -472,7 +472,7 @@ def gathered_conv2d(
     inactive: Tensor | float | None = None,
     packed: bool = False,
 ) -> Tensor | PackedChannels:
-    """2-D convolution of the channels that each sample keeps: from the kept input channels to the kept output channels.
+    """Convolve the channels that each sample keeps: from the kept input channels to the kept output channels.
 
     Equal to `where(mask, activation(kept + residual), inactive)` with
     `kept = where(out_mask, gates * conv2d(where(in_mask, gate * input, 0)), 0)`, at the cost of

@@ -225,7 +225,7 @@ def gathered_linear(
     in_mask: Tensor | ActiveChannels | None = None,
     out_mask: Tensor | ActiveChannels | None = None,
 ) -> Tensor:
-    """A linear layer between the features that each sample keeps: from the kept input to the kept output features.
+    """Apply a linear layer to the features that each sample keeps: from the kept input to the kept output features.
 
     Equal to `where(out_mask, linear(where(in_mask, input, 0)), 0)`, at a cost that falls with (kept in) * (kept out),
     forward and backward. What a sample does not keep is not read: NaN or Inf there reaches neither the output nor a

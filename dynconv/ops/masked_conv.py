@@ -574,7 +574,7 @@ def masked_conv2d(
     out: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor | PackedFeatures:
-    """2-D convolution at the active output sites only: `where(mask, conv2d(input), inactive)`.
+    """Convolve at the active output sites only, in 2-D: `where(mask, conv2d(input), inactive)`.
 
     Skipped sites are not computed, forward or backward: the cost falls with the mask, and NaN or Inf in pixels
     that only skipped sites would read reaches neither the output nor a gradient. An active site reads its whole
