@@ -1,9 +1,7 @@
 """Sphinx: `make docs` builds these pages into build/docs, without network; the theme brings all that it shows."""
 
-import re
-
 from docutils import nodes
-from sphinx.roles import XRefRole
+from sphinx.util.nodes import make_refnode
 
 import dynconv
 
@@ -24,7 +22,6 @@ autodoc_default_options = {
     "members": True,
     "member-order": "bysource",
     "exclude-members": "stands_for",
-    "no-value": True,
 }
 autodoc_inherit_docstrings = False
 autodoc_class_signature = "mixed"
@@ -33,28 +30,28 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 
-# Signatures name types by their imports, and docstrings put expressions between backticks: what looks like a name of
-# dynconv links to it, and everything else is code. tests/test_docs.py holds that every public name is there to link to.
-default_role = "code_or_link"
-_NAME = re.compile(r"~?(dynconv\.)?[A-Za-z_][\w.]*")
+# Between backticks stands code, in pages and in docstrings alike; what is the name of something documented becomes a
+# link to it. tests/test_docs.py holds that every public name is there to link to.
+default_role = "literal"
+PREFIXES = ("", "dynconv.", "dynconv.nn.", "dynconv.gating.")
 
 
-class CodeOrLink(XRefRole):
-    """A link where the text is the name of something documented, and code otherwise."""
+def link_names(app, doctree, docname):
+    """Make a link of each name between backticks that has an entry in the API reference."""
+    entries = app.env.domains.python_domain.objects
+    for code in list(doctree.findall(nodes.literal)):
+        name = next((prefix + code.astext() for prefix in PREFIXES if prefix + code.astext() in entries), None)
+        if name and not isinstance(code.parent, nodes.reference):
+            entry = entries[name]
+            link = make_refnode(app.builder, docname, entry.docname, entry.node_id, code.deepcopy(), name)
+            code.replace_self(link)
 
-    def run(self):
-        if _NAME.fullmatch(self.text):
-            self.name, self.refdomain, self.reftype = "py:obj", "py", "obj"
-            self.classes = ["xref", "py", "py-obj"]
-            return self.create_xref_node()
-        return [nodes.literal(self.rawtext, self.text)], []
 
-
-def _is_left_out(app, what, name, obj, skip, options):
+def leave_out(app, what, name, obj, skip, options):
     """Fields of a NamedTuple say only that they are fields; its docstring has them as attributes."""
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
 def setup(app):
-    app.add_role("code_or_link", CodeOrLink())
-    app.connect("autodoc-skip-member", _is_left_out)
+    app.connect("doctree-resolved", link_names)
+    app.connect("autodoc-skip-member", leave_out)

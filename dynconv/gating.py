@@ -62,7 +62,7 @@ class Selection(NamedTuple):
 
     @property
     def kept(self) -> ActiveChannels:
-        """The same channels without the gate: the `in_mask` of the next layer, as a gate multiplies only once."""
+        """The same channels without the gate, for the next layer's `in_mask`, as a gate multiplies only once."""
         return self.channels.ungated
 
 

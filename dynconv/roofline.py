@@ -35,9 +35,10 @@ MODES = ("plain", "in-place", "backward")
 class Work(NamedTuple):
     """What a call has to do at least.
 
-    flops: a multiplication and an addition are two; taps in the padding count, as FLOP counters have it. bytes: every
-    operand read and every result written once a pass, of which forward and backward are two. is_product: whether they
-    are matrix products, which have units of their own on a GPU.
+    Attributes:
+        flops: a multiplication and an addition are two; taps in the padding count, as FLOP counters have it.
+        bytes: every operand read and every result written once a pass, of which forward and backward are two.
+        is_product: whether they are matrix products, which have units of their own on a GPU.
 
     Example:
         >>> dynconv.roofline.Work(100, 10).plus(dynconv.roofline.Work(50, 5))
@@ -68,7 +69,9 @@ class Floor(NamedTuple):
 class Tiles(NamedTuple):
     """How much of what the tiles of a call compute is asked for, each in 0..1.
 
-    filled: the elements asked for, of those in tiles. waves: the tiles, of those in whole waves over the device.
+    Attributes:
+        filled: the elements asked for, of those in tiles.
+        waves: the tiles, of those in whole waves over the device.
 
     Example:
         >>> dynconv.roofline.Tiles(filled=0.5, waves=0.5).share
@@ -80,7 +83,7 @@ class Tiles(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of both."""
+        """The share that both leave together."""
         return self.filled * self.waves
 
 
@@ -147,6 +150,8 @@ def _data_sheet(name, copy, half, tf32, double, single, plain_double, multiproce
 
 
 #: Devices by name, from their data sheets: dense rates, without the factor of two for structured sparsity.
+#:
+#: :meta hide-value:
 DATA_SHEETS = {
     "H200": _data_sheet("NVIDIA H200 SXM", 4.8e12, 989.5e12, 494.7e12, 66.9e12, 66.9e12, 33.5e12, 132, "sm_90"),
     "H100": _data_sheet("NVIDIA H100 SXM", 3.35e12, 989.5e12, 494.7e12, 66.9e12, 66.9e12, 33.5e12, 132, "sm_90"),

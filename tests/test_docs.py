@@ -96,6 +96,14 @@ def test_a_function_says_first_what_it_does(name, function):
     assert re.fullmatch("[A-Z][a-z]+", first) and first not in ("The", "An", "Of", "As", "For", "With", "What"), first
 
 
+@pytest.mark.parametrize("name", [name for name in CALLABLES if inspect.isclass(find(name))])
+def test_no_propertys_docstring_is_taken_for_a_type(name):
+    """Napoleon takes what stands before a colon in its first line for the type."""
+    for part in vars(find(name)).values():
+        text = inspect.getdoc(part) if isinstance(part, property) else None
+        assert not re.match(r"[^(`]*: ", (text or "").partition("\n")[0]), text
+
+
 def anchors(page: Path) -> set[str]:
     """What a link can name behind the #: a heading in small letters, without punctuation, a hyphen for each space."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)

@@ -242,6 +242,7 @@ def test_sdist_holds_the_whole_source_tree(built):
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     expected = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", ".ci/run", "dynconv/py.typed"}
+    expected |= {f"docs/{page.name}" for page in (ROOT / "docs").iterdir() if page.is_file()}
     for folder in ("dynconv", "kernels", "tests", "benchmarks"):
         expected |= modules(ROOT / folder, folder)
     assert expected <= names, f"missing: {sorted(expected - names)}"

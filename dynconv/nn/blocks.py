@@ -48,7 +48,8 @@ class MaskedBlock(ResidualBlock):
     "active"), or over all sites ("dense"), which costs what the dense block does and equals it exactly. In eval mode
     it is folded into the convolutions.
 
-    Children and `state_dict` are those of the dense block. Without a mask the block is that dense block.
+    Children and `state_dict` are those of the dense block. Without a mask the block is that dense block. `from_dense`
+    makes it; the classes derived from it have constructors.
 
     Example:
         >>> dense = dynconv.nn.MaskedBasicBlock(8, 8)  # or torchvision's, timm's, your own

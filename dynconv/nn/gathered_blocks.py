@@ -47,7 +47,8 @@ class GatheredBlock(ResidualBlock):
     In training, batch normalisation takes its statistics over the samples that keep a channel (`statistics` "active"),
     or over all ("dense"), which costs what the dense block does. In eval mode it is folded into the convolutions.
 
-    Children and `state_dict` are those of the dense block. Without masks the block is that dense block.
+    Children and `state_dict` are those of the dense block. Without masks the block is that dense block. `from_dense`
+    makes it; the classes derived from it have constructors.
 
     Example:
         >>> dense = dynconv.nn.MaskedBasicBlock(8, 8)  # or torchvision's, timm's, your own
