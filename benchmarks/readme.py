@@ -3,8 +3,8 @@
     python benchmarks/readme.py benchmarks/results/<machine>/bench.json
 
 The record is what `python -m dynconv bench --json` wrote, with networks.json, that of whole networks, and filters.json,
-that of the filters of pixels, beside it. The README gets a short table of all three; docs/results.md has every line,
-and shows the plots of the same folder. tests/test_docs.py holds that what was written is what the record says.
+that of the filters of pixels, beside it. The README gets a short table of all three; docs/results.md has every line and
+shows the plots of the same folder. tests/test_docs.py holds that what was written is what the record says.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def networks(record: dict) -> list[str]:
 
 
 def network_section(path: Path, folder: str) -> list[str]:
-    """The lines on networks.json, where there is one."""
-    if not path.exists():
-        return []
+    """The lines on networks.json."""
     record = json.loads(path.read_text())
     machine, bar = record["environment"], record["summary"]["networks"]
     return [
@@ -136,9 +134,7 @@ def filters(record: dict) -> list[str]:
 
 
 def filter_section(path: Path, folder: str) -> list[str]:
-    """The lines on filters.json, where there is one."""
-    if not path.exists():
-        return []
+    """The lines on filters.json."""
     record = json.loads(path.read_text())
     return [
         "",
@@ -307,7 +303,8 @@ def main() -> None:
     try:
         texts = {README: readme_section(path), RESULTS: section(path)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"argument record: expected what `dynconv bench --json` wrote, got {str(path)!r}: {error!r}")
+        reason = f"{type(error).__name__}: {error}"
+        parser.error(f"argument record: expected what `dynconv bench --json` wrote, got {str(path)!r}: {reason}")
     try:
         pages = {page: between(page, text) for page, text in texts.items()}
     except ValueError as error:

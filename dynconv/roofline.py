@@ -149,7 +149,7 @@ def _data_sheet(name, copy, half, tf32, double, single, plain_double, multiproce
     return Device(name, copy, products, arithmetic, multiprocessors, architecture)
 
 
-#: Devices by name, from their data sheets: dense rates, without the factor of two for structured sparsity.
+#: Devices by name, from their data sheets, with dense rates, so without the factor of two for structured sparsity.
 #:
 #: :meta hide-value:
 DATA_SHEETS = {
