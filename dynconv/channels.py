@@ -57,8 +57,8 @@ def _compact(mask: Tensor, channels: int, granularity: int, backend: str) -> tup
         return mask, *module(".cpu.channels").compact(mask)
     # In int32 and of numbers that differ: ONNX has no stable sort.
     own = torch.arange(channels, dtype=torch.int32, device=mask.device)
-    index = torch.where(mask, own, channels).sort(1).values
-    return mask, torch.where(index < channels, index, -1), mask.sum(1, dtype=torch.int32)
+    index = torch.where(mask, own, 2 * channels - 1 - own).sort(1).values
+    return mask, torch.where(index < channels, index, index - 2 * channels), mask.sum(1, dtype=torch.int32)
 
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
@@ -101,7 +101,7 @@ class ActiveChannels:
         mask: bool [N, C].
         gate: the floating mask [N, C] itself, part of the autograd graph and not to be changed in place, or None.
         index: int32 [N, C]; the first `count[n]` entries of row n are the sample's kept channels in ascending order,
-            the others are -1.
+            the others, negative, are ~channel of those that are not kept, in descending order.
         count: int32 [N].
         granularity: kept channels come in aligned groups of so many; the last group may be cut off by C.
 
@@ -211,6 +211,10 @@ class ActiveChannels:
         channels = cls.__new__(cls)
         channels.gate, channels.granularity, channels._capacity, channels._inverse = None, 32, size[1], []
         channels._is_captured = is_capturing()
+        if unwatched() and device.type in ("cpu", "cuda") and backend_for(device) == "triton":
+            made = kept(module(".kernels.compaction").all_channels, *size, device)
+            channels.mask, channels.index, channels.count = made
+            return channels
         channels.mask = torch.ones(size, dtype=torch.bool, device=device)
         channels.count = torch.full(size[:1], size[1], dtype=torch.int32, device=device)
         channels.index = torch.arange(size[1], dtype=torch.int32, device=device).expand(size).contiguous()
@@ -242,7 +246,7 @@ class ActiveChannels:
 
     @property
     def inverse(self) -> Tensor:
-        """int32 [N, C]: each channel's place among its sample's kept ones, or -1 where it is not kept."""
+        """Each channel's place among its sample's kept ones, int32 [N, C], or -1 where it is not kept."""
         if self._inverse:
             return self._inverse[0]
         inverse = kept(_places, self.mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 from ._arguments import check_mask, check_pixels, check_size
 from ._backend import backend_for, is_capturing, is_reference, keeps_tensors, kept, module, saveable, unwatched
 from ._geometry import Geometry, IntPair, Padding, pair
+
+if TYPE_CHECKING:
+    from .kernels.compaction import Fill
 
 _library = torch.library.Library("dynconv", "FRAGMENT")
 _library.define("compact(Tensor mask, str backend) -> (Tensor index, Tensor count)")
@@ -28,15 +32,29 @@ _library.define(
     "touched(Tensor mask, SymInt[2] input_size, int[2] kernel_size, int[2] stride, int[2] padding, "
     "int[2] dilation, str backend) -> Tensor"
 )
+# All of an ActiveSites in one call: on a GPU, where nothing waits for what is never asked for.
+_SET = "(Tensor mask, Tensor index, Tensor count, Tensor inverse)"
+_library.define(f"active_set(Tensor mask) -> {_SET}")
+_library.define(
+    "touched_set(Tensor mask, SymInt[2] input_size, int[2] kernel_size, int[2] stride, int[2] padding, "
+    f"int[2] dilation) -> {_SET}"
+)
 
 
 def _compact(mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         active = mask.flatten()
         return _scattered(torch.where(active, active.cumsum(0) - 1, -1), 0), active.sum(dtype=torch.int32).view(1)
-    if backend == "cpu":
-        return module(".cpu.sites").compact(mask)
-    return module(".kernels.compaction").compact(mask)
+    return module(".cpu.sites").compact(mask)
+
+
+def _active_set(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return module(".kernels.compaction").compact(mask, with_mask=True, with_inverse=True)
+
+
+def _touched_set(mask, *reads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compaction = module(".kernels.compaction")
+    return compaction.compact(mask, reads=compaction.Reads(*map(tuple, reads)), with_mask=True, with_inverse=True)
 
 
 def _scattered(places: Tensor, fill: int) -> Tensor:
@@ -96,9 +114,7 @@ def _touched(mask, input_size, kernel_size, stride, padding, dilation, backend) 
         return F.pad(sums, beyond) > 0.5
     if backend == "cpu":
         return module(".cpu.sites").touched(mask, input_size, kernel_size, stride, padding, dilation)
-    return module(".kernels.compaction").touched(
-        mask, tuple(mask.shape[2:]), input_size, kernel_size, stride, padding, dilation
-    )
+    return _touched_set(mask, input_size, kernel_size, stride, padding, dilation)[0]
 
 
 for _name, _implementation in (
@@ -106,6 +122,8 @@ for _name, _implementation in (
     ("inverse_map", _inverse_map),
     ("neighbours", _neighbours),
     ("touched", _touched),
+    ("active_set", _active_set),
+    ("touched_set", _touched_set),
 ):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _implementation, _key)
@@ -134,6 +152,22 @@ def _(pixels, count, output_size, input_size, kernel_size, stride, padding, dila
 @torch.library.register_fake("dynconv::touched", lib=_library)
 def _(mask, input_size, kernel_size, stride, padding, dilation, backend):
     return mask.new_empty(mask.shape[0], 1, *input_size)
+
+
+def _fake_set(mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = mask.new_empty(mask.shape[0], 1, *size, dtype=torch.bool)
+    index = mask.new_empty(made.numel(), dtype=torch.int32)
+    return made, index, mask.new_empty(1, dtype=torch.int32), torch.empty_like(index)
+
+
+@torch.library.register_fake("dynconv::active_set", lib=_library)
+def _(mask):
+    return _fake_set(mask, mask.shape[2:])
+
+
+@torch.library.register_fake("dynconv::touched_set", lib=_library)
+def _(mask, input_size, kernel_size, stride, padding, dilation):
+    return _fake_set(mask, input_size)
 
 
 def fill(out: Tensor, inactive: Tensor | None, in_place: bool) -> None:
@@ -254,9 +288,7 @@ class ActiveSites:
         mask = mask.expand(full)
         if cell != (1, 1):
             mask = mask.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3)[:, :, : size[1], : size[2]]
-        # A copy: whoever refills the mask afterwards must not change half of what is derived from it. Compared, as the
-        # bytes behind a bool tensor may be others than zeros and ones.
-        self._make((mask.detach() != 0).contiguous(), None if mask.dtype == torch.bool else saveable(mask))
+        self._make(mask.detach(), None if mask.dtype == torch.bool else saveable(mask))
         warn_if_nothing_is_skipped(self.mask, self.gate)
 
     @classmethod
@@ -288,13 +320,36 @@ class ActiveSites:
         return cls._of((covered > 0).unsqueeze(1).contiguous())
 
     @classmethod
-    def _of(cls, mask: Tensor) -> ActiveSites:
-        """Of a contiguous bool mask [N, 1, Ho, Wo] that nobody else holds."""
+    def _of(cls, mask: Tensor, *, later: bool = False) -> ActiveSites:
+        """Of a contiguous bool mask [N, 1, Ho, Wo] that nobody else holds, or that outlives the sites unchanged.
+
+        `later`: an op lists them, beside what else it has to do, before anybody asks for what is derived from them.
+        """
         sites = cls.__new__(cls)
-        sites._make(mask, None)
+        sites._make(mask, None, is_own=True, later=later)
         return sites
 
-    def _make(self, mask: Tensor, gate: Tensor | None) -> None:
+    @classmethod
+    def _borrowed(cls, mask: Tensor, size: tuple[int, int, int]) -> ActiveSites:
+        """Of a mask for one call of an op in inference, with no copy of one that is as the op reads it.
+
+        The mask of no call that is recorded or keeps it for a derivative. The caller checks the size of what it gets.
+        """
+        is_plain = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.is_contiguous()
+        if not is_plain or mask.shape != (size[0], 1, size[1], size[2]):
+            return cls(mask, size)
+        check_pixels("mask", *size)
+        return cls._of(mask, later=True)
+
+    @classmethod
+    def _listed(cls, mask: Tensor, index: Tensor, count: Tensor, inverse: Tensor) -> ActiveSites:
+        """Of what an op has made of a mask."""
+        sites = cls._of(mask, later=True)
+        sites._compacted.extend((index, count))
+        sites._inverse.append(inverse)
+        return sites
+
+    def _make(self, mask: Tensor, gate: Tensor | None, *, is_own: bool = False, later: bool = False) -> None:
         self.mask, self.gate = mask, gate
         self._backend = backend_for(mask.device)
         if self._backend == "reference":
@@ -304,8 +359,13 @@ class ActiveSites:
         self._compacted: list[Tensor] = []
         self._active: list[Tensor] = []
         self._inverse: list[Tensor] = []
-        if self._backend != "cpu":  # now, not in the capture of a graph that only uses it
-            self._compact()
+        if self._backend != "cpu" and not is_reference():
+            if not later:  # now, not in the capture of a graph that only uses it
+                self._list(is_own)
+        elif not is_own:
+            # A copy: whoever refills the mask afterwards must not change half of what is derived from it. Compared, as
+            # the bytes behind a bool tensor may be others than zeros and ones.
+            self.mask = (mask != 0).contiguous()
         # Lists, not dicts: hashing a symbolic size would tie a compiled graph to that size.
         self._tables: list[tuple] = []
         self._packed_tables: list[tuple] = []
@@ -327,22 +387,44 @@ class ActiveSites:
             tables.append(entry)
             del tables[:-_KEPT]
 
-    def _compact(self) -> list[Tensor]:
-        if not self._compacted:
-            if unwatched(self.mask) and not is_reference():
-                made = kept(self._compact_here)
-            else:
-                made = kept(_run, "compact", self.mask, self._backend)
-            self._compacted.extend(made)
-        return self._compacted
+    def _list(self, is_own: bool = True, fill: Fill | None = None, with_inverse: bool = True) -> None:
+        """List the sites by the Triton kernels, with a mask of their own; the inverse is 4 bytes a site beside that."""
+        if unwatched(self.mask):
+            options = dict(fill=fill, with_mask=not is_own, with_inverse=with_inverse)
+            mask, index, count, inverse = kept(module(".kernels.compaction").compact, self.mask, **options)
+        else:
+            mask, index, count, inverse = kept(torch.ops.dynconv.active_set, self.mask)
+        if not is_own:
+            self.mask = mask
+        self._compacted.extend((index, count))
+        if inverse is not None:
+            self._inverse.append(inverse)
 
-    def _compact_here(self) -> tuple[Tensor, Tensor]:
-        if self._backend == "cpu":
-            return _compact(self.mask, "cpu")
-        # The inverse is 4 bytes a site here, and two launches later.
-        inverse = torch.empty(self.mask.numel(), dtype=torch.int32, device=self.mask.device)
-        self._inverse.append(inverse)
-        return module(".kernels.compaction").compact(self.mask, inverse)
+    @property
+    def _is_listed(self) -> bool:
+        """Whether the index has been made; if not, `_fill` makes it beside what it writes."""
+        return bool(self._compacted)
+
+    def _fill(self, fill: Fill, *, with_inverse: bool = False) -> None:
+        """Write the skipped sites of an output, in the launch that lists the sites if that is still to come.
+
+        `with_inverse`: make the inverse as well, then, for layers that read features packed for these sites.
+        """
+        if self._is_listed:
+            module(".kernels.compaction").fill_skipped(self.mask, fill)
+        else:
+            self._list(fill=fill, with_inverse=with_inverse)
+
+    def _compact(self) -> list[Tensor]:
+        if self._compacted:
+            return self._compacted
+        if self._backend != "cpu" and not is_reference():
+            self._list()
+        elif unwatched(self.mask) and not is_reference():
+            self._compacted.extend(kept(_compact, self.mask, "cpu"))
+        else:
+            self._compacted.extend(kept(_run, "compact", self.mask, self._backend))
+        return self._compacted
 
     @property
     def index(self) -> Tensor:
@@ -399,7 +481,7 @@ class ActiveSites:
 
     @property
     def inverse(self) -> Tensor:
-        """int32 [N * Ho * Wo]: each site's position in `index`, or -1 where it is not active."""
+        """Each site's position in `index`, int32 [N * Ho * Wo], or -1 where it is not active."""
         if self._inverse:
             return self._inverse[0]
         inverse = kept(_run, "inverse_map", self.index, self.count, self._backend)
@@ -482,11 +564,12 @@ class ActiveSites:
     def _touched_by(self, input_size: tuple[int, int], geometry: Geometry) -> ActiveSites:
         touched = _find(self._touched, input_size, geometry)
         if touched is None:
-            mask = kept(
-                _run, "touched", self.mask, input_size, geometry.kernel, geometry.stride, geometry.padding,
-                geometry.dilation, self._backend,
-            )  # fmt: skip
-            touched = ActiveSites._of(mask)
+            reads = (tuple(input_size), geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+            if self._backend == "cpu" or is_reference():
+                touched = ActiveSites._of(kept(_run, "touched", self.mask, *reads, self._backend))
+            else:
+                run = _touched_set if unwatched(self.mask) else torch.ops.dynconv.touched_set
+                touched = ActiveSites._listed(*kept(run, self.mask, *reads))
             self._keep(self._touched, tuple(input_size), geometry, touched)
         return touched
 

@@ -105,8 +105,13 @@ def is_packed(features):
 
 
 def rows_capacity(index, features):
-    """How many rows a grid has to cover: packed features have room for count rows, but maybe not for every site."""
+    """How many rows a grid has to read: packed features have room for count rows, but maybe not for every site."""
     return min(index.numel(), features.shape[0]) if is_packed(features) else index.numel()
+
+
+def rows_written(index, out):
+    """How many rows a grid has to write: all of a packed output, whose rows past count become zeros."""
+    return out.shape[0] if is_packed(out) else index.numel()
 
 
 @functools.cache
@@ -211,6 +216,14 @@ def split_step(step, taps, TAPS: tl.constexpr):
 def split_steps(split, splits, steps):
     """(begin, end) of the split-th of shares of a product's steps that differ by one at most."""
     return split * steps // splits, (split + 1) * steps // splits
+
+
+@triton.jit
+def zero_rows(out, row, active, rows, column, inside, columns):
+    """Zeros in out [rows, columns] at rows of a vector, int64, from `active` on, in the columns that are inside."""
+    unlisted = (row >= active) & (row < rows)
+    zeros = tl.zeros([row.shape[0], column.shape[0]], out.dtype.element_ty)
+    tl.store(out + row[:, None] * columns + column[None, :], zeros, mask=unlisted[:, None] & inside[None, :])
 
 
 @triton.jit

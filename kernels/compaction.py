@@ -1,10 +1,14 @@
 """Active sets on the device: mask -> ordered index list and count, its inverse, and the gather set of dgrad."""
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ._common import is_inside, on_device, undo_stride, unit
+from ._common import divisor, is_inside, on_device, split_site, undo_stride, unit
 
 # One program scans this many mask bytes: 16 for each of 256 threads, and 98 programs (less than one wave)
 # for 128 x 56 x 56 sites.
@@ -12,47 +16,186 @@ SCAN_BLOCK = 4096
 SCAN_WARPS = 8
 # Block counts that the second pass adds up at a time.
 CHUNK = 1024
+# The most blocks of which each program counts by itself what lies before its own, which saves a launch of 2 to 5 us:
+# seven loads of 16 bytes a thread, all on their way at once, are one latency of L2, below 1 us. Of elements that are
+# loaded one by one (by strides, or by the taps of a convolution) as many are 1000 loads a thread, and one block 150.
+SELF_COUNTED = 8
+SELF_COUNTED_BY_STRIDES = 2
 MAP_BLOCK = 1024
 CHANNEL_BLOCK = 1024  # channels of a sample that its program scans at a time
-# Elements that a program fills at a time, and the columns of them that lie side by side at most.
-FILL_ELEMENTS = 4096
+# Elements that a program fills at a time, 32 for each thread, and the columns of them that lie side by side at most.
+FILL_ELEMENTS = 8192
 FILL_COLUMNS = 128
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# `sites` stays specialised on divisibility by 16: it is what lets a thread read 16 mask bytes at once.
+_VARIES = ["where", "blocks", "column_units"]
 
 
-# `sites` stays specialised on divisibility by 16 in these two: it is what lets a thread read 16 mask bytes at once.
+class Reads(NamedTuple):
+    """A convolution by whose output sites pixels are read: (height, width) each, `padding` (top, left)."""
+
+    input_size: tuple[int, int]
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+class Fill(NamedTuple):
+    """An output [N, C, H, W] whose skipped sites are to become `inactive`, or zeros for None; both channels_last."""
+
+    out: torch.Tensor
+    inactive: torch.Tensor | None
+
+
+class ActiveSet(NamedTuple):
+    """What `compact` makes: index[:count] are the active sites, ascending, and the rest is unspecified.
+
+    mask bool, contiguous, index int32 [sites], count int32 [1]; inverse int32 [sites], of each site its position in
+    index, or -1 where it is not active. mask and inverse are None where they were not asked for.
+    """
+
+    mask: torch.Tensor | None
+    index: torch.Tensor
+    count: torch.Tensor
+    inverse: torch.Tensor | None
+
+
 @triton.jit
-def _count_kernel(mask, block_counts, sites, BLOCK: tl.constexpr):
-    """block_counts[b] = number of active sites in block b. mask uint8 [sites]."""
+def _is_active(
+    mask,
+    site,
+    sites,
+    where,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    UNROLL: tl.constexpr = 1,
+):
+    """Whether sites, an int64 vector, are below `sites` and active.
+
+    With `where` None site s is active where mask[s] is not zero. Otherwise s is a pixel of [N, height, width], active
+    where an element is not zero of those of mask [N, mask_height, mask_width], by its strides, whose taps read s: with
+    a single tap, the one in its own place. mask holds the bits of its elements; SIGNED ones have a sign, which does not
+    count, as -0.0 is zero.
+    """
+    inside = site < sites
+    if where is None:
+        value = tl.load(mask + site, mask=inside, other=0)
+        if SIGNED:
+            value = value << 1
+        active = value != 0
+    else:
+        size, mask_size, strides, padding, dilation = where
+        sample, y, x = split_site(
+            tl.where(inside, site, 0).to(tl.int32), size[0], size[1], size[2], size[3], size[4], size[5]
+        )
+        y += padding[0]
+        x += padding[1]
+        first = sample * strides[0]
+        # Integers: truth values that a loop carries take as many registers, and conversions.
+        found = tl.zeros(site.shape, tl.int32)
+        for tap in tl.range(0, KERNEL[0] * KERNEL[1], loop_unroll_factor=UNROLL):
+            mask_y, mask_x, reads = undo_stride(
+                y - tap // KERNEL[1] * dilation[0], x - tap % KERNEL[1] * dilation[1], STRIDE[0], STRIDE[1]
+            )
+            reads &= inside & is_inside(mask_y, mask_x, mask_size[0], mask_size[1])
+            value = tl.load(mask + (first + mask_y * strides[1] + mask_x * strides[2]), mask=reads, other=0)
+            if SIGNED:
+                value = value << 1
+            found |= (value != 0).to(tl.int32)
+        active = found != 0
+    return active
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _count_kernel(
+    mask,
+    block_counts,
+    sites,
+    where,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """block_counts[b] = number of active sites in block b; see _is_active."""
     block = tl.program_id(0)
     site = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    active = tl.load(mask + site, mask=site < sites, other=0) != 0
+    active = _is_active(mask, site, sites, where, KERNEL, STRIDE, SIGNED)
     tl.store(block_counts + block, tl.sum(active.to(tl.int32), axis=0))
 
 
-@triton.jit
-def _compact_kernel(mask, block_counts, index, count, inverse, sites, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """index[rank(s)] = s for each active site s, where rank(s) = number of active sites below s.
+@triton.jit(do_not_specialize=_VARIES)
+def _compact_kernel(
+    mask,
+    block_counts,
+    index,
+    count,
+    inverse,
+    made,
+    out,
+    inactive,
+    sites,
+    blocks,
+    column_units,
+    where,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    BEFORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """index[rank(s)] = s for each active site s, where rank(s) = number of active sites below s; see _is_active.
 
-    mask uint8 [sites], block_counts int32 [blocks], index int32 [sites], count int32 [1]; inverse int32 [sites], if
-    given, is rank(s), or -1 where s is not active. Entries of index past count are not written.
+    index int32 [sites], count int32 [1]; inverse int32 [sites], if given, is rank(s), or -1 where s is not active, and
+    made uint8 [sites] 1 or 0. Entries of index past count are not written. block_counts int32 [blocks]; without it
+    each block counts by itself what lies before it, in BEFORE blocks at most. The programs behind the blocks fill out,
+    if there is one.
     """
     block = tl.program_id(0)
-    # The mask is read first, so that it is on its way while the counts are added up.
-    site = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    active = (tl.load(mask + site, mask=site < sites, other=0) != 0).to(tl.int32)
+    if out is not None:  # noqa: SIM102 (decided at compile time, and the other is not)
+        if block >= blocks:
+            tile = block - blocks
+            tiles_c = tl.cdiv(column_units * COLUMN_UNIT, BLOCK_C)
+            filled = (tile // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            # Few sites to a program: their taps had better be on their way together.
+            stays = _is_active(mask, filled, sites, where, KERNEL, STRIDE, SIGNED, 9) | (filled >= sites)
+            _fill(out, inactive, filled, stays, tile % tiles_c, column_units, COLUMN_UNIT, BLOCK_C)
+            return
 
-    # Every block adds up the counts before it by itself: O(blocks^2) reads from L2 in all, but no third launch.
-    lane = tl.arange(0, CHUNK)
-    before = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, block, CHUNK):
-        before += tl.load(block_counts + start + lane, mask=start + lane < block, other=0)
-    base = tl.sum(before, axis=0)
+    # The mask is read first, so that it is on its way while the counts are added up.
+    lane = tl.arange(0, BLOCK)
+    site = block.to(tl.int64) * BLOCK + lane
+    active = _is_active(mask, site, sites, where, KERNEL, STRIDE, SIGNED).to(tl.int32)
+
+    if block_counts is not None:
+        # Every block adds up the counts before it by itself: O(blocks^2) reads from L2 in all, but no third launch.
+        entry = tl.arange(0, CHUNK)
+        before = tl.zeros([CHUNK], tl.int32)
+        for start in range(0, block, CHUNK):
+            before += tl.load(block_counts + start + entry, mask=start + entry < block, other=0)
+        base = tl.sum(before, axis=0)
+    else:
+        earlier = tl.zeros([BLOCK], tl.int32)
+        # Unrolled: none of these loads waits for another.
+        for number in tl.static_range(BEFORE):
+            own = number * BLOCK + lane.to(tl.int64)
+            earlier += _is_active(mask, own, block * BLOCK, where, KERNEL, STRIDE, SIGNED).to(tl.int32)
+        base = tl.sum(earlier, axis=0)
 
     rank = base + tl.cumsum(active, axis=0) - active
     tl.store(index + rank, site.to(tl.int32), mask=active != 0)
     if inverse is not None:
         tl.store(inverse + site, tl.where(active != 0, rank, -1), mask=site < sites)
-    if block == tl.num_programs(0) - 1:
+    if made is not None:
+        tl.store(made + site, active.to(tl.uint8), mask=site < sites)
+    if block == blocks - 1:
         tl.store(count, base + tl.sum(active, axis=0))
 
 
@@ -68,73 +211,20 @@ def _inverse_kernel(index, count, inverse, BLOCK: tl.constexpr):
     tl.store(inverse + site, position.to(tl.int32), mask=position < active)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "pixels",
-        "height",
-        "width",
-        "out_height",
-        "out_width",
-        "pad_top",
-        "pad_left",
-        "dilation_h",
-        "dilation_w",
-    ],
-    # A byte at a time is read of it, so its address makes no other code.
-    do_not_specialize_on_alignment=["mask"],
-)
-def _touched_kernel(
-    mask,
-    out,
-    pixels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_top,
-    pad_left,
-    dilation_h,
-    dilation_w,
-    KERNEL_HEIGHT: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[p] = any over taps of mask[s], s the output site that reads pixel p through that tap.
-
-    mask uint8 [N*Ho*Wo], out uint8 [N*H*W].
-    """
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < pixels
-    # Pixels may number more than 2^31, so these are plain 64-bit divisions: two for each pixel, once.
-    row = pixel // width
-    sample = row // height
-    y = (row - sample * height).to(tl.int32) + pad_top
-    x = (pixel - row * width).to(tl.int32) + pad_left
-    touched = tl.zeros([BLOCK], tl.uint8)
-    for tap in range(0, KERNEL_HEIGHT * KERNEL_WIDTH):
-        out_y, out_x, exact = undo_stride(
-            y - tap // KERNEL_WIDTH * dilation_h, x - tap % KERNEL_WIDTH * dilation_w, STRIDE_H, STRIDE_W
-        )
-        reads = inside & exact & is_inside(out_y, out_x, out_height, out_width)
-        site = (sample * out_height + out_y) * out_width + out_x
-        touched |= tl.load(mask + site, mask=reads, other=0)
-    tl.store(out + pixel, (touched != 0).to(tl.uint8), mask=inside)
-
-
 # Gates of several layers are often views of one tensor. An element at a time is read, whatever the address.
 @triton.jit(
     do_not_specialize=["stride_n", "stride_c", "channels", "granularity"], do_not_specialize_on_alignment=["given"]
 )
 def _compact_channels_kernel(given, stride_n, stride_c, mask, index, count, channels, granularity, BLOCK: tl.constexpr):
-    """Of each sample: mask[c] = given[c // granularity] is not zero; index, the channels where it is, then -1; count.
+    """Of each sample: mask[c] = given[c // granularity] is not zero; index, the channels c where it is, ascending, then
+    ~c of the others, descending; count.
 
-    given is [N, ceil(channels / granularity)] by its strides, mask uint8 and index int32 [N, channels], count
-    int32 [N].
+    given is [N, ceil(channels / granularity)] by its strides, or None to keep all; mask uint8 and index int32
+    [N, channels], count int32 [N].
     """
     sample = tl.program_id(0).to(tl.int64)
-    given += sample * stride_n
+    if given is not None:
+        given += sample * stride_n
     mask += sample * channels
     index += sample * channels
     lane = tl.arange(0, BLOCK)
@@ -142,15 +232,18 @@ def _compact_channels_kernel(given, stride_n, stride_c, mask, index, count, chan
     for start in range(0, channels, BLOCK):
         channel = start + lane
         inside = channel < channels
-        value = tl.load(given + (channel // granularity).to(tl.int64) * stride_c, mask=inside, other=0)
-        kept = (value != 0).to(tl.int32)
+        if given is None:
+            kept = inside.to(tl.int32)
+        else:
+            value = tl.load(given + (channel // granularity).to(tl.int64) * stride_c, mask=inside, other=0)
+            kept = (value != 0).to(tl.int32)
         tl.store(mask + channel, kept.to(tl.uint8), mask=inside)
-        tl.store(index + (base + tl.cumsum(kept, axis=0) - kept), channel, mask=kept != 0)
+        place = base + tl.cumsum(kept, axis=0) - kept
+        # The others from the end on: as many are behind one as there are before it.
+        place = tl.where(kept != 0, place, channels - 1 - (channel - place))
+        tl.store(index + place, tl.where(kept != 0, channel, -1 - channel), mask=inside)
         base += tl.sum(kept, axis=0)
     tl.store(count + sample, base)
-    for start in range(0, channels, BLOCK):
-        place = start + lane
-        tl.store(index + place, tl.full([BLOCK], -1, tl.int32), mask=(place >= base) & (place < channels))
 
 
 @triton.jit(do_not_specialize=["channels", "columns", "step", "halvings"])
@@ -171,46 +264,56 @@ def _channel_places_kernel(index, count, places, channels, columns, step, halvin
         tl.store(places + sample * columns + column, low, mask=column < columns)
 
 
-@triton.jit(do_not_specialize=["sites", "column_units"])
-def _fill_skipped_kernel(
-    mask, inactive, out, sites, column_units, COLUMN_UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """out[s] = inactive[s], or zeros if that is None, where mask[s] is 0; out and inactive [sites, columns]."""
+@triton.jit
+def _fill(out, inactive, site, stays, tile_c, column_units, COLUMN_UNIT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out[s] = inactive[s], or zeros if that is None, for the sites of a vector that do not stay, in a tile of columns.
+
+    out and inactive [sites, columns].
+    """
     columns = column_units * COLUMN_UNIT
-    tiles_c = tl.cdiv(columns, BLOCK_C)
-    site = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    skipped = tl.load(mask + site, mask=site < sites, other=1) == 0
-    writes = skipped[:, None] & (column < columns)[None, :]
+    column = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    writes = (stays == 0)[:, None] & (column < columns)[None, :]
     offset = site[:, None] * columns + column[None, :]
     if inactive is None:
-        value = tl.zeros([BLOCK_M, BLOCK_C], out.dtype.element_ty)
+        value = tl.zeros([site.shape[0], BLOCK_C], out.dtype.element_ty)
     else:
         value = tl.load(inactive + offset, mask=writes, other=0.0)
     tl.store(out + offset, value, mask=writes)
 
 
-def fill_skipped(mask, out, inactive):
-    """Write zeros, or what `inactive` has there, at the sites that a mask skips, and nothing at the others.
+@triton.jit(do_not_specialize=["sites", "column_units"])
+def _fill_skipped_kernel(
+    mask, inactive, out, sites, column_units, COLUMN_UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """out[s] = inactive[s], or zeros if that is None, where mask[s] is 0; mask uint8 [sites]."""
+    tiles_c = tl.cdiv(column_units * COLUMN_UNIT, BLOCK_C)
+    site = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    stays = tl.load(mask + site, mask=site < sites, other=1) != 0
+    _fill(out, inactive, site, stays, tl.program_id(0) % tiles_c, column_units, COLUMN_UNIT, BLOCK_C)
 
-    mask bool [N, 1, H, W] is contiguous; out and inactive [N, C, H, W], the latter or None, are channels_last. A pass
-    over all of out would write the active sites twice.
-    """
-    sites, channels = mask.numel(), out.shape[1]
-    if sites == 0 or channels == 0:
-        return
+
+def _fill_tile(sites, fill):
+    """(programs, options of the kernels) to fill an output of so many sites."""
+    channels = 1 if fill is None else fill.out.shape[1]
     block_c = min(FILL_COLUMNS, triton.next_power_of_2(channels))
     block_m = FILL_ELEMENTS // block_c
-    with on_device(out):
-        _fill_skipped_kernel[(triton.cdiv(sites, block_m) * triton.cdiv(channels, block_c),)](
-            mask.view(torch.uint8),
-            inactive,
-            out,
-            sites,
-            channels // unit(channels),
-            COLUMN_UNIT=unit(channels),
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
+    programs = 0 if fill is None else triton.cdiv(sites, block_m) * triton.cdiv(channels, block_c)
+    return programs, dict(COLUMN_UNIT=unit(channels), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=SCAN_WARPS)
+
+
+def fill_skipped(mask, fill):
+    """Write zeros, or what `fill.inactive` has there, at the sites that a mask skips, and nothing at the others.
+
+    mask bool [N, 1, H, W] is contiguous. A pass over all of fill.out would write the active sites twice. Where the mask
+    is still to be compacted, `compact` does it beside that.
+    """
+    sites, channels = mask.numel(), fill.out.shape[1]
+    if sites == 0 or channels == 0:
+        return
+    programs, tile = _fill_tile(sites, fill)
+    with on_device(fill.out):
+        _fill_skipped_kernel[(programs,)](
+            mask.view(torch.uint8), fill.inactive, fill.out, sites, channels // tile["COLUMN_UNIT"], **tile
         )
 
 
@@ -218,20 +321,29 @@ def compact_channels(mask, channels, granularity=1):
     """The kept channels of each sample, in one launch: (mask bool [N, channels], index int32 like it, count int32 [N]).
 
     mask [N, ceil(channels / granularity)] is bool, whose bytes may be any, or floating, in any strides; an element
-    stands for as many channels. index has a sample's kept channels in ascending order, then -1.
+    stands for as many channels. index has a sample's kept channels in ascending order, then, as ~channel, the
+    others in descending order.
     """
-    samples = mask.shape[0]
-    made = torch.empty((samples, channels), dtype=torch.bool, device=mask.device)
-    index = torch.empty((samples, channels), dtype=torch.int32, device=mask.device)
-    count = torch.empty(samples, dtype=torch.int32, device=mask.device)
     given = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return _compact_channels(given, given.stride(), mask.shape[0], channels, granularity, mask.device)
+
+
+def all_channels(samples, channels, device):
+    """What compact_channels makes of a mask that keeps all channels, without a mask."""
+    return _compact_channels(None, (0, 0), samples, channels, 1, device)
+
+
+def _compact_channels(given, strides, samples, channels, granularity, device):
+    made = torch.empty((samples, channels), dtype=torch.bool, device=device)
+    index = torch.empty((samples, channels), dtype=torch.int32, device=device)
+    count = torch.empty(samples, dtype=torch.int32, device=device)
     if channels == 0:
         count.zero_()
     elif samples > 0:
-        with on_device(mask):
+        with on_device(made):
             _compact_channels_kernel[(samples,)](
                 given,
-                *given.stride(),
+                *strides,
                 made.view(torch.uint8),
                 index,
                 count,
@@ -265,26 +377,64 @@ def channel_places(index, count, step=1):
     return places
 
 
-def compact(mask, inverse=None):
-    """Ordered stream compaction: bool mask of any shape, contiguous -> (index int32 [numel], count int32 [1]).
+def compact(mask, *, reads=None, fill=None, with_mask=False, with_inverse=False):
+    """Ordered stream compaction of a mask, an `ActiveSet`: in two launches, or in one where the mask is small.
 
-    index[:count] are the flat positions of the active sites, ascending; the rest is unspecified. inverse, int32 [numel]
-    if given, becomes what inverse_map makes of them, without launches of its own.
+    mask: bool, whose bytes may be any, or floating, active where it is not zero: [N, 1, H, W] in any strides, or of any
+        shape where contiguous.
+    reads: list the pixels that the mask's sites read through these `Reads`, instead of the sites; mask [N, 1, Ho, Wo].
+    fill: what else the second launch writes: its output has the mask's sites, or those pixels.
+    with_mask: make a mask of what is listed as well, of bytes 0 and 1. with_inverse: make the inverse map.
     """
-    sites = mask.numel()
-    index = torch.empty(sites, dtype=torch.int32, device=mask.device)
+    is_flat = reads is None and mask.is_contiguous()
+    shape = mask.shape if reads is None else (mask.shape[0], 1, *reads.input_size)
+    sites = math.prod(shape)
+    empty = functools.partial(torch.empty, device=mask.device)
+    made = empty(shape, dtype=torch.bool) if with_mask else None
+    index, inverse = empty(sites, dtype=torch.int32), empty(sites, dtype=torch.int32) if with_inverse else None
     if sites == 0:
-        return index, torch.zeros(1, dtype=torch.int32, device=mask.device)
-    count = torch.empty(1, dtype=torch.int32, device=mask.device)
+        return ActiveSet(made, index, torch.zeros(1, dtype=torch.int32, device=mask.device), inverse)
+    kernel_size, stride, padding, dilation = reads[1:] if reads else ((1, 1), (1, 1), (0, 0), (1, 1))
+    where = None
+    if not is_flat:
+        # The kernels' sums of them are 32 bits wide, which takes half of the registers.
+        if sum((length - 1) * step for length, step in zip(mask.shape, mask.stride())) >= 2**31:
+            mask = mask.contiguous()
+        strides = (mask.stride(0), mask.stride(2), mask.stride(3))
+        where = ((*divisor(shape[2]), *divisor(shape[3])), tuple(mask.shape[2:]), strides, padding, dilation)
+    count = empty(1, dtype=torch.int32)
+    options = dict(KERNEL=kernel_size, STRIDE=stride, SIGNED=mask.dtype != torch.bool, BLOCK=SCAN_BLOCK)
     blocks = triton.cdiv(sites, SCAN_BLOCK)
-    block_counts = torch.empty(blocks, dtype=torch.int32, device=mask.device)
-    mask = mask.view(torch.uint8)
+    counts_itself = blocks <= (SELF_COUNTED if is_flat else SELF_COUNTED_BY_STRIDES)
+    block_counts = None if counts_itself else empty(blocks, dtype=torch.int32)
+    if fill is not None and fill.out.shape[1] == 0:
+        fill = None
+    programs, tile = _fill_tile(sites, fill)
+    out, inactive = fill or (None, None)
+    mask = mask.view(_BITS[mask.element_size()])
     with on_device(mask):
-        _count_kernel[(blocks,)](mask, block_counts, sites, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS)
-        _compact_kernel[(blocks,)](
-            mask, block_counts, index, count, inverse, sites, BLOCK=SCAN_BLOCK, CHUNK=CHUNK, num_warps=SCAN_WARPS
+        if not counts_itself:
+            _count_kernel[(blocks,)](mask, block_counts, sites, where, **options, num_warps=SCAN_WARPS)
+        _compact_kernel[(blocks + programs,)](
+            mask,
+            block_counts,
+            index,
+            count,
+            inverse,
+            None if made is None else made.view(torch.uint8),
+            out,
+            inactive,
+            sites,
+            blocks,
+            0 if out is None else out.shape[1] // tile["COLUMN_UNIT"],
+            where,
+            **options,
+            # A power of two less one, lest every number of blocks be a kernel of its own.
+            BEFORE=triton.next_power_of_2(blocks) - 1 if counts_itself else 0,
+            CHUNK=CHUNK,
+            **tile,
         )
-    return index, count
+    return ActiveSet(made, index, count, inverse)
 
 
 def inverse_map(index, count, sites):
@@ -295,31 +445,3 @@ def inverse_map(index, count, sites):
         with on_device(index):
             _inverse_kernel[(triton.cdiv(capacity, MAP_BLOCK),)](index, count, inverse, BLOCK=MAP_BLOCK)
     return inverse
-
-
-def touched(mask, out_size, in_size, kernel_size, stride, padding, dilation):
-    """bool [N, 1, H, W]: the input pixels that an active output site reads.
-
-    mask is bool with N*Ho*Wo elements, contiguous; padding is (top, left); the other pairs are (height, width).
-    """
-    samples = mask.numel() // max(out_size[0] * out_size[1], 1)
-    out = torch.empty((samples, 1, *in_size), dtype=torch.bool, device=mask.device)
-    pixels = out.numel()
-    if pixels == 0:
-        return out
-    with on_device(mask):
-        _touched_kernel[(triton.cdiv(pixels, MAP_BLOCK),)](
-            mask.view(torch.uint8),
-            out.view(torch.uint8),
-            pixels,
-            *in_size,
-            *out_size,
-            *padding,
-            *dilation,
-            KERNEL_HEIGHT=kernel_size[0],
-            KERNEL_WIDTH=kernel_size[1],
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            BLOCK=MAP_BLOCK,
-        )
-    return out

@@ -18,12 +18,14 @@ from ._common import (
     on_device,
     partial_dtype,
     rows_capacity,
+    rows_written,
     split_rows,
     split_site,
     store_rows,
     undo_stride,
     unit,
     warps,
+    zero_rows,
 )
 
 THREADS = 128
@@ -120,7 +122,8 @@ def _depthwise_conv_kernel(
     source [source rows, channels], out, residual and grad [site rows, channels] (out [tiles of C, sites] for a grad),
     weight [taps, channels], gate [rows of the convolution's output]. lookup int32 [source rows] names the row of a
     PACKED_SOURCE, and the active sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual
-    and grad. Skips sites not listed, taps that fall outside the source, and sources that lookup does not have.
+    and grad, and out's rows past count become zeros. `sites` counts out's rows.
+    Skips sites not listed, taps that fall outside the source, and sources that lookup does not have.
     """
     UNROLL: tl.constexpr = KERNEL_WIDTH if KERNEL_WIDTH <= 3 else 4
     # A product with a constant shows the compiler what divides the row length, hence how wide a load may be.
@@ -130,6 +133,10 @@ def _depthwise_conv_kernel(
     tile_c = tl.program_id(0) % tiles_c
     rows = tl.load(count)
     start = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M
+    if PACKED_SITES and grad is None:  # noqa: SIM102 (decided at compile time, and the other is not)
+        if start + BLOCK_M > rows:
+            c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+            zero_rows(out, start + tl.arange(0, BLOCK_M), rows, sites, c, c < channels, channels)
     if start >= rows:
         return
 
@@ -374,7 +381,8 @@ def _launch(
     """Launches the stencil; input_size and site_size are those of source and out, as it sees them."""
     channels, _, kernel_height, kernel_width = weight.shape
     result = out if grad is None else grad
-    capacity = rows_capacity(index, result)
+    rows = rows_written(index, out) if grad is None else index.numel()
+    capacity = rows if grad is None else rows_capacity(index, grad)
     if capacity == 0:
         return
     # [taps, channels]: a tap's weights are 16-byte loads along the channels, as the source is. Read in place they would
@@ -397,7 +405,7 @@ def _launch(
             *input_size,
             *divisor(site_size[0]),
             *divisor(site_size[1]),
-            index.numel(),
+            rows,
             channels // unit(channels),
             *padding,
             *dilation,

@@ -2,9 +2,9 @@
 
 Batch normalisation needs the moments of what the convolution gives before it can be applied to it, so in training the
 epilogue cannot be fused into the product as it is in masked_conv.py. It works on packed rows, [capacity, C]: row m
-belongs to the m-th active site, index[m]; rows past count are neither read nor written. What it writes is dense,
+belongs to the m-th active site, index[m]; rows past count are not read, and written as zeros. What it writes is dense,
 [N, C, H, W] in channels_last, or packed as well. Everything stays on the device, grids cover the capacity, and programs
-past count return at once. Sums are taken in an order that count and the shapes alone decide.
+past count return at once, or write zeros and do. Sums are taken in an order that count and the shapes alone decide.
 """
 
 import torch
@@ -22,6 +22,7 @@ from ._common import (
     store_rows,
     unit,
     warps,
+    zero_rows,
 )
 
 THREADS = 128
@@ -35,7 +36,7 @@ UNALIGNED_ELEMENTS = 512
 SPLITS = 256
 COMBINE_CHANNELS = 16
 
-_VARIES = ["sites", "channel_units", "channels", "splits"]
+_VARIES = ["capacity", "sites", "channel_units", "channels", "splits"]
 
 
 def config(dtype, channels, tile_bytes=TILE_BYTES):
@@ -68,6 +69,7 @@ def _epilogue_kernel(
     gate,
     residual,
     out,
+    capacity,
     channel_units,
     CHANNEL_UNIT: tl.constexpr,
     PACKED_SITES: tl.constexpr,
@@ -78,22 +80,25 @@ def _epilogue_kernel(
 ):
     """out[s, c] = activation(gate[s] * ((rows[m, c] - mean[c]) * scale[c] + shift[c]) + residual[s, c]), s = index[m].
 
-    rows [capacity, channels], out and residual [site rows, channels]: row m of them with PACKED_SITES, else row s.
-    Skips the sites that are not listed.
+    rows [rows, channels], out and residual [site rows, channels]: row m of them with PACKED_SITES, where out has
+    `capacity` rows and those past count become zeros, else row s. Skips the sites that are not listed.
     """
     # A product with a constant shows the compiler what divides the row length, hence how wide a load may be.
     channels = channel_units * CHANNEL_UNIT
     tiles_c = tl.cdiv(channels, BLOCK_C)
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_inside = c < channels
     active = tl.load(count)
     start = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M
+    row = start + tl.arange(0, BLOCK_M)
+    if PACKED_SITES:  # noqa: SIM102 (decided at compile time, and the other is not)
+        if start + BLOCK_M > active:
+            zero_rows(out, row, active, capacity, c, c_inside, channels)
     if start >= active:
         return
 
-    row = start + tl.arange(0, BLOCK_M)
     listed = row < active
     site = tl.load(index + row, mask=listed, other=0)
-    c_inside = c < channels
     inside = listed[:, None] & c_inside[None, :]
     row_offset = row[:, None] * channels + c[None, :]
     if PACKED_SITES:
@@ -122,6 +127,7 @@ def _epilogue_backward_kernel(
     grad_residual,
     partial,
     partial_gate,
+    capacity,
     sites,
     channel_units,
     splits,
@@ -196,6 +202,16 @@ def _epilogue_backward_kernel(
         if partial is not None:
             scale_total += d * centred
             shift_total += d
+
+    # Of the rows past count as well, each program takes its share.
+    active = tl.load(count)
+    begin, end = split_rows(split, splits, capacity - active, BLOCK_M)
+    for start in range(begin, end, BLOCK_M):
+        row = (active + start).to(tl.int64) + tl.arange(0, BLOCK_M)
+        if grad_rows is not None:
+            zero_rows(grad_rows, row, active, active + end, c, c_inside, channels)
+        if PACKED_SITES and grad_residual is not None:
+            zero_rows(grad_residual, row, active, active + end, c, c_inside, channels)
 
     if partial is not None:
         tl.store(partial + c, tl.sum(scale_total, axis=0), mask=c_inside)
@@ -293,34 +309,34 @@ def _gather_kernel(
     index,
     count,
     out,
+    capacity,
     channel_units,
     CHANNEL_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out[m, c] = source[index[m], c] for m < count. source [rows, channels], out [capacity, channels]."""
+    """out[m, c] = source[index[m], c], zeros from m = count on. source [rows, channels], out [capacity, channels]."""
     channels = channel_units * CHANNEL_UNIT
     tiles_c = tl.cdiv(channels, BLOCK_C)
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     active = tl.load(count)
-    start = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M
-    if start >= active:
-        return
-    row = start + tl.arange(0, BLOCK_M)
+    row = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     listed = row < active
     site = tl.load(index + row, mask=listed, other=0)
-    inside = listed[:, None] & (c < channels)[None, :]
-    values = tl.load(source + site.to(tl.int64)[:, None] * channels + c[None, :], mask=inside)
-    tl.store(out + row[:, None] * channels + c[None, :], values, mask=inside)
+    c_inside = (c < channels)[None, :]
+    offset = site.to(tl.int64)[:, None] * channels + c[None, :]
+    values = tl.load(source + offset, mask=listed[:, None] & c_inside, other=0.0)
+    tl.store(out + row[:, None] * channels + c[None, :], values, mask=(row < capacity)[:, None] & c_inside)
 
 
 def forward(rows, index, count, mean, scale, shift, gate, residual, out, *, activation):
     """out[s] = activation(gate[s] * ((rows[m] - mean) * scale + shift) + residual[s]), s = index[m], for m < count.
 
     rows [capacity, C]; mean, scale and shift [C], gate [N*Ho*Wo] and residual may be None: 0, 1, 0, 1 and 0. out is
-    dense or packed, residual like it, or out itself; the rest of out is left alone.
+    dense or packed, residual like it, or out itself; the rest of a dense out is left alone, and of a packed one zeros.
     """
-    capacity, channels = min(index.numel(), len(rows)), rows.shape[1]
+    channels = rows.shape[1]
+    capacity = len(out) if is_packed(out) else min(index.numel(), len(rows))
     if capacity == 0 or channels == 0:
         return
     with on_device(rows):
@@ -335,6 +351,7 @@ def forward(rows, index, count, mean, scale, shift, gate, residual, out, *, acti
             gate,
             residual,
             out,
+            capacity,
             channels // unit(channels),
             CHANNEL_UNIT=unit(channels),
             PACKED_SITES=is_packed(out),
@@ -363,11 +380,12 @@ def backward(
     """Gradients of forward: (grad_scale [C], grad_shift [C], grad_gate [N*Ho*Wo]) in fp32 (fp64 for fp64).
 
     grad, residual and grad_residual are dense or packed alike. grad_rows [capacity, C] and grad_residual are written in
-    place, at the active sites alone (a dense one comes filled with zeros), or None where they are not wanted.
+    place, at the active sites alone (a dense one comes filled with zeros, a packed one gets them past count), or None
+    where they are not wanted.
     wanted = (vectors, gate): where False, grad_scale and grad_shift, or grad_gate, are None. grad_gate is zero at the
     sites that are not active, of which index has an entry for each. The gradient of mean is -scale * grad_shift.
     """
-    capacity, channels = min(index.numel(), len(rows)), rows.shape[1]
+    capacity, channels = rows.shape
     dtype = partial_dtype(rows.dtype)
     with on_device(rows):
         tile = config(rows.dtype, channels, BACKWARD_TILE_BYTES)
@@ -396,6 +414,7 @@ def backward(
                 grad_residual,
                 partial,
                 partial_gate,
+                capacity,
                 index.numel(),
                 channels // unit(channels),
                 splits,
@@ -452,8 +471,8 @@ def moments(rows, count):
 
 
 def gather(input, index, count, out):
-    """out[m] = input at index[m] for m < count: dense [N, C, H, W] in channels_last -> packed [capacity, C]."""
-    capacity, channels = min(index.numel(), len(out)), out.shape[1]
+    """out[m] = input at index[m], zeros from count on: dense [N, C, H, W] in channels_last -> packed [capacity, C]."""
+    capacity, channels = out.shape
     if capacity == 0 or channels == 0:
         return
     with on_device(input):
@@ -463,6 +482,7 @@ def gather(input, index, count, out):
             index,
             count,
             out,
+            capacity,
             channels // unit(channels),
             CHANNEL_UNIT=unit(channels),
             **tile,

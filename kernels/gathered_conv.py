@@ -1,12 +1,13 @@
 """Convolution of the channels that each sample keeps: an implicit GEMM for each sample, over its own columns.
 
 Of a set of channels, index int32 [N, C] lists sample n's kept channels in ascending order in its first count[n]
-entries, then -1; count is int32 [N]. The i-th of them has the place i. Nothing waits for the device: grids cover all
-channels, and programs past count return at once.
+entries, then ~channel of the dropped ones in descending order; count is int32 [N]. The i-th of them has the place i.
+Nothing waits for the device: grids cover all channels, and programs past count write what stands at dropped ones.
 
 Features are channels_last [N, columns, H, W], told apart by a flag:
   dense   a channel is its own column, C of them;
-  packed  the channel at place i is column i, and columns >= every count. Those past count are neither read nor written.
+  packed  the channel at place i is column i, and C >= columns >= every count. Those past count are not read, and
+          written as zeros.
 Kept channels come in aligned runs of `granularity` (the last may be cut by C), whose power of two up to 8 is the piece
 that a load takes at a time: with 8 half-precision channels, 16 bytes.
 
@@ -72,8 +73,9 @@ def config(kind, sites, channels, filters, arch, *, piece, finished=False):
     aligned = is_aligned(kind, piece)
     chained = arch != "gfx942" or not aligned
     tile = masked_conv.config(kind, channels, filters, arch, packed=chained, finished=finished, piece=piece)
-    if finished and kind == "tf32":
+    if finished and kind == "tf32" and arch != "sm_80":
         # Where a thread holds a row (tcgen05), bias and gate take as many registers as the accumulators and a residual.
+        # On sm_80 ptxas would spill rather than take more than 128 of them, which eight warps have room for.
         tile["num_warps"] = 8
     if not aligned:
         # Every element has an address of its own: more of them for each thread spill.
@@ -124,6 +126,15 @@ def find_channels(index, place, inside, UNIT: tl.constexpr):
         channel = tl.max_contiguous(tl.multiple_of(channel, UNIT), UNIT)
     # Wide: where an int32 sum is added to a pointer, Triton for AMD makes another sum that lacks the hints.
     return channel.to(tl.int64)
+
+
+@triton.jit
+def find_dropped(index, place, inside, UNIT: tl.constexpr):
+    """The channels, int64, that a sample does not keep, at places of its index; of UNIT side by side in any order."""
+    # Those of a run are in descending order: the first is the last one.
+    last = -1 - tl.load(index + place // UNIT * UNIT, mask=inside, other=0)
+    channel = last - (UNIT - 1) + place % UNIT
+    return tl.max_contiguous(tl.multiple_of(channel, UNIT), UNIT).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -185,10 +196,12 @@ def _gathered_conv_kernel(
     channels and filters are all those of a group on the side of the source and of out: weight [groups * filters, taps,
     channels] if WEIGHT_K_CONTIGUOUS, else [groups * channels, taps, filters]. source [source rows, columns], out and
     residual [site rows, columns], gate [N, groups * filters]. lookup int32 [source rows], if given, is not negative at
-    the active sites. Skips channels not kept, sites not listed, taps that fall outside the source, and sources that
+    the active sites. The sum is zero at channels of a dense out that are not kept, and so are columns of a packed one
+    past count. Skips source channels not kept, sites not listed, taps that fall outside the source, and sources that
     lookup does not have.
     """
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    PIECE: tl.constexpr = 16
     # A product with a constant shows the compiler what divides the row length, hence how wide a load may be.
     channels = channel_units * CHANNEL_UNIT
     filters = filter_units * FILTER_UNIT
@@ -210,10 +223,11 @@ def _gathered_conv_kernel(
     else:
         begin = sample * sites
         rows = sites
-    n_first, n_end = find_places(out_bounds, sample, group, groups, GROUPED, FILTER_UNIT)
-    n_first += tile_n * BLOCK_N
-    if (start >= rows) | (n_first >= n_end):
+    if start >= rows:
         return
+    n_first, n_end = find_places(out_bounds, sample, group, groups, GROUPED, FILTER_UNIT)
+    # Of all groups; the weight's inner dimension is that of one.
+    out_index += sample.to(tl.int64) * (filters * groups)
 
     row = start + tl.arange(0, BLOCK_M)
     listed = row < rows
@@ -224,6 +238,31 @@ def _gathered_conv_kernel(
     else:
         site = begin + row
         local = row
+    # The tiles of a group cover its kept channels, and then the dropped ones. What stands there does not wait for the
+    # product, and is written in pieces that take fewer registers than that.
+    kept = n_end - n_first
+    for first in range(tl.maximum(tile_n * BLOCK_N, kept // PIECE * PIECE), tile_n * BLOCK_N + BLOCK_N, PIECE):
+        column = first + tl.arange(0, PIECE)
+        is_dropped = (column >= kept) & (column < filters)
+        place = n_first + column
+        if GROUPED:  # behind the kept channels of all groups, those of the last group come first
+            place += (groups - 1 - group) * filters
+        if PACKED_OUT:
+            is_dropped &= place < out_columns
+            out_column = place
+        else:
+            out_column = find_dropped(out_index, place, is_dropped, FILTER_UNIT)
+        offset = site.to(tl.int64)[:, None] * out_columns + out_column[None, :]
+        inside = listed[:, None] & is_dropped[None, :]
+        nothing = tl.zeros([BLOCK_M, PIECE], ACCUMULATOR)
+        if PACKED_OUT:
+            tl.store(out + offset, nothing.to(out.dtype.element_ty), mask=inside)
+        else:
+            store_rows(nothing, None, residual, out, site, offset, listed, inside, ACTIVATION)
+    n_first += tile_n * BLOCK_N
+    if n_first >= n_end:
+        return
+
     y = divide(local, width_multiplier, width_shift)
     x = local - y * site_width
     if TRANSPOSED:
@@ -240,9 +279,7 @@ def _gathered_conv_kernel(
     # shared memory at every step.
     first_pointer = (source + first_row.to(tl.int64) * source_columns)[:, None]
 
-    # Of the channels, source_index and out_index count all groups; the weight's inner dimension is that of one.
     source_index += sample.to(tl.int64) * (channels * groups)
-    out_index += sample.to(tl.int64) * (filters * groups)
     k_first, k_end = find_places(source_bounds, sample, group, groups, GROUPED, CHANNEL_UNIT)
     n_place = n_first + tl.arange(0, BLOCK_N)
     n_inside = n_place < n_end
@@ -529,9 +566,10 @@ def forward(
     granularity,
     allow_tf32,
 ):
-    """out[s, f] = activation(gate[n, f] * (conv2d(source, weight)[s, f] + bias[f]) + residual[s, f]) at kept f alone.
+    """out[s, f] = activation(gate[n, f] * (conv2d(source, weight)[s, f] + bias[f]) + residual[s, f]) at kept f.
 
-    The rest of out is left alone. The sum is over the kept channels of source; ins and outs are (index, count) of the
+    At the others activation(residual[s, f]), and of a packed out zeros past the kept ones. Sites that are not listed
+    are left alone. The sum is over the kept channels of source; ins and outs are (index, count) of the
     channels of source and out. residual has out's columns, or is out itself. gate is [N, Cout], weight
     [Cout, Cin/groups, kH, kW], read in place if it is channels_last and copied into that layout if not. input_size is
     (H, W), site_size (Ho, Wo), padding (top, left), activation a name that `_common.activate` knows. bias, gate,
@@ -584,7 +622,7 @@ def input_grad(
 ):
     """grad_input[p, c] = sum of grad[s] @ weight[tap] over the kept channels of grad and the sites s that read p.
 
-    At kept c alone: the rest of grad_input is left alone, and what is to be zero comes filled with zeros. rows is None
+    At kept c, and zeros at the others. Pixels that are not listed are left alone. rows is None
     or (inverse, pixel_index, pixel_starts): int32 [N*Ho*Wo], not negative at the active sites, and the pixels to
     compute, listed as the sites are. packed_source says that grad_input is packed, packed_out that grad is.
     """

@@ -2,12 +2,13 @@
 
 Sites and pixels are flat: s = (n*Ho + oy)*Wo + ox, p = (n*H + iy)*W + ix, with iy = oy*stride - pad + kh*dilation.
 `index[:count]` lists the active sites in ascending order; what lies past count is never used. Everything stays on the
-device: grids cover the capacity, and programs past count return at once.
+device: grids cover the capacity, and programs past count return at once, or write zeros and do.
 
 Features are dense or packed, told apart by their number of dimensions, and their addresses are computed from row
 numbers, never from the tensor's strides:
   dense   [N, C, H, W] in channels_last: row s (or p) of a [rows, C] matrix;
-  packed  [capacity, C]: row m belongs to the m-th listed site (or pixel). Rows past count are neither read nor written.
+  packed  [capacity, C]: row m belongs to the m-th listed site (or pixel). Rows past count are not read, and written as
+          zeros.
           A convolution finds the pixels of a packed source through `lookup`, int32 [N*H*W]: the row of each pixel, or
           -1 where it has none and counts as zero.
 One channel a group (depthwise) is no matrix product: depthwise.py has it.
@@ -32,12 +33,14 @@ from ._common import (
     on_device,
     partial_dtype,
     rows_capacity,
+    rows_written,
     split_rows,
     split_site,
     split_step,
     split_steps,
     store_rows,
     unit,
+    zero_rows,
 )
 
 # Tiles of the implicit GEMM, by (arithmetic, bucket of its N): (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages).
@@ -340,8 +343,8 @@ def _masked_conv_kernel(
     out, residual and grad [site rows, groups * filters], out for a grad [groups * tiles of N, sites],
     weight [groups * filters, taps, channels] if WEIGHT_K_CONTIGUOUS, else [groups * channels, taps, filters],
     gate [rows of the convolution's output]. lookup int32 [source rows] names the row of a PACKED_SOURCE, and the active
-    sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad. EVEN says that tiles
-    of K and N are full.
+    sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad, and out's rows past
+    count become zeros. `sites` counts out's rows. EVEN says that tiles of K and N are full.
     partial [splits, tiles, BLOCK_M, BLOCK_N], if given, takes the sums of the tiles that several programs share, for
     _add_splits_kernel to finish: as many as find_splits says of `splits` and `parallel`. Which products meet in a sum
     depends on count alone.
@@ -355,6 +358,12 @@ def _masked_conv_kernel(
     tiles_n = tl.cdiv(filters, BLOCK_N)
     rows = tl.load(count)
     tile = tl.program_id(0)
+    if PACKED_SITES and grad is None:
+        start = (tile // tiles_n // groups).to(tl.int64) * BLOCK_M
+        if start + BLOCK_M > rows:
+            n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            past = start + tl.arange(0, BLOCK_M)
+            zero_rows(out, past, rows, sites, tile // tiles_n % groups * filters + n, n < filters, filters * groups)
     if partial is not None:
         tiles, splits = find_splits(rows, tiles_n * groups, splits, parallel, BLOCK_M)
         if tile >= tiles * splits:
@@ -777,10 +786,11 @@ def forward(
 ):
     """out[s] = activation(gate[s] * (conv2d(input, weight)[s] + bias) + residual[s]) at the active sites alone.
 
-    The rest of out is left alone. input, and out with residual, are dense or packed each; a packed input comes with its
-    lookup. residual may be out itself. gate is [N*Ho*Wo] in every case. weight [Cout, Cin/groups, kH, kW] is read in
-    place if it is channels_last, and copied into that layout if not. input_size is (H, W), site_size (Ho, Wo), padding
-    (top, left), activation a name that `_common.activate` knows. bias, gate, residual and lookup may be None.
+    The rest of a dense out is left alone, that of a packed one becomes zeros. input, and out with residual, are dense
+    or packed each; a packed input comes with its lookup. residual may be out itself. gate is [N*Ho*Wo] in every case.
+    weight [Cout, Cin/groups, kH, kW] is read in place if it is channels_last, and copied into that layout if not.
+    input_size is (H, W), site_size (Ho, Wo), padding (top, left), activation a name that `_common.activate` knows.
+    bias, gate, residual and lookup may be None.
     """
     geometry = dict(input_size=input_size, site_size=site_size, stride=stride, padding=padding, dilation=dilation)
     if _is_depthwise(weight, groups):
@@ -826,8 +836,8 @@ def input_grad(
     """grad_input[p] = sum of gate[s] * grad[s] @ weight[tap] over the active sites s that read p.
 
     inverse is the inverse map of the active output sites, hence the lookup of a packed grad.
-    pixel_index[:pixel_count] lists the pixels to compute: row m of a packed grad_input is the m-th of them. The rest of
-    grad_input is left alone: a dense one comes filled with zeros.
+    pixel_index[:pixel_count] lists the pixels to compute: row m of a packed grad_input is the m-th of them, and its
+    other rows become zeros. The rest of a dense one is left alone: it comes filled with zeros.
     """
     # The product runs the other way: over the sites as its source, onto the pixels.
     geometry = dict(input_size=site_size, site_size=input_size, stride=stride, padding=padding, dilation=dilation)
@@ -1053,7 +1063,8 @@ def _launch_conv(
     total_filters, channels, kernel_height, kernel_width = shape
     filters = total_filters // groups
     result = out if grad is None else grad
-    capacity = rows_capacity(index, result)
+    rows = rows_written(index, out) if grad is None else index.numel()
+    capacity = rows if grad is None else rows_capacity(index, grad)
     if capacity == 0 or filters == 0:
         return
     with on_device(source):
@@ -1084,7 +1095,7 @@ def _launch_conv(
             *input_size,
             *divisor(site_size[0]),
             *divisor(site_size[1]),
-            index.numel(),
+            rows,
             groups,
             channels // unit(channels),
             filters // unit(filters),

@@ -277,15 +277,26 @@ def launch(case):
         return
     if kernel == "compaction":
         mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
-        index, count = compaction.compact(mask, torch.empty(mask.numel(), dtype=torch.int32))
+        reads = compaction.Reads((8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+        # A small mask, and one whose blocks others count: as it is, by its strides, and by the taps of a convolution.
+        for blocks in (1, compaction.SELF_COUNTED + 1):
+            size = blocks * compaction.SCAN_BLOCK
+            large = torch.ones(1, 1, size // 8, 8, dtype=torch.bool)
+            wide = torch.empty(1, 24, size // 8, 8, dtype=torch.float16)
+            fill = compaction.Fill(wide.contiguous(memory_format=torch.channels_last), None)
+            compaction.compact(large, with_mask=True, with_inverse=True)
+            compaction.compact(large, fill=fill)
+            compaction.compact(large.double(), with_mask=True)
+            compaction.compact(large[:, :, :1].expand(-1, -1, size // 8, -1), with_mask=True)
+            compaction.compact(large, reads=reads._replace(input_size=(size // 8, 8)), fill=fill, with_inverse=True)
+        _, index, count, _ = compaction.compact(mask)
         compaction.inverse_map(index, count, mask.numel())
         _, index, count = compaction.compact_channels(torch.ones(2, 64, dtype=torch.bool), 64)
         compaction.channel_places(index, count)
         for dtype in (torch.float16, torch.float64):
             out = torch.zeros(2, 24, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            compaction.fill_skipped(mask, out, None)
-            compaction.fill_skipped(mask, out, out.clone())
-        compaction.touched(mask, (8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+            compaction.fill_skipped(mask, compaction.Fill(out, None))
+            compaction.fill_skipped(mask, compaction.Fill(out, out.clone()))
         return
     dtype = getattr(torch, dtype)
     flags = variant.split("+")

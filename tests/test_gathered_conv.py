@@ -708,7 +708,7 @@ class TestActiveChannels:
         channels = ActiveChannels(mask)
         assert channels.shape == (3, 4)
         assert channels.count.tolist() == [3, 0, 4]
-        assert channels.index.tolist() == [[0, 2, 3, -1], [-1] * 4, [0, 1, 2, 3]]
+        assert channels.index.tolist() == [[0, 2, 3, ~1], [~3, ~2, ~1, ~0], [0, 1, 2, 3]]
         assert channels.inverse.tolist() == [[0, -1, 1, 2], [-1] * 4, [0, 1, 2, 3]]
         assert {channels.index.dtype, channels.count.dtype, channels.inverse.dtype} == {torch.int32}
         assert channels.density == pytest.approx(7 / 12)

@@ -32,18 +32,20 @@ def pack(dense, channels, capacity):
     return channels_last(packed)
 
 
-def unpack(packed, channels, background):
-    """background with the packed channels in their places. Columns past count have to be as `pack` left them."""
+def unpack(packed, channels, background, listed):
+    """background with the packed channels in their places. Columns past count have to be zeros at the listed sites."""
     dense = background.clone()
+    listed = torch.ones_like(background[:, :1], dtype=torch.bool) if listed is None else listed
     for sample, count in enumerate(channels.count.tolist()):
-        assert packed[sample, count:].isnan().all()
+        past = packed[sample, count:]
+        assert torch.equal(past.isnan(), ~listed[sample].expand_as(past)) and not past.nan_to_num().any()
         dense[sample, channels.index[sample, :count].long()] = packed[sample, :count]
     return dense
 
 
 def listed(mask):
     """(index, starts) of the active sites of a mask [N, 1, H, W]; what lies past the last one is not to be used."""
-    index, count = compaction.compact(mask)
+    _, index, count, _ = compaction.compact(mask)
     index[count.item() :] = NOT_A_SITE
     starts = F.pad(mask.flatten(1).sum(1).cumsum(0), (1, 0)).int()
     return index, starts
@@ -77,8 +79,7 @@ class Case:
         self.site_size = tuple(shape[2:])
         self.grad = self.poisoned(integers(*shape, dtype=dtype, seed=5), self.outs)
         self.cache = channels_last(integers(*shape, dtype=dtype, seed=7))
-        self.residual = self.poisoned(integers(*shape, dtype=dtype, low=-9, high=9, seed=8), self.outs)
-        self.residual = self.residual if residual else None
+        self.residual = channels_last(integers(*shape, dtype=dtype, low=-9, high=9, seed=8)) if residual else None
         self.input = self.poisoned(integers(n, cin, *size, dtype=dtype), self.ins)
         self.active = None
         if density is not None:
@@ -86,10 +87,15 @@ class Case:
             self.active = (torch.rand(n, 1, *self.site_size, generator=generator) < density).to(DEVICE)
             self.active[0] = False
             self.grad = channels_last(torch.where(self.active, self.grad, torch.nan))
-            self.touched = compaction.touched(self.active, self.site_size, size, kernel, stride, padding, dilation)
+            if residual:
+                self.residual = channels_last(torch.where(self.active, self.residual, torch.nan))
+            reads = compaction.Reads(size, kernel, stride, padding, dilation)
+            self.touched = compaction.compact(self.active, reads=reads, with_mask=True).mask
             self.input = channels_last(torch.where(self.touched, self.input, torch.nan))
         self.packed_source, self.packed_out = "input" in packed, "output" in packed
-        self.capacity = [max(kept.count.tolist(), default=0) + spare for kept in (self.ins, self.outs)]
+        self.capacity = [
+            min(max(kept.count.tolist(), default=0) + spare, kept.shape[1]) for kept in (self.ins, self.outs)
+        ]
 
     @staticmethod
     def poisoned(tensor, channels):
@@ -97,7 +103,7 @@ class Case:
 
     @property
     def computed(self):
-        """bool [N, Cout, Ho, Wo]: where the output is written."""
+        """bool [N, Cout, Ho, Wo]: where the output is a product."""
         kept = self.outs.mask[:, :, None, None].expand(self.cache.shape)
         return kept if self.active is None else kept & self.active
 
@@ -126,18 +132,24 @@ class Case:
         if self.residual is not None:
             result = result + self.residual.double()
         result = getattr(F, self.activation)(result) if self.activation != "none" else result
-        return torch.where(self.computed, result, self.cache.double())
+        # Of a packed output, which has no others, the test's background stands at the others.
+        written = self.computed if self.packed_out else torch.ones_like(result, dtype=torch.bool)
+        written = written if self.active is None else written & self.active
+        return torch.where(written, result, self.cache.double())
 
     def actual_output(self, aliased=False):
-        background = self.cache if self.residual is None or not aliased else torch.where(
-            self.computed, self.residual, self.cache)  # fmt: skip
+        background = self.cache
+        if aliased:
+            background = self.residual
+            if self.active is not None:
+                background = torch.where(self.active, background, self.cache)
         out = self.as_packed(channels_last(background.clone()), 1)
         residual = None if self.residual is None else out if aliased else self.as_packed(self.residual, 1)
         gathered_conv.forward(
             self.as_packed(self.input, 0), self.weight, self.bias, self.gate, residual, out, *self.sets(), self.rows(),
             activation=self.activation, **self.common(),
         )  # fmt: skip
-        return unpack(out, self.outs, self.cache) if self.packed_out else out
+        return unpack(out, self.outs, self.cache, self.active) if self.packed_out else out
 
     def check(self):
         self.check_output()
@@ -163,10 +175,11 @@ class Case:
     def actual_grads(self):
         input, grad = self.as_packed(self.input, 0), self.as_packed(self.grad, 1)
         zeros = channels_last(torch.zeros_like(self.input))
-        grad_input = self.as_packed(zeros, 0)
+        is_read = torch.ones_like(zeros[:, :1], dtype=torch.bool) if self.active is None else self.touched
+        grad_input = self.as_packed(channels_last(torch.where(is_read, torch.nan, zeros)), 0)
         gathered_conv.input_grad(grad, self.weight, grad_input, *self.sets(), self.pixels(), **self.common())
         return [
-            unpack(grad_input, self.ins, zeros) if self.packed_source else grad_input,
+            unpack(grad_input, self.ins, zeros, is_read) if self.packed_source else grad_input,
             gathered_conv.weight_grad(input, grad, self.weight, *self.sets(), self.rows(), **self.common()),
             gathered_conv.bias_grad(grad, self.sets()[1], self.rows(), self.packed_out),
         ]

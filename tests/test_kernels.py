@@ -45,8 +45,8 @@ def pack(dense, index, count, spare=2):
 
 
 def unpack(rows, index, count, background):
-    """background with the packed rows at their sites. Rows past count have to be as `pack` left them."""
-    assert rows[count.item() :].isnan().all()
+    """background with the packed rows at their sites. Rows past count have to be zeros."""
+    assert (rows[count.item() :] == 0).all()
     dense = background.permute(0, 2, 3, 1).flatten(0, 2).clone()
     dense[index[: count.item()]] = rows[: count.item()]
     n, _, height, width = background.shape
@@ -54,7 +54,7 @@ def unpack(rows, index, count, background):
 
 
 def active_set(mask):
-    index, count = compaction.compact(mask)
+    _, index, count, _ = compaction.compact(mask)
     index[count.item() :] = NOT_A_SITE
     return index, count
 
@@ -187,8 +187,11 @@ class Case:
         return [self.actual_output(), *self.actual_grads()]
 
     def touched(self):
-        geometry = {name: self.geometry[name] for name in ("stride", "padding", "dilation")}
-        return compaction.touched(self.mask, tuple(self.shape[2:]), self.size, self.kernel, *geometry.values())
+        return compaction.compact(self.mask, reads=self.reads(), with_mask=True).mask
+
+    def reads(self):
+        where = (self.geometry[name] for name in ("stride", "padding", "dilation"))
+        return compaction.Reads(self.size, self.kernel, *where)
 
     def check(self):
         self.check_output()
@@ -357,7 +360,8 @@ def test_empty_packed_input(channels):
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("groups", [1, 3], ids=["plain", "depthwise"])
 def test_no_samples(groups, packed):
-    index, count = compaction.compact(torch.zeros(0, 1, 4, 4, dtype=torch.bool, device=DEVICE))
+    nothing = torch.zeros(0, 1, 4, 4, dtype=torch.bool, device=DEVICE)
+    _, index, count, _ = compaction.compact(nothing)
     assert index.shape == (0,)
     assert count.item() == 0
     shape = (0, 3) if packed else (0, 3, 4, 4)
@@ -373,8 +377,8 @@ def test_no_samples(groups, packed):
     )
     assert torch.equal(masked_conv.bias_grad(grad, index, count, None), torch.zeros(3, device=DEVICE))
     assert masked_conv.gate_grad(input, weight, None, grad, index, count, lookup, **common).shape == (0,)
-    assert compaction.touched(torch.zeros(0, 1, 4, 4, dtype=torch.bool, device=DEVICE), (4, 4), (4, 4),
-                              (3, 3), (1, 1), (1, 1), (1, 1)).shape == (0, 1, 4, 4)  # fmt: skip
+    reads = compaction.Reads((4, 4), (3, 3), (1, 1), (1, 1), (1, 1))
+    assert compaction.compact(nothing, reads=reads, with_mask=True).mask.shape == (0, 1, 4, 4)
 
 
 @pytest.mark.parametrize("channels", [
@@ -875,31 +879,67 @@ def test_gather(channels, dtype):
     out = torch.full((count.item() + 3, channels), torch.nan, dtype=dtype, device=DEVICE)
     epilogue.gather(dense, index, count, out)
     assert torch.equal(out[: count.item()], pack(dense, index, count)[: count.item()])
-    assert out[count.item() :].isnan().all()
+    assert (out[count.item() :] == 0).all()
     epilogue.gather(dense, index, torch.zeros_like(count), out.fill_(1))
-    assert (out == 1).all()
+    assert (out == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(1,), (37,), (2, 1, 9, 5), (3 * compaction.SCAN_BLOCK + 16,)], ids=str)
+@pytest.fixture(params=[0, 8], ids=["two_launches", "one_launch"])
+def launches(request, monkeypatch):
+    """Whether a program counts by itself what lies before its block, or reads what others have counted."""
+    for name in ("SELF_COUNTED", "SELF_COUNTED_BY_STRIDES"):
+        monkeypatch.setattr(compaction, name, request.param)
+
+
+def check_compact(given, active, **options):
+    """The set of a mask, or of what another makes active, and all that goes with it."""
+    made = compaction.compact(given, with_mask=True, with_inverse=True, **options)
+    expected = active.flatten().nonzero().flatten().int()
+    assert made.index.dtype == made.count.dtype == made.inverse.dtype == torch.int32
+    assert made.index.shape == made.inverse.shape == (active.numel(),)
+    assert made.count.tolist() == [len(expected)]
+    assert torch.equal(made.index[: len(expected)], expected)
+    assert made.mask.shape == active.shape and made.mask.is_contiguous()
+    assert torch.equal(made.mask.view(torch.uint8), active.to(torch.uint8))
+    assert torch.equal(made.inverse, compaction.inverse_map(made.index, made.count, active.numel()))
+    again = compaction.compact(given, **options)
+    assert again.mask is again.inverse is None and torch.equal(again.index[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("shape", [(1,), (37,), (2, 1, 9, 5), (2 * compaction.SCAN_BLOCK + 16,)], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_compact(shape, density):
+def test_compact(shape, density, launches):
     mask = random_mask(*shape, density=density)
-    index, count = compaction.compact(mask)
-    expected = mask.flatten().nonzero().flatten().int()
-    assert index.dtype == count.dtype == torch.int32
-    assert index.shape == (mask.numel(),)
-    assert count.tolist() == [len(expected)]
-    assert torch.equal(index[: len(expected)], expected)
-    inverse = torch.empty(mask.numel(), dtype=torch.int32, device=DEVICE)
-    again, _ = compaction.compact(mask, inverse)
-    assert torch.equal(again[: len(expected)], expected)
-    assert torch.equal(inverse, compaction.inverse_map(index, count, mask.numel()))
+    check_compact(mask, mask)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:]
+)
+def test_compact_reads_masks_as_they_are(dtype, launches, monkeypatch):
+    """By any strides; NaN, infinity and denormal numbers are active, -0.0 is not; a bool's bytes may be any."""
+    monkeypatch.setattr(compaction, "SCAN_BLOCK", 64)
+    active = random_mask(3, 1, 6, 8)
+    if dtype == torch.bool:
+        given = (active.to(torch.uint8) * 254).view(torch.bool)
+    else:
+        denormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        values = torch.tensor([torch.nan, torch.inf, denormal, -1], dtype=torch.float64)
+        values = values.to(dtype).to(DEVICE).repeat(36).view(3, 1, 6, 8)
+        given = torch.where(active, values, torch.tensor(-0.0, dtype=dtype, device=DEVICE))
+    sample = slice(1, 2)
+    for change in (
+        lambda mask: mask, lambda mask: mask.transpose(2, 3), lambda mask: mask[:, :, ::2, 1::3],
+        lambda mask: mask[sample].expand(5, -1, -1, -1), lambda mask: mask[:, :, :1, :1].expand(-1, -1, 5, 7),
+    ):  # fmt: skip
+        check_compact(change(given), change(active).contiguous())
 
 
 def test_compact_adds_up_more_blocks_than_a_chunk(monkeypatch):
     monkeypatch.setattr(compaction, "SCAN_BLOCK", 16)
     monkeypatch.setattr(compaction, "CHUNK", 16)
-    test_compact((16 * 40 + 5,), 0.5)
+    mask = random_mask(16 * 40 + 5, density=0.5)
+    check_compact(mask, mask)
 
 
 @pytest.mark.parametrize("granularity", [1, 4])
@@ -920,11 +960,18 @@ def test_compact_channels(dtype, channels, granularity):
         assert torch.equal(made.view(torch.uint8), expected.to(torch.uint8))
         assert torch.equal(count, expected.sum(1, dtype=torch.int32))
         for row, kept in zip(index, expected, strict=True):
-            listed = kept.nonzero().flatten().int()
-            assert torch.equal(row, F.pad(listed, (0, channels - len(listed)), value=-1))
+            listed, others = kept.nonzero().flatten().int(), (~kept).nonzero().flatten().int()
+            assert torch.equal(row, torch.cat([listed, ~others.flip(0)]))
         before = F.pad(expected.int().cumsum(1), (1, 0)).int()
         for step in (1, channels):
             assert torch.equal(compaction.channel_places(index, count, step), before[:, ::step])
+
+
+@pytest.mark.parametrize("channels", [0, 5, compaction.CHANNEL_BLOCK + 7])
+def test_all_channels(channels):
+    mask = torch.ones(2, channels, dtype=torch.bool, device=DEVICE)
+    pairs = zip(compaction.all_channels(2, channels, mask.device), compaction.compact_channels(mask, channels))
+    assert all(torch.equal(have, want) for have, want in pairs)
 
 
 def test_compact_channels_of_none():
@@ -935,19 +982,28 @@ def test_compact_channels_of_none():
 @pytest.mark.parametrize("channels", [1, 7, 64, compaction.FILL_COLUMNS + 24])
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
-def test_fill_skipped(density, filled, channels):
-    """Active sites keep what they have, whatever that is."""
+def test_fill_skipped(density, filled, channels, launches, monkeypatch):
+    """Active sites keep what they have, whatever that is; in a launch of its own, and beside a compaction."""
+    monkeypatch.setattr(compaction, "SCAN_BLOCK", 32)
     mask, shape = random_mask(2, 1, 9, 5, density=density), (2, channels, 9, 5)
-    out = channels_last(torch.full(shape, torch.nan, device=DEVICE))
     inactive = channels_last(integers(*shape)) if filled else None
-    compaction.fill_skipped(mask, out, inactive)
-    expected = torch.where(mask, torch.nan, inactive if filled else 0.0).expand(shape)
-    assert torch.equal(out.nan_to_num(99), expected.nan_to_num(99))
+    reads = compaction.Reads((9, 5), (3, 3), (1, 1), (1, 1), (1, 1))
+    near = F.max_pool2d(mask.float(), 3, 1, 1) > 0
+    for of, active, options in ((mask, mask, None), (mask, mask, {}), (mask[:1].expand(2, -1, -1, -1),) * 2 + ({},),
+                                (mask, near, dict(reads=reads))):  # fmt: skip
+        out = channels_last(torch.full(shape, torch.nan, device=DEVICE))
+        fill = compaction.Fill(out, inactive)
+        if options is None:
+            compaction.fill_skipped(of, fill)
+        else:
+            assert compaction.compact(of, fill=fill, **options).count.item() == active.sum()
+        expected = torch.where(active, torch.nan, inactive if filled else 0.0).expand(shape)
+        assert torch.equal(out.nan_to_num(99), expected.nan_to_num(99))
 
 
 def test_inverse_map():
     mask = random_mask(3, 1, 20, 21)
-    index, count = compaction.compact(mask)
+    _, index, count, _ = compaction.compact(mask)
     index[count.item() :] = NOT_A_SITE
     inverse = compaction.inverse_map(index, count, mask.numel())
     expected = torch.where(mask.flatten(), mask.flatten().cumsum(0) - 1, -1)
@@ -955,14 +1011,13 @@ def test_inverse_map():
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_touched(name):
+def test_touched(name, monkeypatch):
+    monkeypatch.setattr(compaction, "SCAN_BLOCK", 128)  # some in one launch, others in two
     case = Case(**(GEOMETRIES[name] | {"density": 0.1}))
-    actual = case.touched()
     pixels = torch.zeros(len(case.mask), 1, *case.size, device=DEVICE, requires_grad=True)
     ones = torch.ones(1, 1, *case.kernel, device=DEVICE)
     F.conv2d(pixels, ones, None, **case.geometry).backward(case.mask.float())
-    assert actual.dtype == torch.bool
-    assert torch.equal(actual, pixels.grad > 0)
+    check_compact(case.mask, pixels.grad > 0, reads=case.reads())
 
 
 @given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))

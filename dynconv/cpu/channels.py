@@ -13,11 +13,11 @@ def _compact_kernel(mask: UInt8, index: Int32, count: Int32, samples, channels):
     for sample in range(samples):
         at, kept = sample * channels, 0
         for channel in range(channels):
-            index[at + kept] = channel
-            kept += mask[at + channel] != 0
+            is_kept = mask[at + channel] != 0
+            place = kept if is_kept else channels - 1 - (channel - kept)
+            index[at + place] = channel if is_kept else ~channel
+            kept += is_kept
         count[sample] = kept
-        for place in range(kept, channels):
-            index[at + place] = -1
 
 
 def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from .. import calibration
 from .._backend import backend_for, in_onnx_export, kept_property, module, unwatched
 from .._likeness import Likeness, can_be_like
-from ..ops._common import Counted, Settled, activate_, expanded, gate_of, in_rows, settle
+from ..ops._common import (
+    Counted,
+    Settled,
+    activate_,
+    channels_last,
+    expanded,
+    gate_of,
+    in_rows,
+    is_autocast,
+    settle,
+)
 from ..ops.epilogue import epilogue
 from ..ops.masked_chain import Layer, chain_of, masked_chain, prepare, run_chain
 from ..ops.masked_conv import masked_conv2d
@@ -124,11 +134,25 @@ class MaskedBlock(ResidualBlock):
         last = len(self.stages) - 1
         finish = self._finish(features, inplace)
         on_cpu = features.device.type == "cpu" and backend_for(features.device) == "cpu"
+        if not (inplace or on_cpu or sites._is_listed):
+            finish = self._filled(finish, layers, features, sites)
         for number, active in enumerate(computed):
             after = finish if number == last else {"activation": self.stages[number].activation}
             layer = None if layers is None or on_cpu else layers[number]  # the CPU's are for its one kernel
             features = self._run(self.stages[number], layer, features, active, packed=number < last, **after)
         return features
+
+    def _filled(self, finish: dict, layers: list[_Folded] | None, input: Tensor, sites: ActiveSites) -> dict:
+        """`finish` for an output whose skipped sites have been written, in the launch that lists the active ones."""
+        shortcut = finish.get("residual")
+        if layers is None or is_autocast(input.device.type) or not unwatched(input, sites.mask, shortcut):
+            return finish
+        shape = (sites.shape[0], layers[-1].conv.weight.shape[0], *sites.shape[1:])
+        if shortcut is not None and (shortcut.shape != shape or shortcut.dtype != input.dtype):
+            return finish
+        out, shortcut = channels_last(shape, input), in_rows(shortcut)
+        sites._fill(module(".kernels.compaction").Fill(out, shortcut), with_inverse=True)
+        return {"activation": finish["activation"], "residual": shortcut, "out": out}
 
     def _remember(self, call: _BlockCall, input: Tensor, mask: Tensor | ActiveSites) -> None:
         """Let the next call of this kind in inference on the CPU go straight to its faster way."""

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from .._arguments import kind_of
-from .._backend import backend, is_capturing, is_transformed, module
+from .._backend import backend, is_capturing, is_transformed, module, unwatched
 from .._geometry import Geometry
 from ..ops._common import is_autocast
 from ..reference import ACTIVATIONS
@@ -213,7 +213,11 @@ class ResidualBlock(nn.Module):
     def _sites(self, mask: Tensor | ActiveSites, input: Tensor, size: tuple[int, int]) -> ActiveSites:
         """The active sites of a mask, which must be those of an output of `size`: every way of a block trusts them."""
         shape = (input.shape[0], *size)
-        sites = mask if isinstance(mask, ActiveSites) else ActiveSites(mask, shape)
+        if isinstance(mask, ActiveSites):
+            sites = mask
+        else:
+            borrows = not torch.is_grad_enabled() and unwatched(input)
+            sites = ActiveSites._borrowed(mask, shape) if borrows else ActiveSites(mask, shape)
         if tuple(sites.shape) != shape:
             raise ValueError(f"mask: expected sites of {list(shape)} (N, Ho, Wo), got {list(sites.shape)}")
         if sites.mask.device != input.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from .._geometry import Geometry
 from ..packed import PackedFeatures
 from ..reference import NORMALIZATIONS
 from ..sites import ActiveSites
+
+if TYPE_CHECKING:
+    from ..kernels.compaction import Fill
 
 ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -29,6 +33,9 @@ class Compacted:
 
     def __len__(self) -> int:
         return int(self.count)
+
+    def _fill(self, fill: Fill) -> None:
+        module(".kernels.compaction").fill_skipped(self.mask, fill)
 
 
 class Counted:
@@ -46,14 +53,14 @@ def channels_last(shape, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def new_rows(rows: int, channels: int, like: Tensor, count: Tensor) -> Tensor:
+def new_rows(rows: int, channels: int, like: Tensor, count: Tensor, backend: str) -> Tensor:
     """Packed rows of `like`'s type that are uninitialised up to `count` and zeros from there on.
 
-    All are zeros on a GPU, where the count is not known.
+    None is initialised for the Triton kernels, which write the zeros themselves.
     """
     packed = like.new_empty(rows, channels)
-    if not packed.is_cpu:
-        return packed.zero_()
+    if backend != "cpu":
+        return packed
     if (active := int(count)) < rows:
         packed[active:].zero_()
     return packed

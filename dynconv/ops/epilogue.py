@@ -13,7 +13,7 @@ from .. import reference
 from .._arguments import kind_of
 from .._backend import backend_for, module
 from ..packed import PackedFeatures
-from ..sites import ActiveSites, fill
+from ..sites import ActiveSites
 from ._common import (
     autocast,
     channels_last,
@@ -55,17 +55,26 @@ _library.define(
 _library.define("pack(Tensor input, Tensor mask, Tensor index, Tensor count, str backend) -> Tensor")
 
 
+def _fill(mask: Tensor, out: Tensor, inactive: Tensor | None) -> None:
+    """Write the skipped sites of a dense tensor on a GPU; the CPU kernels do it as they go."""
+    compaction = module(".kernels.compaction")
+    compaction.fill_skipped(mask, compaction.Fill(out, in_rows(inactive)))
+
+
 def _kernels(backend: str):
     return module(".cpu.epilogue" if backend == "cpu" else ".kernels.epilogue")
 
 
-def _into(out, rows, index, count, mean, scale, shift, gate, residual, inactive, in_place, activation, backend) -> None:
+def _into(
+    out, rows, mask, index, count, mean, scale, shift, gate, residual, inactive, in_place, activation, backend
+) -> None:
     operands = (in_rows(rows), index, count, mean, scale, shift, gate, in_rows(residual), out)
     if backend == "cpu":
         check_rows(rows, count)
         module(".cpu.epilogue").forward(*operands, in_rows(inactive), in_place, activation)
     else:
-        fill(out, inactive, in_place)
+        if not in_place and out.dim() == 4:
+            _fill(mask, out, inactive)
         module(".kernels.epilogue").forward(*operands, activation=activation)
 
 
@@ -73,10 +82,10 @@ def _epilogue(
     rows, mask, index, count, mean, scale, shift, gate, residual, inactive, activation, packed, backend
 ) -> Tensor:
     if packed:
-        out = new_rows(*rows.shape, rows, count)
+        out = new_rows(*rows.shape, rows, count, backend)
     else:
         out = channels_last((mask.shape[0], rows.shape[1], mask.shape[2], mask.shape[3]), rows)
-    _into(out, rows, index, count, mean, scale, shift, gate, residual, inactive, False, activation, backend)
+    _into(out, rows, mask, index, count, mean, scale, shift, gate, residual, inactive, False, activation, backend)
     return out
 
 
@@ -85,7 +94,7 @@ def _in_place(
 ) -> None:
     check_overlap("out", out, rows=rows, mask=mask, mean=mean, scale=scale, shift=shift, gate=gate, residual=residual)
     residual = out if accumulate else residual
-    _into(out, rows, index, count, mean, scale, shift, gate, residual, None, True, activation, backend)
+    _into(out, rows, mask, index, count, mean, scale, shift, gate, residual, None, True, activation, backend)
     torch.autograd.graph.increment_version(out)
 
 
@@ -94,18 +103,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`is_shortcut`: the residual stands at the skipped sites as well, and its gradient there is the output's."""
     grad, rows = in_rows(grad), in_rows(rows)
-    grad_rows = new_rows(*rows.shape, rows, count) if wanted[0] else None
+    grad_rows = new_rows(*rows.shape, rows, count, backend) if wanted[0] else None
     grad_residual = None
     if wanted[3]:
-        grad_residual = torch.empty_like(grad) if grad.dim() == 4 else new_rows(*grad.shape, grad, count)
+        grad_residual = torch.empty_like(grad) if grad.dim() == 4 else new_rows(*grad.shape, grad, count, backend)
     elsewhere = grad if is_shortcut else None
     operands = (grad, rows, index, count, mean, scale, shift, gate, in_rows(residual), grad_rows, grad_residual)
     vectors_and_gate = (wanted[1], wanted[2])
     if backend == "cpu":
         results = module(".cpu.epilogue").backward(*operands, elsewhere, activation, vectors_and_gate)
     else:
-        if grad_residual is not None:
-            fill(grad_residual, elsewhere, False)
+        if grad_residual is not None and grad_residual.dim() == 4:
+            _fill(mask, grad_residual, elsewhere)
         results = module(".kernels.epilogue").backward(*operands, activation=activation, wanted=vectors_and_gate)
     grad_scale, grad_shift, grad_gate = results
     if grad_gate is not None:
@@ -148,7 +157,7 @@ def _batch_norm_backward(
         sites = count.clamp(min=1)
         slope = -grad_scale * scale * spread * spread / sites
         _into(
-            grad_rows, rows, index, count, mean, slope, -scale * grad_shift / sites, None, grad_rows, None, True,
+            grad_rows, rows, mask, index, count, mean, slope, -scale * grad_shift / sites, None, grad_rows, None, True,
             "none", backend,
         )  # fmt: skip
     grad_weight = grad.new_empty(0) if weight is None else (grad_scale * spread).to(weight.dtype)
@@ -157,7 +166,7 @@ def _batch_norm_backward(
 
 
 def _pack(input, mask, index, count, backend) -> Tensor:
-    rows = new_rows(index.shape[0], input.shape[1], input, count)
+    rows = new_rows(index.shape[0], input.shape[1], input, count, backend)
     _kernels(backend).gather(in_rows(input), index, count, rows)
     return rows
 

@@ -85,11 +85,13 @@ def _sparse(
         return out
     input, ins, residual = in_rows(input), (in_index, in_count), in_rows(residual)
     if backend == "triton":
+        if sites:  # the kernels write all channels of the others
+            compaction = module(".kernels.compaction")
+            compaction.fill_skipped(sites[0], compaction.Fill(out, in_rows(inactive)))
         module(".kernels.gathered_conv").forward(
-            input, weight, bias, None if gate is None else gate.contiguous(), residual,
-            _filled(out, sites, residual, inactive, activation), ins, (out_index, out_count), _listed(sites),
-            activation=activation, packed_source=packed_input, packed_out=capacity >= 0, granularity=granularity,
-            **_sizes(size, input, stride, padding, dilation, groups),
+            input, weight, bias, None if gate is None else gate.contiguous(), residual, out, ins,
+            (out_index, out_count), _listed(sites), activation=activation, packed_source=packed_input,
+            packed_out=capacity >= 0, granularity=granularity, **_sizes(size, input, stride, padding, dilation, groups),
         )  # fmt: skip
         return out
     if packed_input and int(in_count.max()) > input.shape[1]:
@@ -108,17 +110,6 @@ def _sparse(
         residual=residual, activation=activation, is_packed=capacity >= 0, is_tight=not packed_input, listed=listed,
         table=table,
     )  # fmt: skip
-    return out
-
-
-def _filled(out, sites, residual, inactive, activation) -> Tensor:
-    """`out` with what the Triton kernels leave alone: the other channels, and the skipped sites."""
-    if residual is None:
-        out.zero_()
-    else:
-        out.copy_(reference.ACTIVATIONS[None if activation == "none" else activation](residual))
-    if sites and (inactive is not None or residual is not None):
-        out.copy_(torch.where(sites[0], out, 0 if inactive is None else inactive))
     return out
 
 
@@ -209,13 +200,13 @@ def _triton_backward(
     options |= dict(packed_source=packed_input, packed_out=packed, granularity=granularity)
     grad_input = grad_weight = grad_bias = read = None
     if wanted[0]:
+        grad_input = channels_last(input.shape, input)
         if sites:
             mask, index, count = sites
-            where = (weight.shape[2:], stride, padding, dilation)
-            touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], *where)
-            inverse = compaction.inverse_map(index, count, mask.numel())
-            read = (inverse, compaction.compact(touched)[0], _starts(touched))
-        grad_input = channels_last(input.shape, input).zero_()
+            where = map(tuple, (input.shape[2:], weight.shape[2:], stride, padding, dilation))
+            fill = compaction.Fill(grad_input, None)
+            touched, pixels, *_ = compaction.compact(mask, reads=compaction.Reads(*where), fill=fill, with_mask=True)
+            read = (compaction.inverse_map(index, count, mask.numel()), pixels, _starts(touched))
         kernels.input_grad(grad, weight, grad_input, ins, outs, read, **options)
     if wanted[1]:
         grad_weight = kernels.weight_grad(input, grad, weight, ins, outs, listed, **options)

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_dynamo_compiling
 
 from .. import calibration, reference
-from .._arguments import check_pixels
 from .._backend import backend_for, module, unwatched
 from .._flops import register_flop_formula
 from .._geometry import Geometry, IntPair, Padding, is_stencil, plain
@@ -48,8 +47,9 @@ from ._common import (
 from .epilogue import epilogue
 
 # A packed input brings `source`: the packed row of each pixel [N, 1, H, W] (-1: none), its sites' index and count.
-# `shared` is what layers with the same sites share, or None: what `_shared` returns. Neither is ever an empty list,
-# which AOTInductor hands to an op as None.
+# `shared` is what layers with the same sites share, or None: what `_shared` returns. A GPU's call with gradients and a
+# mask of its own has the sites' inverse alone there. Neither is ever an empty list, which AOTInductor hands to an op as
+# None.
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend, str execution"
 _OPERANDS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor mask, Tensor index, Tensor count, Tensor[]? shared, "
@@ -102,9 +102,9 @@ def _forward_into(
     stride, padding, dilation, groups, backend,
 ) -> None:  # fmt: skip
     """What the functional and the in-place forward share."""
-    input, residual = in_rows(input), in_rows(residual)
-    mask, index, count = sites.mask, sites.index, sites.count
+    input, residual, mask = in_rows(input), in_rows(residual), sites.mask
     if backend == "cpu":
+        index, count = sites.index, sites.count
         if source:
             check_rows(input, source[2])
         if residual is not None and out.dim() == 2:
@@ -116,10 +116,10 @@ def _forward_into(
             activation, reads,
         )  # fmt: skip
     else:
-        if not in_place and out.dim() == 4:
-            module(".kernels.compaction").fill_skipped(mask, out, in_rows(inactive))
+        if not in_place and out.dim() == 4:  # before anything asks for the index, which this may make beside it
+            sites._fill(module(".kernels.compaction").Fill(out, in_rows(inactive)))
         module(".kernels.masked_conv").forward(
-            input, weight, bias, index, count, gate, residual, source[0].view(-1) if source else None, out,
+            input, weight, bias, sites.index, sites.count, gate, residual, source[0].view(-1) if source else None, out,
             input_size=_input_size(input, source), site_size=tuple(mask.shape[2:]), activation=activation,
             stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=allow_tf32(),
         )  # fmt: skip
@@ -146,7 +146,7 @@ def _sparse(
     shape = sites.mask.shape
     # Before anything else is allocated: the memory that the last call's output has left is then still in one piece.
     if packed:
-        out = new_rows(sites.index.shape[0], weight.shape[0], input, sites.count)
+        out = new_rows(sites.index.shape[0], weight.shape[0], input, sites.count, geometry[-1])
     else:
         out = channels_last((shape[0], weight.shape[0], shape[2], shape[3]), input)
     operands = (input, weight, bias, sites, shared, source, gate)
@@ -194,16 +194,18 @@ def _triton_backward(grad, input, weight, bias, sites, shared, source, gate, str
     geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, allow_tf32=allow_tf32())
     grad_input = grad_weight = grad_bias = grad_gate = None
     if wanted[0]:
-        grad_input = torch.zeros_like(input)
-        if not shared:
-            if source:
-                pixels = source[1:]
-            else:
-                where = (stride, padding, dilation)
-                touched = compaction.touched(mask, mask.shape[2:], input.shape[2:], weight.shape[2:], *where)
-                pixels = compaction.compact(touched)
-            shared = [compaction.inverse_map(index, count, mask.numel()), *pixels]
-        kernels.input_grad(grad, weight, *shared, gate, grad_input, **sizes, **geometry)
+        inverse, *pixels = shared or [compaction.compact(mask, with_inverse=True).inverse]
+        pixels = source[1:] if source else pixels
+        if source:
+            grad_input = torch.empty_like(input)  # rows, of which the kernels write all
+        elif pixels:
+            grad_input = torch.zeros_like(input)
+        else:
+            grad_input = torch.empty_like(input)
+            where = map(tuple, (input.shape[2:], weight.shape[2:], stride, padding, dilation))
+            fill = compaction.Fill(grad_input, None)
+            _, *pixels, _ = compaction.compact(mask, reads=compaction.Reads(*where), fill=fill)
+        kernels.input_grad(grad, weight, inverse, *pixels, gate, grad_input, **sizes, **geometry)
     if wanted[1]:
         grad_weight = kernels.weight_grad(input, grad, index, count, gate, lookup, weight, **sizes, **geometry)
     if wanted[2]:
@@ -231,6 +233,12 @@ class _Call(calibration.SiteCall):
             for i, s, p, d in zip((2, 3), stride, padding, dilation)
         )
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether layers share what `shared` holds: of a mask of its own a GPU's call has the inverse alone there."""
+        shared, backend = self.operands[4], self.geometry[4]
+        return bool(shared) and (backend == "cpu" or len(shared) > 1)
+
     def _key(self) -> tuple:
         input, weight, _, sites, shared, source, gate = self.operands
         stride, padding, dilation, groups, backend = self.geometry
@@ -240,23 +248,24 @@ class _Call(calibration.SiteCall):
         )  # fmt: skip
 
     def _name(self, *details: str) -> str:
-        input, weight, *_, shared, _source, gate = self.operands
+        input, weight, *_, gate = self.operands
         stride, _, dilation, groups, _ = self.geometry
         height, width = input.shape[2:]
         what = [f"{height}x{width} {input.shape[1]}->{weight.shape[0]} {weight.shape[2]}x{weight.shape[3]}"]
         what += [f"{n} {list(v)}" for n, v in (("stride", stride), ("dilation", dilation)) if tuple(v) != (1, 1)]
         what += [f"groups {groups}"] * (groups > 1) + [f"batch {input.shape[0]}", str(input.dtype)[6:]]
-        what += ["shared sites"] * bool(shared) + ["gate"] * (gate is not None)
+        what += ["shared sites"] * self.has_tables + ["gate"] * (gate is not None)
         return "conv " + ", ".join([*what, *details])
 
     def _operands_at(self, density: float) -> tuple:
         input, weight, bias, sites, shared, source, gate = self.operands
         sites = calibration.sites_at(density, sites.mask)
-        if shared:
+        if self.has_tables:
             stride, padding, dilation, _, backend = self.geometry
             geometry = Geometry.of(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
-            has_all = len(shared) > 1 or backend != "cpu"
-            shared = _shared_tables(sites, tuple(input.shape[2:]), None, geometry, backend, has_all)
+            shared = _shared_tables(sites, tuple(input.shape[2:]), None, geometry, backend, len(shared) > 1)
+        elif shared:
+            shared = [sites.inverse]
         gate = None if gate is None else sites.mask.to(gate.dtype)
         input = input.clone(memory_format=torch.preserve_format)  # as from the layer before
         return input, weight, bias, sites, shared, source, gate
@@ -673,6 +682,8 @@ def masked_conv2d(
     shared = packed_source = None
     if sites is mask or source is not None:
         shared = _shared(sites, tensor, source, geometry, weight, groups, backend)
+    elif backend != "cpu" and _needs_grad(tensor):
+        shared = [sites.inverse]  # the launch that listed the sites has made it
     if source is not None:
         packed_source = [source.inverse.view(samples, 1, *source.shape[1:]), source.index, source.count]
     rest = (shared, packed_source, gate)
@@ -885,23 +896,11 @@ def _sites(
     size = (shape[0], shape[2], shape[3])
     if isinstance(mask, ActiveSites):
         sites = mask
-    elif borrows and _is_plain(mask, size):
-        check_pixels("mask", *size)
-        sites = ActiveSites._of(mask)
     else:
-        sites = ActiveSites(mask, size)
+        sites = ActiveSites._borrowed(mask, size) if borrows else ActiveSites(mask, size)
     if sites.shape != size:
         raise ValueError(f"mask: expected sites of {list(size)} (N, Ho, Wo), got {list(sites.shape)}")
     if sites.mask.device != input.device:
         raise ValueError(f"mask: expected a mask on {input.device}, where the input is, got {sites.mask.device}")
     sites._check_pixels(tuple(input.shape[2:]) if source is None else source.shape[1:])
     return sites
-
-
-def _is_plain(mask: Tensor, size: tuple[int, int, int]) -> bool:
-    return (
-        isinstance(mask, Tensor)
-        and mask.dtype == torch.bool
-        and mask.shape == (size[0], 1, size[1], size[2])
-        and mask.is_contiguous()
-    )
