@@ -34,7 +34,7 @@ BENCH := build/bench
 MODELLED := resnet50 .*3x3|groups of 16 .*3x3|involution|dcn
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs verify gate bench demo gpu clean
+.PHONY: help test lint format docs verify gate model bench demo gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16

@@ -344,7 +344,9 @@ def _bytes(launch: Launch, found: Trace, code: Code) -> tuple[float, float]:
     for access in found.accesses:
         key = access.argument, access.is_store
         asked[key] = asked.get(key, 0.0) + access.bytes
-        if access.is_store or (bypasses and access.loop >= 0 and len(access.shape) > 1):
+        # Rows that wait in registers for their step have come through L1.
+        is_ahead = launch.arguments.get("AHEAD") is True and access.argument == "source"
+        if access.is_store or (bypasses and access.loop >= 0 and len(access.shape) > 1 and not is_ahead):
             l2[key] = l2.get(key, 0.0) + access.bytes
     arguments = flattened(launch.arguments)
     whole = lambda name: arguments[name].numel() * arguments[name].element_size()
@@ -441,9 +443,10 @@ def _compact_channels(a: dict) -> None:
         groups = -(-channels // a["granularity"])
         given = a["given"].as_strided((samples, groups), (a["stride_n"], a["stride_c"]))
         kept = (given != 0).repeat_interleave(a["granularity"], 1)[:, :channels]
-    order = torch.where(kept, torch.arange(channels), channels).sort(1).values
+    channel = torch.arange(channels)
+    order = torch.where(kept, channel, 2 * channels - channel).argsort(1)  # the others behind, the last one first
     a["mask"].copy_(kept)
-    a["index"].copy_(torch.where(order < channels, order, -1))
+    a["index"].copy_(torch.where(kept.gather(1, order), order, ~order))
     a["count"].copy_(kept.sum(1))
 
 
@@ -452,18 +455,6 @@ def _channel_places(a: dict) -> None:
     bounds = torch.arange(a["columns"]) * a["step"]
     is_kept = torch.arange(index.shape[1]) < count[:, None]
     a["places"].copy_((is_kept[:, None] & (index[:, None] < bounds[:, None])).sum(2))
-
-
-def _touch(a: dict) -> None:
-    mask = a["mask"].reshape(-1, a["out_height"], a["out_width"]) != 0
-    pairs = (
-        ("KERNEL_HEIGHT", "KERNEL_WIDTH"),
-        ("STRIDE_H", "STRIDE_W"),
-        ("pad_top", "pad_left"),
-        ("dilation_h", "dilation_w"),
-    )
-    read = _read(mask, (a["height"], a["width"]), *((a[y], a[x]) for y, x in pairs))
-    a["out"].view(-1).copy_(read.view(-1))
 
 
 def _read(mask: Tensor, size, kernel, stride, padding, dilation) -> Tensor:
@@ -484,7 +475,6 @@ EMULATED = {
     "inverse_kernel": _invert,
     "compact_channels_kernel": _compact_channels,
     "channel_places_kernel": _channel_places,
-    "touched_kernel": _touch,
 }
 
 

@@ -459,8 +459,8 @@ class _Tracer:
         if not values or any(value is None for value in values):
             return None
         if isinstance(values[0], _Pointer):
-            if op == "tt.addptr":
-                return _Pointer(values[0].argument, values[0].offset + values[1])
+            if op in ("tt.addptr", "tt.bitcast"):
+                return self._moved(op, rest, *values)
             moved = self._shaped(op, rest, values[0].offset, shape)
             return None if moved is None else _Pointer(values[0].argument, moved)
         if any(isinstance(value, _Pointer) for value in values):
@@ -475,6 +475,16 @@ class _Tracer:
         if name == "cmpf":
             return _compare(rest.split(",")[0].strip()[1:], *values, is_float=True).astype(np.int64)
         return _ARITHMETIC[name](*values, *([rest] if name in _NEEDS_TYPE else [])) if name in _ARITHMETIC else None
+
+    @staticmethod
+    def _moved(op: str, rest: str, pointer: _Pointer, steps: np.ndarray | None = None) -> _Pointer | None:
+        """A pointer so many elements further, or to elements of another type."""
+        if op == "tt.addptr" and isinstance(steps, np.ndarray):
+            return _Pointer(pointer.argument, pointer.offset + steps)
+        if op == "tt.bitcast":
+            before, after = (_BYTES[element] for element in re.findall(r"!tt\.ptr<(\w+)>", rest))
+            return _Pointer(pointer.argument, pointer.offset * before // after)
+        return None
 
     def _shaped(self, op: str, rest: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
         if op == "tt.splat":
@@ -504,8 +514,8 @@ class _Tracer:
                 return None
             return np.full(self.programs, int(text) if integer is None else integer, np.int64)
         values = [self.values.get(operand) for operand in operands]
-        if op == "tt.addptr" and isinstance(values[0], _Pointer) and isinstance(values[1], np.ndarray):
-            return _Pointer(values[0].argument, values[0].offset + values[1])
+        if values and isinstance(values[0], _Pointer):
+            return self._moved(op, rest, *values)
         if op == "arith.select" and isinstance(values[0], np.ndarray):
             if all(isinstance(value, np.ndarray) for value in values):
                 return np.where(values[0] != 0, values[1], values[2])
@@ -564,6 +574,8 @@ class _Tracer:
         if not self.is_known(argument):
             self.unknown.append(f"the elements of {argument}")
             return np.zeros_like(offset) if self.has_tensors and offset.ndim > 1 else None
+        if tensor.is_floating_point():  # read by words
+            return np.zeros_like(offset)
         size = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
         flat = tensor.detach().as_strided((size,), (1,)).cpu().numpy()
         asked = np.where(active, offset, 0)

@@ -244,7 +244,12 @@ def _product_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a call's kernels are predicted to take, in the order of their launches."""
+    """What a call's kernels are predicted to take, in the order of their launches.
+
+    Example:
+        >>> dynconv.roofline.Predictions(()).seconds  # of a call that launches nothing
+        0
+    """
 
     kernels: tuple[Prediction, ...]
 
@@ -268,19 +273,20 @@ def predict(run: Callable[[], object], *, device: str | None = "H100", launches:
     `torch.empty`, which takes no memory before it is written. Kernels are compiled and not run, so results are whatever
     memory held.
 
-        >>> x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 64, 56, 56), (64, 64, 3, 3)))
-        >>> mask = torch.rand(8, 1, 56, 56) < 0.25
-        >>> with torch.no_grad():
-        ...     found = roofline.predict(lambda: dynconv.masked_conv2d(x, weight, padding=1, mask=mask), device="H100")
-        >>> slowest = max(found.kernels, key=lambda kernel: kernel.seconds)
-        >>> print(f"{found.seconds * 1e6:.1f} us; {slowest.name}: {slowest.seconds * 1e6:.1f} us, {slowest.binds}")
-
     Args:
         run: makes the calls, as for `dynconv.warmup`.
         device: "H200", "H100" or "A100"; None for the GPU that is here, on which the kernels run.
         launches: "graph", as in a CUDA graph, or "eager", one by one.
 
     Raises ValueError for another device or way to launch, and RuntimeError under TRITON_INTERPRET=1.
+
+    Example:
+        >>> x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 64, 56, 56), (64, 64, 3, 3)))
+        >>> mask = torch.rand(8, 1, 56, 56) < 0.25
+        >>> with torch.no_grad():
+        ...     found = dynconv.roofline.predict(lambda: dynconv.masked_conv2d(x, weight, padding=1, mask=mask))
+        >>> found.kernels[-1].name, found.kernels[-1].seconds < found.seconds
+        ('masked_conv_kernel', True)
     """
     return Predictions(_kernel_model.predict(run, device, launches))
 
@@ -294,6 +300,11 @@ def predict_dense(work: Work, dtype: torch.dtype, *, device: str = "H100", launc
         device, launches: as for `predict`.
 
     Raises ValueError for another device or way to launch.
+
+    Example:
+        >>> work = dynconv.roofline.masked_conv2d((128, 64, 56, 56), (64, 64, 3, 3), padding=1, dtype=torch.bfloat16)
+        >>> f"{dynconv.roofline.predict_dense(work, torch.bfloat16) * 1e6:.0f} us"
+        '50 us'
     """
     between = _kernel_model.launch_seconds(launches)
     sheet = DATA_SHEETS[next(key for key, gpu in _kernel_model.GPUS.items() if gpu is _kernel_model.gpu_of(device))]
@@ -310,6 +321,12 @@ def measure_kernels(run: Callable[[], object], repeats: int = 10) -> list[Measur
         repeats: of which the median counts.
 
     Raises RuntimeError where two repeats do not launch the same kernels.
+
+    Example:
+        >>> if torch.cuda.is_available():
+        ...     x, mask = torch.ones(1, 8, 6, 6, device="cuda"), torch.ones(1, 1, 6, 6, device="cuda")
+        ...     weight = torch.ones(8, 8, 1, 1, device="cuda")
+        ...     kernels = dynconv.roofline.measure_kernels(lambda: dynconv.masked_conv2d(x, weight, mask=mask))
     """
     return _kernel_model.measure(run, repeats)
 
@@ -318,6 +335,10 @@ def compare(predicted: Predictions, measured: Sequence[Measured]) -> list[Compar
     """Put what was measured beside what was predicted, a row for each launch, without the time between launches.
 
     Raises ValueError where they are not of the same kernels.
+
+    Example:
+        >>> dynconv.roofline.compare(dynconv.roofline.Predictions(()), [])  # of a call that launches nothing
+        []
     """
     return _kernel_model.compare(predicted.kernels, measured)
 

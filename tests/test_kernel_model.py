@@ -282,7 +282,7 @@ def test_what_the_host_writes_is_what_kernels_write(monkeypatch):
         model.EMULATED[name](copied)
         for key in set(written) - {"block_counts"}:
             expected, actual = arguments[key], copied[key]
-            if key == "index":  # past the count it is unspecified
+            if key == "index" and name != "compact_channels_kernel":  # past the count it is unspecified
                 count = arguments["count"].view(-1, 1)
                 listed = torch.arange(expected.shape[-1]) < count
                 expected, actual = (value.view(len(count), -1)[listed] for value in (expected, actual))
@@ -327,12 +327,6 @@ def step():
     torch.autograd.grad(dynconv.masked_conv2d(leaf, w, padding=1, mask=mask), leaf, torch.empty_like(out))
 note("step", step)
 assert roofline.predict(run).seconds == results["1000"]["seconds"]
-example = roofline.predict.__doc__
-lines = [line.strip()[4:] for line in example.splitlines() if line.strip().startswith((">>>", "..."))]
-import contextlib, io
-with contextlib.redirect_stdout(io.StringIO()) as printed:
-    exec("\\n".join(lines))
-assert "_kernel: " in printed.getvalue(), printed.getvalue()
 json.dump(results, sys.stdout)
 """
 
@@ -388,7 +382,8 @@ def test_predictions_of_compiled_kernels(found):
 def test_a_training_step_is_predicted(found):
     names = [kernel["name"] for kernel in found["step"]["kernels"]]
     assert names.count("masked_conv_kernel") == 2
-    assert "touched_kernel" in names
+    # The mask's sites, and the pixels that they read.
+    assert names.count("compact_kernel") == 2
     dgrad = found["step"]["kernels"][-1]
     assert (dgrad["name"], dgrad["steps"]) == ("masked_conv_kernel", 9)
     # The pixels around the first 1000 sites: one line and one pixel more at the end, none before the image.
