@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._backend import backend, observed
+from ._backend import backend, module, observed
 from .calibration import execution, mode
 from .nn import GatheredBottleneck, MaskedBottleneck, MaskedInvertedResidual
 from .ops.deform import deform_aggregate2d, deform_conv2d
@@ -119,6 +119,8 @@ def _masks(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def _masked_conv2d(dtype: torch.dtype) -> Iterator[Tensor]:
     shape = (2, CHANNELS, 6, 6)
+    # What a calibrated call knows of a mask that it may not have to list.
+    module(".cpu.sites").count_active(_masks(dtype, (2, 1, 6, 6))[0])
     for groups, kernel, mask in itertools.product((1, 2, CHANNELS), (3, 1), _masks(dtype, (2, 1, 6, 6))):
         weight_shape = (CHANNELS, CHANNELS // groups, kernel, kernel)
         input, weight, bias, residual, inactive = _leaves(dtype, shape, weight_shape, (CHANNELS,), shape, shape)
