@@ -302,12 +302,13 @@ def add_pixels(
     columns,
     source_height,
     source_width,
+    PIECES: tl.constexpr,
     OFFSET: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
     """(total, other) + scale * sample(position, c): as sample_pixels, with positions [M, 1] and c [M, C].
 
-    other, if not None, are more channels of the same positions. Of inside, None says that all c are. The source has a
+    other are more channels of the same positions, if PIECES is 2. Of inside, None says that all c are. The source has a
     row at least: what is outside of it reads the first one and is not added, a condition of the addition's own. Zeros
     in its place would have to be written to the registers ahead of each load.
     """
@@ -315,7 +316,7 @@ def add_pixels(
         row, valid, share = weigh_corner(corner, sample, top, left, below, right, scale, source_height, source_width)
         element = tl.where(valid, row, 0).to(OFFSET) * columns
         total = tl.where(valid, total + share * _load(source + element, inside).to(ACCUMULATOR), total)
-        if other is not None:
+        if PIECES == 2:
             other = tl.where(valid, other + share * _load(other_source + element, other_inside).to(ACCUMULATOR), other)
     return total, other
 
@@ -868,7 +869,7 @@ def _aggregate_kernel(
     first = source + group * channels
 
     total = tl.zeros([BLOCK_M * LANES, PIECE], ACCUMULATOR)
-    other = total if PIECES == 2 else None
+    other = total
     for tap_row in range(KERNEL_HEIGHT):
         tap_y = (y + tap_row * dilation_h).to(ACCUMULATOR)
         for tap_column in tl.static_range(KERNEL_WIDTH):
@@ -900,6 +901,7 @@ def _aggregate_kernel(
                 groups * channels,
                 source_height,
                 source_width,
+                PIECES,
                 OFFSET,
                 ACCUMULATOR,
             )
