@@ -93,6 +93,11 @@ CONV_TILES = {
     },
 }
 
+# Tiles for rows enough to occupy the multiprocessors twice over. A step multiplies as much as two of the tile that they
+# stand in for, and takes three quarters of what those do from L2, which is what binds them.
+LARGE_TILES = {"sm_90": {("half", 128): (256, 128, 64, 8, 3)}}
+LARGE_ROWS, LARGE_WAVES = 256, 2
+
 # Tiles of wgrad, in which K runs over the active rows: (arithmetic, bucket of min(Cout, Cin)) -> as above.
 _AMPERE_WGRAD = {
     ("half", 16): (16, 16, 64, 4, 5),
@@ -129,8 +134,8 @@ WEIGHT_GRAD_TILES = {
 SPLIT_FROM = 2048
 SPLIT_LEAST = 512
 # The sum over the splits is a launch, which takes about 2 us even if it has nothing to do: products that have so many
-# tiles that an eighth of the sites occupies half of the multiprocessors go without.
-SPLIT_TILES = 4  # for each multiprocessor, at most
+# tiles that a quarter of the sites occupies half of the multiprocessors go without.
+SPLIT_TILES = 2  # for each multiprocessor, at most
 SPLIT_ELEMENTS = 2048  # of a tile that a program sums
 
 # Programs of wgrad that a multiprocessor has room for, by registers and shared memory as compiled: of the largest tile,
@@ -153,14 +158,17 @@ _VARIES += ["dilation_h", "dilation_w", "splits", "parallel", "sites", "channel_
 # `groups` stays specialised: where it is 1 it is a constant, and the kernel is the ungrouped one.
 
 
-def config(kind, channels, filters, arch, *, packed=False, finished=False, piece=None):
+def config(kind, channels, filters, arch, *, packed=False, finished=False, large=False, piece=None):
     """Tile of the implicit GEMM for `channels` summed per tap and `filters` columns, both of one group.
 
     kind is the class of arithmetic ("half", "tf32", "ieee", "double"), arch a row of CONV_TILES. packed says that the
-    source is, finished that a residual or an activation follows the product. piece is how many channels a load finds
-    side by side; None is all of them.
+    source is, finished that a residual or an activation follows the product, large that there are rows enough for
+    LARGE_TILES. piece is how many channels a load finds side by side; None is all of them.
     """
-    tile = _tile(CONV_TILES[arch], kind, filters, is_aligned(kind, piece or channels))
+    table = CONV_TILES[arch]
+    if large and not (packed or finished):  # which take more registers
+        table = table | LARGE_TILES.get(arch, {})
+    tile = _tile(table, kind, filters, is_aligned(kind, piece or channels))
     # Channels past those of the tap are multiplied by zero: a tap of 16 takes steps of 16.
     tile["BLOCK_K"] = min(tile["BLOCK_K"], bucket(channels, (16, 32, 64)))
     if packed:
@@ -171,6 +179,17 @@ def config(kind, channels, filters, arch, *, packed=False, finished=False, piece
         # A residual, or what an activation computes, needs registers next to the accumulators: 64 of those a thread.
         tile["num_warps"] = max(tile["num_warps"], tile["BLOCK_M"] * tile["BLOCK_N"] // (64 * 32))
     return tile
+
+
+def reads_ahead(kind, tile, taps, arch, *, gated):
+    """Whether a step's rows of the source wait in registers, loaded by the step before, not in copies to shared memory.
+
+    Such copies go past L1, and the taps of a block of channels read much the same pixels: of nine taps L2 would have to
+    hand out all, which bounds tiles with few columns, whose source is most of what they read. Wider tiles are bound by
+    shared memory, which the rows pass once more this way. gated says that they are multiplied on their way, in a layout
+    that takes barriers of its own.
+    """
+    return arch == "sm_90" and kind == "half" and taps > 1 and tile["BLOCK_N"] <= 64 and not gated
 
 
 def weight_grad_config(kind, channels, filters, arch, *, packed=False, piece=None):
@@ -283,6 +302,75 @@ def finish_rows(
         store_rows(total, gate, residual, out, site, offset, listed, inside, ACTIVATION)
 
 
+@triton.jit
+def load_source(
+    step,
+    end,
+    first_tap,
+    taps,
+    tap_bits,
+    source,
+    first_pointer,
+    rows,
+    sample_row,
+    y,
+    x,
+    lookup,
+    gate,
+    k,
+    channels,
+    source_width,
+    source_columns,
+    dilation_h,
+    dilation_w,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    LINEAR: tl.constexpr,
+    PACKED_SOURCE: tl.constexpr,
+    EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """[M, K] of the source: what a step of _masked_conv_kernel multiplies; AHEAD of it, zeros from `end` on.
+
+    What is of a row is [M, 1], k is [K].
+    """
+    block, bit = split_step(step, taps, KERNEL_HEIGHT * KERNEL_WIDTH)
+    channel = block * k.shape[0]
+    tap = first_tap + bit
+    tap_y = tap // KERNEL_WIDTH * dilation_h
+    tap_x = tap % KERNEL_WIDTH * dilation_w
+    valid = ((tap_bits >> bit) & 1) != 0
+    if AHEAD:
+        valid = valid & (step < end)
+    if LINEAR:
+        shift = tap_y * source_width + tap_x
+        if TRANSPOSED:
+            shift = -shift
+        source_row = rows + shift
+    else:
+        source_row = (sample_row + (y - tap_y) // STRIDE_H) * source_width + (x - tap_x) // STRIDE_W
+    if PACKED_SOURCE:
+        packed_row = tl.load(lookup + source_row, mask=valid, other=-1)
+        valid = packed_row >= 0
+        pointer = source + packed_row.to(tl.int64) * source_columns + (channel + k)[None, :]
+    elif LINEAR:
+        pointer = first_pointer + (shift.to(tl.int64) * source_columns + channel)
+    else:
+        pointer = source + source_row.to(tl.int64) * source_columns + (channel + k)[None, :]
+    if EVEN:
+        a = tl.load(pointer, mask=valid, other=0.0)
+    else:
+        a = tl.load(pointer, mask=valid & (channel + k < channels)[None, :], other=0.0)
+    if TRANSPOSED and gate is not None:
+        scale = tl.load(gate + source_row, mask=valid, other=0.0).to(ACCUMULATOR)
+        a = (a.to(ACCUMULATOR) * scale).to(source.dtype.element_ty)
+    return a
+
+
 @triton.jit(do_not_specialize=_VARIES)
 def _masked_conv_kernel(
     source,
@@ -325,6 +413,7 @@ def _masked_conv_kernel(
     PACKED_SITES: tl.constexpr,
     WEIGHT_K_CONTIGUOUS: tl.constexpr,
     EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -344,7 +433,8 @@ def _masked_conv_kernel(
     weight [groups * filters, taps, channels] if WEIGHT_K_CONTIGUOUS, else [groups * channels, taps, filters],
     gate [rows of the convolution's output]. lookup int32 [source rows] names the row of a PACKED_SOURCE, and the active
     sites to TRANSPOSED. With PACKED_SITES the m-th listed site is row m of out, residual and grad, and out's rows past
-    count become zeros. `sites` counts out's rows. EVEN says that tiles of K and N are full.
+    count become zeros. `sites` counts out's rows. EVEN says that tiles of K and N are full. With AHEAD a step loads the
+    source's rows of the next one; see reads_ahead.
     partial [splits, tiles, BLOCK_M, BLOCK_N], if given, takes the sums of the tiles that several programs share, for
     _add_splits_kernel to finish: as many as find_splits says of `splits` and `parallel`. Which products meet in a sum
     depends on count alone.
@@ -446,43 +536,86 @@ def _masked_conv_kernel(
         if partial is not None:
             begin = tl.maximum(first_step - first_tap * blocks, 0)
             end = tl.minimum(last_step - first_tap * blocks, end)
+        if AHEAD:
+            a = load_source(
+                begin,
+                end,
+                first_tap,
+                taps,
+                tap_bits,
+                source,
+                first_pointer,
+                rows_2d,
+                sample_row_2d,
+                y_2d,
+                x_2d,
+                lookup,
+                gate,
+                k,
+                channels,
+                source_width,
+                source_columns,
+                dilation_h,
+                dilation_w,
+                KERNEL_HEIGHT,
+                KERNEL_WIDTH,
+                STRIDE_H,
+                STRIDE_W,
+                TRANSPOSED,
+                LINEAR,
+                PACKED_SOURCE,
+                EVEN,
+                AHEAD,
+                ACCUMULATOR,
+            )
         for step in range(begin, end):
+            loaded = load_source(
+                step + 1 if AHEAD else step,
+                end,
+                first_tap,
+                taps,
+                tap_bits,
+                source,
+                first_pointer,
+                rows_2d,
+                sample_row_2d,
+                y_2d,
+                x_2d,
+                lookup,
+                gate,
+                k,
+                channels,
+                source_width,
+                source_columns,
+                dilation_h,
+                dilation_w,
+                KERNEL_HEIGHT,
+                KERNEL_WIDTH,
+                STRIDE_H,
+                STRIDE_W,
+                TRANSPOSED,
+                LINEAR,
+                PACKED_SOURCE,
+                EVEN,
+                AHEAD,
+                ACCUMULATOR,
+            )
+            if not AHEAD:
+                a = loaded
             block, bit = split_step(step, taps, TAPS)
             channel = block * BLOCK_K
-            k_inside = channel + k < channels
             tap = first_tap + bit
-            tap_y = tap // KERNEL_WIDTH * dilation_h
-            tap_x = tap % KERNEL_WIDTH * dilation_w
-            valid = ((tap_bits >> bit) & 1) != 0
-            if LINEAR:
-                shift = tap_y * source_width + tap_x
-                if TRANSPOSED:
-                    shift = -shift
-                source_row = rows_2d + shift
-            else:
-                source_row = (sample_row_2d + (y_2d - tap_y) // STRIDE_H) * source_width + (x_2d - tap_x) // STRIDE_W
-            if PACKED_SOURCE:
-                packed_row = tl.load(lookup + source_row, mask=valid, other=-1)
-                valid = packed_row >= 0
-                a_pointer = source + packed_row.to(tl.int64) * source_columns + (channel + k)[None, :]
-            elif LINEAR:
-                a_pointer = first_pointer + (shift.to(tl.int64) * source_columns + channel)
-            else:
-                a_pointer = source + source_row.to(tl.int64) * source_columns + (channel + k)[None, :]
             if WEIGHT_K_CONTIGUOUS:
                 b_pointer = weight_pointer + (tap.to(tl.int64) * channels + channel)
             else:
                 b_pointer = weight_pointer + (channel.to(tl.int64) * TAPS + tap) * filters
             if EVEN:
-                a = tl.load(a_pointer, mask=valid, other=0.0)
                 b = tl.load(b_pointer)
             else:
-                a = tl.load(a_pointer, mask=valid & k_inside[None, :], other=0.0)
-                b = tl.load(b_pointer, mask=k_inside[:, None] & n_inside, other=0.0)
-            if TRANSPOSED and gate is not None:
-                scale = tl.load(gate + source_row, mask=valid, other=0.0).to(ACCUMULATOR)
-                a = (a.to(ACCUMULATOR) * scale).to(source.dtype.element_ty)
+                b = tl.load(b_pointer, mask=(channel + k < channels)[:, None] & n_inside, other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+            if AHEAD:
+                a = loaded
 
     if partial is not None and splits > 1:
         place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -1070,10 +1203,11 @@ def _launch_conv(
     with on_device(source):
         kind = arithmetic(source.dtype, allow_tf32)
         finished = residual is not None or activation != "none" or (grad is not None and is_packed(source))
-        tile = config(kind, channels, filters, architecture(), packed=is_packed(source), finished=finished)
+        parallel = multiprocessors(source.device)
+        large = triton.cdiv(capacity, LARGE_ROWS) * triton.cdiv(filters, 128) * groups >= LARGE_WAVES * parallel
+        tile = config(kind, channels, filters, architecture(), packed=is_packed(source), finished=finished, large=large)
         block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
         tiles = triton.cdiv(capacity, block_m) * triton.cdiv(filters, block_n) * groups
-        parallel = multiprocessors(source.device)
         splits, shared, partial = most_splits(kernel_height * kernel_width * channels, tiles, parallel), 0, None
         if splits > 1:
             shared = min(parallel, tiles * splits)
@@ -1113,6 +1247,9 @@ def _launch_conv(
             WEIGHT_K_CONTIGUOUS=k_contiguous,
             # Without tensor cores the compiler would keep more loads in flight than there are registers.
             EVEN=kind in ("half", "tf32") and channels % tile["BLOCK_K"] == 0 and filters % tile["BLOCK_N"] == 0,
+            AHEAD=reads_ahead(
+                kind, tile, kernel_height * kernel_width, architecture(), gated=transposed and gate is not None
+            ),
             ACTIVATION=activation,
             ACCUMULATOR=accumulator(source.dtype),
             PRECISION=PRECISION[kind],

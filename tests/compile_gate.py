@@ -53,6 +53,7 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish")
 #   packed                 source and result are packed
 #   grouped, depthwise     2 groups of that many channels and filters; as many groups as channels
 #   stride2, 1x1, 7x7      another geometry than 3 x 3
+#   large                  of so many pixels that the tiles are larger
 #   split                  of K: says so, the number of channels makes it true
 #   unaligned              rows do not start on 16 bytes: says so to the tests, the number of channels makes it true, or
 #                          in gathered convolution that kept channels do not lie side by side
@@ -164,6 +165,12 @@ def all_cases():
                     yield target, "input_grad", dtype, tf32, long, width, "split+stride2+gate"
                     yield target, "forward", dtype, tf32, depth - 1, width, "packed+residual+silu+unaligned"
                     yield target, "input_grad", dtype, tf32, depth, width, "packed+stride2+gate"
+                    if row in masked_conv.LARGE_TILES:
+                        yield target, "forward", dtype, tf32, depth, width, "large"
+                        yield target, "forward", dtype, tf32, depth, width, "large+7x7+gate+bias"
+                        yield target, "input_grad", dtype, tf32, depth, width, "large"
+                        yield target, "input_grad", dtype, tf32, depth, width, "large+stride2+gate"
+                        yield target, "gate_grad", dtype, tf32, depth, width, "large+bias"
                     yield target, "gate_grad", dtype, tf32, depth, width, "packed+bias"
                     yield target, "bias_grad", dtype, tf32, depth, width, "packed+gate"
             if width == 16 and kind in ("half", "tf32"):
@@ -243,7 +250,10 @@ def deform_cases(target):
     yield target, "deform_input_grad", "float32", True, 64, 64, "mask"
     yield target, "deform_input_grad", "float64", False, 64, 64, "mask"
     yield target, "aggregate", "float16", False, 16, 16, ""
+    yield target, "aggregate", "float16", False, 8, 8, ""
+    yield target, "aggregate", "float32", False, 15, 15, "unaligned"
     yield target, "aggregate_grad", "float16", False, 16, 16, ""
+    yield target, "aggregate_grad", "float16", False, 15, 15, "unaligned"
 
 
 def dynamic_filter_cases(target):
@@ -253,6 +263,7 @@ def dynamic_filter_cases(target):
     yield target, "dynamic_filter_forward", "float16", False, 63, 1, "rows+softmax+channel+unaligned"
     yield target, "dynamic_filter_forward", "bfloat16", False, 64, 1, "5x5+scale2+softmax"
     yield target, "dynamic_filter_forward", "float64", False, 16, 1, "5x5+rows+softmax+channel"
+    yield target, "dynamic_filter_forward", "float32", False, 63, 1, "unaligned"
     yield target, "dynamic_filter_input_grad", "float16", False, 16, 4, "7x7+rows"
     yield target, "dynamic_filter_input_grad", "float32", False, 32, 1, "rows+scale2+channel"
     yield target, "dynamic_filter_filter_grad", "float16", False, 16, 4, "7x7+rows+l2+channel"
@@ -306,23 +317,26 @@ def launch(case):
     step = 2 if "stride2" in flags else 1
     taps = 1 if "1x1" in flags else 7 if "7x7" in flags else 3
     packed = "packed" in flags
-    index = torch.arange(128, dtype=torch.int32)
-    count = torch.full((1,), 128, dtype=torch.int32)
+    side = 192 if "large" in flags else 8
+    index = torch.arange(2 * side**2, dtype=torch.int32)
+    count = torch.full((1,), len(index), dtype=torch.int32)
 
     def features(columns, size):
         if packed:
             return torch.zeros(2 * size * size, columns, dtype=dtype)
         return torch.zeros(2, columns, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    source, grad = features(groups * channels, 8), features(groups * filters, 8 // step)
+    source, grad = features(groups * channels, side), features(groups * filters, side // step)
     lookup = index if packed else None
     weight = torch.zeros(groups * filters, channels, taps, taps, dtype=dtype)
-    gate = torch.ones(128 // step**2, dtype=dtype) if "gate" in flags else None
+    gate = torch.ones(len(index) // step**2, dtype=dtype) if "gate" in flags else None
     bias = torch.zeros(groups * filters, dtype=dtype) if "bias" in flags else None
     residual = grad.clone() if "residual" in flags else None
     activation = next((name for name in flags if name in ACTIVATIONS), "none")
     geometry = dict(stride=(step, step), padding=(taps // 2, taps // 2), dilation=(1, 1))
-    geometry |= dict(input_size=(8, 8), site_size=(8 // step, 8 // step), groups=groups, allow_tf32=allow_tf32)
+    geometry |= dict(
+        input_size=(side, side), site_size=(side // step, side // step), groups=groups, allow_tf32=allow_tf32
+    )
     if kernel == "forward":
         masked_conv.forward(
             source, weight, bias, index, count, gate, residual, lookup, grad, activation=activation, **geometry
@@ -330,8 +344,8 @@ def launch(case):
     elif kernel == "input_grad":
         # The GEMM of dgrad sums over Cout and has Cin columns.
         weight = torch.zeros(groups * channels, filters, taps, taps, dtype=dtype)
-        grad, source = features(groups * channels, 8 // step), features(groups * filters, 8)
-        inverse = index[: 128 // step**2]
+        grad, source = features(groups * channels, side // step), features(groups * filters, side)
+        inverse = index[: len(index) // step**2]
         masked_conv.input_grad(grad, weight, inverse, index, count, gate, source, **geometry)
     elif kernel == "gate_grad":
         masked_conv.gate_grad(source, weight, bias, grad, index, count, lookup, **geometry)
