@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._backend import backend, module, observed
-from .calibration import execution, mode
+from .calibration import counts, execution, mode
 from .nn import GatheredBottleneck, MaskedBottleneck, MaskedInvertedResidual
 from .ops.deform import deform_aggregate2d, deform_conv2d
 from .ops.dynamic_filter import dynamic_filter2d
@@ -37,11 +37,11 @@ def warmup(
     is told to the logger `dynconv`.
 
     Args:
-        run: `lambda: model(image)`, a training step, or anything else: called as under a profiler, with the sparse way
-            forced, with the dense way, and then in the mode in force, which `torch.compile` compiles for by itself.
-            Nothing is left to compile then for operands of these kinds, shapes, strides and types, whatever the masks
-            keep, as in the capture of a CUDA graph. On a GPU a view that begins at another multiple of 16 bytes is no
-            other, but one that begins in between is.
+        run: `lambda: model(image)`, a training step, or anything else: called as under a profiler, as after a
+            calibration, with the sparse way forced, with the dense way, and then in the mode in force, which
+            `torch.compile` compiles for by itself. Nothing is left to compile then for operands of these kinds, shapes,
+            strides and types, whatever the masks keep, as in the capture of a CUDA graph. On a GPU a view that begins
+            at another multiple of 16 bytes is no other, but one that begins in between is.
         dtypes: without `run`: some of float32, float64, float16 and bfloat16.
         ops: without `run`: some of `masked_conv2d`, `gathered_conv2d`, `gathered_linear`, `dynamic_filter2d`,
             `deform_conv2d`, `deform_aggregate2d` and `blocks` (those of `dynconv.nn`); None is all of them.
@@ -61,6 +61,8 @@ def warmup(
         # The mode in force comes last, so that what is remembered of the last call is what the next ones need.
         ways[mode()] = ways.pop(mode())
         pieces = {"run, observed": lambda: _observed(run)}
+        if mode() == "automatic":
+            pieces["run, counted"] = lambda: _counted(run)
         pieces |= {f"run, {way}": lambda way=way: _forced(way, run) for way in ways}
     else:
         for name, given, known in (("ops", ops or OPS, OPS), ("dtypes", dtypes, DTYPES)):
@@ -87,6 +89,12 @@ def _observed(run: Callable[[], object]) -> None:
     """Run as under a profiler, where calls take the way through PyTorch's dispatcher and launch other kernels."""
     with observed.using(True):
         _forced("sparse", run)
+
+
+def _counted(run: Callable[[], object]) -> None:
+    """Run as after a calibration, where calls list their sites ahead of all else, to know how many there are."""
+    with counts.using(True):
+        run()
 
 
 def _compile(calls: Callable[[torch.dtype], Iterator[Tensor]], dtype: torch.dtype) -> None:

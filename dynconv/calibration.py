@@ -240,9 +240,15 @@ def run(execution: str, call: Call):
         return _watched(execution, call)
     least = least_dense(execution, call)
     if least == math.inf:
+        if counts.value and call.device.type != "cpu" and _has_choice(call):
+            call.kept_on_device()
         return call.sparse()
     kept = _kept(call) if execution == "automatic" else call.work
     return call.dense() if kept is not None and kept >= least else call.sparse()
+
+
+# Whether calls on a GPU that nobody has timed list what they keep ahead of all else, as timed ones do to count it.
+counts = Setting(False)
 
 
 def least_dense(execution: str, call: Call) -> float:

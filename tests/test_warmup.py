@@ -50,8 +50,8 @@ def test_warmup_runs_a_model_both_ways():
         paths.extend(decision.path for decision in explanation.decisions)
 
     dynconv.warmup(model)
-    # First as under a profiler; the last in the automatic mode, where nothing has been measured.
-    assert paths == ["sparse", "sparse", "dense", "sparse"]
+    # First as under a profiler and as after a calibration; the last in the automatic mode, where nothing is measured.
+    assert paths == ["sparse", "sparse", "sparse", "dense", "sparse"]
     paths.clear()
     with dynconv.execution("sparse"):
         dynconv.warmup(model)
