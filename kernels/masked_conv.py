@@ -1118,8 +1118,12 @@ def weight_grad(
             PACKED_SITES=is_packed(grad),
             # wgmma waits for itself where its A comes from registers, as what has been multiplied does.
             GATES_SOURCE=architecture() == "sm_90" and kind in ("half", "tf32") and tile["BLOCK_M"] >= 64,
-            # Of TF32 the compiler would keep more loads in flight than there are registers (sm_100).
-            EVEN=kind == "half" and filters % tile["BLOCK_M"] == 0 and channels % tile["BLOCK_N"] == 0,
+            # Of TF32 the compiler would keep more loads in flight than there are registers (sm_100), and gfx942 has too
+            # few scalar ones.
+            EVEN=kind == "half"
+            and architecture() != "gfx942"
+            and filters % tile["BLOCK_M"] == 0
+            and channels % tile["BLOCK_N"] == 0,
             ACCUMULATOR=accumulator(input.dtype),
             PRECISION=PRECISION[kind],
             **tile,

@@ -46,7 +46,7 @@ STREAMING = {
     "epilogue_backward_kernel": 3,
     "moments_kernel": 2,
     "gather_kernel": 1,
-    "add_splits_kernel": 8,
+    "add_splits_kernel": 4,
     "aggregate_kernel": 4,
     "dynamic_filter_kernel": 3,
     "dynamic_filter_grad_kernel": 4,
@@ -175,7 +175,11 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(target, rows):
             # transposed on the way into shared memory, 4 bytes at a time.
             assert row["cp_async"] > 0, describe([row])
             continue
-        assert row["cp_async_16"] > 0, describe([row])
+        # Rows that are read a step ahead come into registers; of few columns the weight's pieces are smaller.
+        is_ahead = (
+            target == "sm_90" and row["function"] == "masked_conv_kernel" and int(row["tile"].split("x")[1]) <= 64
+        )
+        assert row["vector_16" if is_ahead else "cp_async_16"] > 0, describe([row])
 
 
 def is_copied(row):
