@@ -624,8 +624,8 @@ def gathered_tile(
 
 
 def _cpu_tile(dtype: torch.dtype) -> tuple[int, int]:
-    llvm = module(".cpu.llvm.build")
-    return llvm.ROWS, llvm.VECTOR_BYTES // (8 if dtype == torch.float64 else 4)
+    rows, width = module(".cpu.llvm.tiles").ROWS, module(".cpu.llvm.build").VECTOR_BYTES
+    return rows, width // (8 if dtype == torch.float64 else 4)
 
 
 def _kind(dtype: torch.dtype, device: Device) -> str:

@@ -110,10 +110,12 @@ def claimed():
     # A call in inference is what nobody watches, although these modes do.
     before = _backend._len_torch_dispatch_stack, _backend._len_torch_function_stack
     on_device, capturing = torch.cuda.device, torch.cuda.is_current_stream_capturing
+    properties = torch.cuda.get_device_properties
     try:
         _backend._len_torch_dispatch_stack = _backend._len_torch_function_stack = lambda: 0
         torch.cuda.device = lambda device: contextlib.nullcontext()
         torch.cuda.is_current_stream_capturing = lambda: False
+        torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)
         with recorded("sm_90"):
             noted = JITFunction.run
 
@@ -133,6 +135,7 @@ def claimed():
         knobs.runtime.jit_cache_hook = None
         _backend._len_torch_dispatch_stack, _backend._len_torch_function_stack = before
         torch.cuda.device, torch.cuda.is_current_stream_capturing = on_device, capturing
+        torch.cuda.get_device_properties = properties
 
 
 @contextlib.contextmanager

@@ -62,11 +62,11 @@ def test_kernels_are_compiled_for_what_shapes_give(claimed):
     assert {name.partition(" ")[2] for name in claimed["specialised"]} <= OF_SHAPES
 
 
-def test_the_example_of_the_readme_runs():
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "CUDAGraph" in block)
+def test_the_example_of_the_docs_is_right():
+    page = Path(__file__).parent.parent.joinpath("docs", "running-on-a-gpu.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "CUDAGraph" in block)
     names = {}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "running-on-a-gpu.md", "exec"), names)
     with backend("reference"), torch.no_grad():
         expected = names["model"](names["x"], names["mask"])
     # Three layers one after another, of sums of 64 to 576 terms that are rounded by 2^-24 of the largest at each.
