@@ -428,7 +428,7 @@ def _active(a: dict) -> Tensor:
     (height, _, _, width, *_), size, strides, padding, dilation = a["where"]
     samples = a["sites"] // (height * width)
     mask = bits(a["mask"].as_strided((samples, *size), strides))
-    return _read(mask, (height, width), a["KERNEL"], a["STRIDE"], padding, dilation).view(-1)
+    return pixels_read(mask, (height, width), a["KERNEL"], a["STRIDE"], padding, dilation).view(-1)
 
 
 def _invert(a: dict) -> None:
@@ -457,7 +457,7 @@ def _channel_places(a: dict) -> None:
     a["places"].copy_((is_kept[:, None] & (index[:, None] < bounds[:, None])).sum(2))
 
 
-def _read(mask: Tensor, size, kernel, stride, padding, dilation) -> Tensor:
+def pixels_read(mask: Tensor, size, kernel, stride, padding, dilation) -> Tensor:
     """bool [N, height, width]: the pixels that the taps of a mask's sites read."""
     made = torch.zeros(len(mask), *size, dtype=torch.bool)
     for ky in range(kernel[0]):

@@ -641,18 +641,8 @@ def _sites(mask: Tensor | ActiveSites, size: tuple[int, int, int]) -> Tensor:
 
 def _read(sites: Tensor, area: Sequence[int], geometry: Geometry) -> int:
     """How many pixels of an input of that size the active sites, bool [N, 1, Ho, Wo], read; in plain PyTorch."""
-    reach = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(sites.shape[2:], *geometry[1::-1], geometry.dilation)]
-    spread = torch.zeros(
-        len(sites), *(max(r, a + p) for r, a, p in zip(reach, area, geometry.padding)), dtype=torch.bool
-    )
-    for ky in range(geometry.kernel[0]):
-        for kx in range(geometry.kernel[1]):
-            y, x = ky * geometry.dilation[0], kx * geometry.dilation[1]
-            lines = slice(y, y + (sites.shape[2] - 1) * geometry.stride[0] + 1, geometry.stride[0])
-            columns = slice(x, x + (sites.shape[3] - 1) * geometry.stride[1] + 1, geometry.stride[1])
-            spread[:, lines, columns] |= sites[:, 0]
-    top, left = geometry.padding
-    return int(spread[:, top : top + area[0], left : left + area[1]].sum())
+    where = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+    return int(_kernel_model.pixels_read(sites[:, 0], tuple(area), *where).sum())
 
 
 def _read_of_all(area: Sequence[int], geometry: Geometry) -> int:
